@@ -1,0 +1,359 @@
+"""Checkpoints: the reference's layout and this project's own, read, checked and converted.
+
+Own layout: config.json, tokenizer.json, and encoder, llm, synchronizer, unet and vae .safetensors.
+Reference layout: .bin or .safetensors shards with the reference's names, beside them config.json (the model's own
+settings), llm/config.json, clip/config.json and sd/{unet,vae,scheduler}; what is missing is as in the released model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .config import Config, from_reference, to_reference
+from .errors import CheckpointError
+from .files import new_folder, write_json
+
+BLOCKS = ("encoder", "llm", "synchronizer", "unet", "vae")
+
+# Reference name -> (block, own name). A {} stands for what both have in common there; the first match counts.
+_VIT = "visual_tokenizer.encoder.vision_model."
+_QFORMER = "perceiver_resampler.blip2qformer."
+
+
+def _resampler(prefix: str, block: str):
+    layer = prefix + _QFORMER + "encoder.layer.{}."
+    for theirs, ours in (("attention", "attention"), ("crossattention", "cross_attention")):
+        yield layer + theirs + ".attention.query.{}", block, "resampler.layers.{}." + ours + ".q.{}"
+        yield layer + theirs + ".attention.key.{}", block, "resampler.layers.{}." + ours + ".k.{}"
+        yield layer + theirs + ".attention.value.{}", block, "resampler.layers.{}." + ours + ".v.{}"
+        yield layer + theirs + ".attention.q_norm.{}", block, "resampler.layers.{}." + ours + ".q_norm.{}"
+        yield layer + theirs + ".attention.k_norm.{}", block, "resampler.layers.{}." + ours + ".k_norm.{}"
+        yield layer + theirs + ".output.dense.{}", block, "resampler.layers.{}." + ours + ".out.{}"
+        yield layer + theirs + ".output.LayerNorm.{}", block, "resampler.layers.{}." + ours + ".norm.{}"
+    yield layer + "intermediate_query.dense.{}", block, "resampler.layers.{}.ffn.fc1.{}"
+    yield layer + "output_query.dense.{}", block, "resampler.layers.{}.ffn.fc2.{}"
+    yield layer + "output_query.LayerNorm.{}", block, "resampler.layers.{}.ffn.norm.{}"
+    yield prefix + _QFORMER + "layernorm.{}", block, "resampler.norm.{}"
+    yield prefix + "perceiver_resampler.queries", block, "resampler.queries"
+
+
+def _mmfs(theirs: str, block: str, ours: str):
+    yield theirs + "ignore_token", block, ours + "sink"
+    yield theirs + "sampling_offsets.{}", block, ours + "offsets.{}"
+    yield theirs + "dynamic_offset_mask.{}", block, ours + "query_proj.{}"
+    yield theirs + "attention_weights.{}", block, ours + "logits.{}"
+    yield theirs + "value_proj.{}", block, ours + "value_proj.{}"
+    yield theirs + "output_proj.{}", block, ours + "out_proj.{}"
+    yield theirs + "query_relpos.{}", block, ours + "relative_position.{}"
+
+
+def _adapter_attention(theirs: str, ours: str):
+    yield theirs + "sampling_offsets.{}", "encoder", ours + "offsets.{}"
+    yield theirs + "attention_weights.{}", "encoder", ours + "weights.{}"
+    yield theirs + "value_proj.{}", "encoder", ours + "value_proj.{}"
+    yield theirs + "output_proj.{}", "encoder", ours + "out_proj.{}"
+
+
+def _names():
+    yield "visual_tokenizer.clip_mean", "encoder", "mean"
+    yield "visual_tokenizer.clip_std", "encoder", "std"
+    yield "visual_tokenizer.pos_embed", "encoder", "position_map"
+    yield "visual_tokenizer.pos_proj.{}", "encoder", "token_proj.{}"
+    yield "visual_tokenizer.pos_ln.{}", "encoder", "token_norm.{}"
+    yield "visual_tokenizer.post_ln.{}", "encoder", "post_norm.{}"
+    yield "visual_tokenizer.proj.{}", "encoder", "out_proj.{}"
+    yield from _resampler("visual_tokenizer.", "encoder")
+    yield _VIT + "embeddings.class_embedding", "encoder", "class_embedding"
+    yield _VIT + "embeddings.patch_embedding.{}", "encoder", "patch_embedding.{}"
+    yield _VIT + "embeddings.position_embedding.{}", "encoder", "position_embedding.{}"
+    yield _VIT + "pre_layrnorm.{}", "encoder", "pre_norm.{}"
+    for q in "qkv":
+        yield _VIT + "encoder.layers.{}.self_attn." + q + "_proj.{}", "encoder", "layers.{}.attention." + q + ".{}"
+    yield _VIT + "encoder.layers.{}.self_attn.out_proj.{}", "encoder", "layers.{}.attention.out.{}"
+    yield _VIT + "encoder.layers.{}.layer_norm{}", "encoder", "layers.{}.norm{}"
+    yield _VIT + "encoder.layers.{}.mlp.{}", "encoder", "layers.{}.{}"
+    yield _VIT + "adapter_level_embed", "encoder", "level_embedding"
+    yield _VIT + "adapter_spm.{}", "encoder", "spatial_prior.{}"
+    yield _VIT + "adapter_up.{}", "encoder", "up.{}"
+    yield from _adapter_attention(_VIT + "adapter_interactions.{}.attn.", "interactions.{}.attn.")
+    yield _VIT + "adapter_interactions.{}.dwconv.dwconv.{}", "encoder", "interactions.{}.dwconv.{}"
+    yield _VIT + "adapter_interactions.{}", "encoder", "interactions.{}"
+
+    yield "soi_token", "llm", "soi"
+    yield "text_decoder.head.{}", "llm", "head.{}"
+    yield "text_decoder.head_new.{}", "llm", "head_new.{}"
+    cross = "mm_decoder.layers.{}.llama_cross_attn."
+    yield from _mmfs(cross + "attn.", "llm", "layers.{}.synchronizer.mmfs.")
+    yield cross + "norm1.{}", "llm", "layers.{}.synchronizer.norm.{}"
+    yield cross + "norm2.{}", "llm", "layers.{}.synchronizer.feature_norm.{}"
+    yield cross + "gate", "llm", "layers.{}.synchronizer.gate"
+    yield "mm_decoder.{}", "llm", "{}"
+
+    yield "context_feat_proj.{}", "synchronizer", "context_proj.{}"
+    yield "image_decoder.neg_prompt_embeds", "synchronizer", "negative"
+    yield from _resampler("image_decoder.", "synchronizer")
+    module = "image_decoder.decoder.mmfs_module."
+    for theirs, ours in (("mmfs_down_blocks.{}.", "skip_sites.{}."), ("mmfs_mid_block.", "mid_site.")):
+        theirs = module + theirs
+        yield theirs + "pos_embed", "synchronizer", ours + "positions"
+        yield theirs + "query_norm.{}", "synchronizer", ours + "query_norm.{}"
+        yield theirs + "feat_norm.{}", "synchronizer", ours + "feature_norm.{}"
+        yield theirs + "conv.{}", "synchronizer", ours + "conv.{}"
+        yield from _mmfs(theirs + "mmfs.", "synchronizer", ours + "mmfs.")
+    yield "image_decoder.decoder.unet.{}", "unet", "{}"
+    yield "image_decoder.decoder.vae.{}", "vae", "{}"
+
+
+_NAMES = tuple(_names())
+# Buffers of the reference that hold nothing: position numbers and rotary frequencies.
+_CONSTANT = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)$")
+
+
+def _pattern(template: str) -> re.Pattern:
+    return re.compile("(.+?)".join(map(re.escape, template.split("{}"))) + "$")
+
+
+_FROM_REFERENCE = tuple((_pattern(theirs), block, ours) for theirs, block, ours in _NAMES)
+_TO_REFERENCE = tuple((_pattern(ours), block, theirs) for theirs, block, ours in _NAMES)
+
+
+def own_name(name: str) -> tuple[str, str]:
+    """(block, own name) of a reference name; raises KeyError for a name of no block."""
+    for pattern, block, ours in _FROM_REFERENCE:
+        if match := pattern.match(name):
+            return block, ours.format(*match.groups())
+    raise KeyError(name)
+
+
+def reference_name(block: str, name: str) -> str:
+    """The inverse of `own_name`."""
+    for pattern, of, theirs in _TO_REFERENCE:
+        if of == block and (match := pattern.match(name)):
+            return theirs.format(*match.groups())
+    raise KeyError(name)
+
+
+# ---- building and checking ----
+
+
+def build(config: Config, blocks=BLOCKS) -> dict[str, torch.nn.Module]:
+    """The blocks of a config, without weights: on the meta device, to be filled by `fill`."""
+    from .decoder import Decoder
+    from .encoder import Encoder
+    from .llm import StoryLLM
+
+    makers = {
+        "encoder": lambda: Encoder(config.encoder),
+        "llm": lambda: StoryLLM(config.llm),
+        "synchronizer": lambda: Decoder(config.decoder),
+        "unet": lambda: diffusers_model(config.unet),
+        "vae": lambda: diffusers_model(config.vae),
+    }
+    with torch.device("meta"):
+        return {name: makers[name]().eval().requires_grad_(False) for name in blocks}
+
+
+def diffusers_model(settings: dict):
+    import diffusers
+
+    name = settings.get("_class_name", "")
+    if name not in ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny"):
+        raise CheckpointError(
+            f"The decoder's class {name!r} must be UNet2DConditionModel, AutoencoderKL or AutoencoderTiny."
+        )
+    return getattr(diffusers, name).from_config(dict(settings))
+
+
+def check(expected: dict[str, tuple], found: dict[str, tuple], what: str) -> None:
+    """Compares names and shapes; raises one CheckpointError that lists every difference by name."""
+    problems = [f"missing: {name}" for name in expected if name not in found]
+    problems += [f"unexpected: {name}" for name in found if name not in expected]
+    problems += [
+        f"wrong shape: {name} is {tuple(found[name])}, must be {tuple(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    if problems:
+        raise CheckpointError(f"{what} does not fit its config in {len(problems)} entries.\n  " + "\n  ".join(problems))
+
+
+def shapes(module: torch.nn.Module) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+# ---- reading files ----
+
+
+def read_json(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read as JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{str(path)!r} must hold an object, not a {type(data).__name__}.")
+    return data
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one .safetensors or .bin file, memory-mapped; raises CheckpointError.
+
+    A .bin is a pickle: it is read with `weights_only=True`, which refuses one that would run code.
+    """
+    import pickle
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{str(path)!r} is refused: it holds more than tensors, and loading it could run code.") from None
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise CheckpointError(f"{str(path)!r} cannot be read, it may be cut short: {reason}.") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise CheckpointError(f"{str(path)!r} does not hold a dict of tensors.")
+    return tensors
+
+
+def is_reference(folder: Path) -> bool:
+    """Whether a folder is in the reference layout; raises CheckpointError if it is no checkpoint at all."""
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no checkpoint folder {str(folder)!r}.")
+    if (folder / "config.json").is_file() and read_json(folder / "config.json").get("format") == "mm-interleaved":
+        return False
+    if not _shards(folder):
+        raise CheckpointError(
+            f"{str(folder)!r} is no checkpoint: it has neither a config.json of this project nor shards of the reference."
+        )
+    return True
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.bin"), *folder.glob("model*.safetensors")])
+
+
+def read_reference(folder: Path) -> tuple[Config, dict[str, dict[str, torch.Tensor]]]:
+    """Config and tensors, by block and own name, of a reference checkpoint; raises one CheckpointError for all faults."""
+    for index in folder.glob("*.index.json"):
+        missing = sorted({f for f in read_json(index).get("weight_map", {}).values() if not (folder / f).is_file()})
+        if missing:
+            raise CheckpointError(f"The checkpoint {str(folder)!r} lacks {len(missing)} shards: {', '.join(missing)}.")
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in _shards(folder):
+        tensors |= read_tensors(shard)
+    tensors = {name: tensor for name, tensor in tensors.items() if not _CONSTANT.match(name)}
+
+    files = {
+        "model": "config.json", "llm": "llm/config.json", "clip": "clip/config.json", "unet": "sd/unet/config.json",
+        "vae": "sd/vae/config.json", "scheduler": "sd/scheduler/scheduler_config.json",
+    }  # fmt: skip
+    config = from_reference({k: read_json(folder / f) for k, f in files.items() if (folder / f).is_file()})
+    positions = tensors.get(_VIT + "embeddings.position_embedding.weight")
+    if positions is not None:  # the reference resizes them at load, so CLIP's config need not say the true size
+        side = math.isqrt(len(positions) - 1) * config.encoder.patch_size
+        config = replace(config, encoder=replace(config.encoder, image_size=side))
+
+    check(reference_shapes(config), {name: tuple(t.shape) for name, t in tensors.items()}, f"The checkpoint {str(folder)!r}")
+    blocks: dict[str, dict] = {name: {} for name in BLOCKS}
+    for name, tensor in tensors.items():
+        block, own = own_name(name)
+        blocks[block][own] = tensor
+    return config, blocks
+
+
+def reference_shapes(config: Config) -> dict[str, tuple]:
+    """Every name and shape that a reference checkpoint of this config holds, constants aside."""
+    return {
+        reference_name(block, name): shape
+        for block, module in build(config).items()
+        for name, shape in shapes(module).items()
+    }
+
+
+def read_config(folder: str | Path) -> Config:
+    """The Config of a checkpoint folder of either layout."""
+    folder = Path(folder)
+    return read_reference(folder)[0] if is_reference(folder) else Config.from_dict(read_json(folder / "config.json"))
+
+
+def read_blocks(folder: str | Path, blocks=BLOCKS) -> tuple[Config, dict[str, dict[str, torch.Tensor]]]:
+    """Config and checked tensors, by block and own name, of a checkpoint of either layout."""
+    folder = Path(folder)
+    if is_reference(folder):
+        config, tensors = read_reference(folder)
+        return config, {name: tensors[name] for name in blocks}
+    config = Config.from_dict(read_json(folder / "config.json"))
+    missing = [f"{name}.safetensors" for name in blocks if not (folder / f"{name}.safetensors").is_file()]
+    if missing:
+        raise CheckpointError(f"The checkpoint {str(folder)!r} lacks {', '.join(missing)}.")
+    tensors = {name: read_tensors(folder / f"{name}.safetensors") for name in blocks}
+    for name, module in build(config, blocks).items():
+        found = {key: tuple(t.shape) for key, t in tensors[name].items()}
+        check(shapes(module), found, repr(str(folder / f"{name}.safetensors")))
+    return config, tensors
+
+
+def load_blocks(folder, dtype=torch.float32, device="cpu", blocks=BLOCKS) -> tuple[Config, dict[str, torch.nn.Module]]:
+    """The blocks of a checkpoint of either layout, in `dtype`; the VAE always in float32, as the reference runs it."""
+    config, tensors = read_blocks(folder, blocks)
+    modules = build(config, blocks)
+    for name, module in modules.items():
+        to = torch.float32 if name == "vae" else dtype
+        module.load_state_dict({key: t.to(device, to) for key, t in tensors.pop(name).items()}, assign=True)
+    return config, modules
+
+
+def read_tokenizer(folder: str | Path, config: Config):
+    """The Tokenizer beside a checkpoint, or None: tokenizer.json, or llm/ in any form that transformers reads."""
+    from .tokenizer import Tokenizer
+
+    folder, limit = Path(folder), config.llm.vocab_size - config.llm.new_tokens
+    for path in (folder / "tokenizer.json", folder / "llm" / "tokenizer.json"):
+        if path.is_file():
+            return Tokenizer.load(path, config.llm.tokens, limit)
+    if (folder / "llm" / "tokenizer.model").is_file():
+        from transformers import AutoTokenizer
+
+        slow = AutoTokenizer.from_pretrained(folder / "llm", use_fast=True, local_files_only=True)
+        return Tokenizer(slow.backend_tokenizer, config.llm.tokens, limit)
+    return None
+
+
+# ---- writing ----
+
+
+def save(folder: str | Path, config: Config, blocks: dict[str, dict[str, torch.Tensor]], tokenizer=None, dtype=None) -> None:
+    """Writes a checkpoint in this project's layout; a folder that is there already is refused, a failed one removed."""
+    with new_folder(folder) as aside:
+        write_json(aside / "config.json", config.to_dict())
+        if tokenizer is not None:
+            tokenizer.save(aside / "tokenizer.json")
+        for name, tensors in blocks.items():
+            _write_tensors(aside / f"{name}.safetensors", tensors, dtype)
+
+
+def save_reference(folder: str | Path, config: Config, blocks: dict[str, dict], tokenizer=None, dtype=None) -> None:
+    """Writes a checkpoint in the reference's layout: one model.safetensors, and the component configs beside it."""
+    named = {reference_name(block, key): t for block, tensors in blocks.items() for key, t in tensors.items()}
+    with new_folder(folder) as aside:
+        for file, settings in to_reference(config).items():
+            (aside / file).parent.mkdir(parents=True, exist_ok=True)
+            write_json(aside / file, settings)
+        if tokenizer is not None:
+            tokenizer.save(aside / "llm" / "tokenizer.json")
+        _write_tensors(aside / "model.safetensors", named, dtype)
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype) -> None:
+    from safetensors.torch import save_file
+
+    save_file({key: t.to(dtype or t.dtype).contiguous() for key, t in tensors.items()}, path, {"format": "pt"})

@@ -1,0 +1,29 @@
+"""What can go wrong, as types: every message is one sentence that names the value and what would do."""
+
+
+class MMInterleavedError(Exception):
+    """Base of all errors that a user's input can cause."""
+
+
+class PictureError(MMInterleavedError, ValueError):
+    """A picture that cannot be read or used."""
+
+
+class StoryError(MMInterleavedError, ValueError):
+    """A story, or the file of one, that does not hold what is asked of it."""
+
+
+class StoryTooLong(StoryError):
+    """A story that does not fit the LLM's context or a table of relative positions."""
+
+
+class SettingError(MMInterleavedError, ValueError):
+    """A setting outside its range."""
+
+
+class CheckpointError(MMInterleavedError, ValueError):
+    """A checkpoint with missing, unexpected, wrongly shaped or unsafe content."""
+
+
+class OutputError(MMInterleavedError, OSError):
+    """A place that cannot be written to."""

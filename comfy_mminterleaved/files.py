@@ -1,0 +1,77 @@
+"""Writing so that nothing is ever half-written: aside first, then renamed into place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from .errors import OutputError
+
+
+@contextlib.contextmanager
+def _sentences(path: Path, what: str):
+    """Turns the operating system's refusals into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{what} {str(path)!r} cannot be written: {error.strerror or error}.") from None
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file whole or not at all; raises OutputError."""
+    path = Path(path)
+    with _sentences(path, "The file"):
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(aside, 0o666 & ~_umask())
+            os.replace(aside, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(aside)
+            raise
+
+
+def write_json(path: str | Path, data) -> None:
+    write_bytes(path, (json.dumps(data, ensure_ascii=False, indent=1) + "\n").encode("utf-8"))
+
+
+def make_folder(path: str | Path) -> Path:
+    """A folder to write into, made if need be and tried by writing; raises OutputError before any heavy work."""
+    path = Path(path)
+    with _sentences(path, "The folder"):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    return path
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path):
+    """A folder that appears under its name only when all in it is written; one that is there already is refused."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"The folder {str(path)!r} is there already; name a new one.")
+    with _sentences(path, "The folder"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield aside
+            os.chmod(aside, 0o777 & ~_umask())
+            if path.exists():
+                path.rmdir()
+            aside.rename(path)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

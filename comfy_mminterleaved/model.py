@@ -1,0 +1,356 @@
+"""MMInterleaved: the four blocks together. Stories in, text and pictures out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import checkpoint
+from .config import Config
+from .drawing import Drawing, draw, make_scheduler, picture_multiple
+from .errors import CheckpointError, SettingError, StoryError, StoryTooLong
+from .pictures import preprocess
+from .reading import Reading, read
+from .story import Picture, Story, Text, TokenLayout, layout, require
+from .writing import Sampling, Written, score, write
+
+# The reference's prompts (`collator.py`); {story} is where the story's own segments go.
+CAPTION_PROMPT = "{story}a photo of"
+ASK_PROMPT = (
+    "Based on the image, please answer the question. {story}{question} "
+    "Please provide an accurate answer within one word. The answer is:"
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An option and its summed log-probability after a story."""
+
+    option: str
+    log_probability: float
+
+
+class MMInterleaved:
+    """The model: `load` one, then `tell`, `write`, `draw`, `ask`, `caption`, `choose`.
+
+    What the LLM read last is kept, so that a story that goes on costs only what is new; `forget` lets go of it.
+    """
+
+    def __init__(self, config: Config, blocks: dict[str, torch.nn.Module], tokenizer=None):
+        self.config, self.tokenizer = config, tokenizer
+        self.encoder, self.llm, self.decoder = blocks["encoder"], blocks["llm"], blocks["synchronizer"]
+        self.unet, self.vae = blocks["unet"], blocks["vae"]
+        self._read: Reading | None = None
+
+    @classmethod
+    def load(cls, source: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> MMInterleaved:
+        """Loads a checkpoint folder of either layout, or the model `untrained`.
+
+        Args:
+            source: a folder; or "untrained", a small model with random weights, for trying out everything else.
+            device: "auto" takes CUDA if there is one.
+            dtype: None for float32 on the CPU and float16 on CUDA.
+
+        Raises:
+            CheckpointError: naming everything that is missing, unexpected or of the wrong shape.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        with _sentence(device):
+            torch.empty(0, device=device)
+        dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
+        if str(source) == "untrained" and not Path(source).exists():
+            model = untrained()
+            for block in (model.encoder, model.llm, model.decoder, model.unet):
+                block.to(device, dtype)
+            model.vae.to(device)
+            return model
+        config, blocks = checkpoint.load_blocks(source, dtype, device)
+        return cls(config, blocks, checkpoint.read_tokenizer(source, config))
+
+    @property
+    def device(self) -> torch.device:
+        return self.llm.soi.device
+
+    def forget(self) -> None:
+        """Frees what was kept of the story read last."""
+        self._read = None
+
+    # ---- reading ----
+
+    @torch.no_grad()
+    def encode(self, story: Story) -> Story:
+        """The same story, its pictures with their features; those that have them keep them."""
+        pending = {p.key: p for p in story.pictures if p.features is None}
+        if not pending:
+            return story
+        size = self.config.encoder.image_size
+        found = {}
+        for key, picture in pending.items():  # one at a time: the memory of one, and the same result in any company
+            pixels = preprocess(picture.pixels, size).unsqueeze(0).to(self.device, self.llm.soi.dtype)
+            found[key] = self.encoder(pixels)[0]
+        return story.with_features([p.features if p.features is not None else found[p.key] for p in story.pictures])
+
+    def layout(self, story: Story) -> TokenLayout:
+        """The story as token ids."""
+        return layout(story, self.tokenizer, self.config.llm)
+
+    def fit(self, story: Story, room: int, drop_oldest: bool = False, what: str = "The story") -> Story:
+        """The story if it leaves `room` tokens of the LLM's context free, else without its oldest panels.
+
+        Raises:
+            StoryTooLong: if `drop_oldest` is off, or nothing that is left fits.
+        """
+        c = self.config.llm
+        while True:
+            length, pictures = len(self.layout(story)), len(story.pictures)
+            over, too_many = length + room - c.context_length, pictures - (c.max_pictures - 1)
+            if over <= 0 and too_many <= 0:
+                return story
+            if not drop_oldest or len(story) <= 1:
+                if too_many > 0:
+                    said = f"{what} has {pictures} pictures, {too_many} more than the LLM can tell apart"
+                else:
+                    said = (
+                        f"{what} needs {length + room} tokens ({length} read, {room} to come), {over} more than the "
+                        f"LLM's context of {c.context_length}"
+                    )
+                raise StoryTooLong(f"{said}; shorten it, or let the oldest panels be dropped (drop_oldest).")
+            story = story.without_oldest()
+
+    def _layouts_read(self, layouts: list[TokenLayout]) -> Reading:
+        before, self._read = self._read, None  # on an error what was kept is in no known state
+        self._read = read(self.llm, layouts, before)
+        return self._read
+
+    # ---- writing ----
+
+    def write(self, story: Story, sampling: Sampling = Sampling(), on_token=None, drop_oldest: bool = False) -> Written:
+        """Continues a story with text, up to where the model ends it or asks for a picture.
+
+        Args:
+            on_token: called with the text so far; returning a true value stops the writing.
+        """
+        return self.write_all([story], sampling, 1, on_token and (lambda _, text: on_token(text)), drop_oldest)[0][0]
+
+    def write_all(
+        self, stories: list[Story], sampling: Sampling = Sampling(), count: int = 1, on_token=None,
+        drop_oldest: bool = False,
+    ) -> list[list[Written]]:  # fmt: skip
+        """`count` texts for each of several stories at once; each as if it was alone.
+
+        Args:
+            on_token: called with the number of the text (count * story + k) and the text so far.
+        """
+        stories = [self.fit(story, sampling.max_new_tokens, drop_oldest) for story in stories]
+        reading = self._layouts_read([self.layout(self.encode(story)) for story in stories])
+        texts = write(self.llm, reading, sampling, count, on_token and (lambda i, ids: on_token(i, self._decode(ids))))
+        return [[replace(written, text=self._decode(written.tokens)) for written in row] for row in texts]
+
+    def _decode(self, tokens) -> str:
+        return self.tokenizer.decode(tokens).strip() if self.tokenizer is not None else ""
+
+    # ---- drawing ----
+
+    def draw(
+        self, story: Story, drawing: Drawing = Drawing(), begin: Picture | None = None, on_step=None,
+        drop_oldest: bool = False,
+    ) -> Picture:  # fmt: skip
+        """Draws the picture that comes next in a story.
+
+        Args:
+            begin: a picture to start from (image to image), with `drawing.denoise`.
+            on_step: called with the step, their number, and a function that gives a small preview (1, 3, h, w).
+        """
+        return self.draw_all([story], drawing, 1, begin and [begin], on_step, drop_oldest)[0][0]
+
+    def draw_all(
+        self, stories: list[Story], drawing: Drawing = Drawing(), count: int = 1, begin: list[Picture] | None = None,
+        on_step=None, drop_oldest: bool = False,
+    ) -> list[list[Picture]]:  # fmt: skip
+        """`count` pictures for each of several stories at once; each as if it was alone.
+
+        Args:
+            begin: a picture to start from for each story.
+        """
+        if count < 1:
+            raise SettingError(f"The number of pictures must be at least 1, not {count}.")
+        size = self.picture_size(drawing.size)
+        scheduler = make_scheduler(drawing.scheduler, self.config.scheduler)
+        most = self.config.decoder.max_pictures - 1
+        if drawing.look_back > most:
+            raise SettingError(f"look_back must be at most {most} for this model, not {drawing.look_back}.")
+        stories = [self.encode(self.fit(story, 1, drop_oldest)) for story in stories]
+        contexts = self.contexts(stories)
+        with torch.no_grad():
+            states = self.decoder.condition(contexts)
+        rows = [i for i in range(len(stories)) for _ in range(count)]
+        maps, visible = self.looked_at([stories[i] for i in rows], drawing.look_back)
+        with torch.no_grad():
+            prepared = self.decoder.prepare(maps, visible)
+        pictures = draw(
+            self.unet, self.vae, scheduler, self.decoder, states[rows], prepared, drawing,
+            seeds=[drawing.seed + i % count for i in range(len(rows))], size=size,
+            begin=[begin[i].pixels for i in rows] if begin else None, on_step=on_step,
+        )  # fmt: skip
+        pictures = [Picture(p.cpu()) for p in pictures]
+        return [pictures[i : i + count] for i in range(0, len(pictures), count)]
+
+    def contexts(self, stories: list[Story]) -> list[torch.Tensor]:
+        """The LLM's hidden states (L, width) of each encoded story and the start-of-image token behind it."""
+        soi = self.config.llm.tokens.soi
+        layouts = [self.layout(story) for story in stories]
+        layouts = [replace(found, ids=(*found.ids, soi)) for found in layouts]
+        return list(self._layouts_read(layouts).hidden)
+
+    def looked_at(self, stories: list[Story], look_back: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Maps (N, P, C, h, w) and visibility (N, P) of the last `look_back` pictures of encoded stories."""
+        pictures = [story.pictures[-look_back:] if look_back else () for story in stories]
+        most = max(map(len, pictures))
+        c, sizes = self.config.decoder, self.config.encoder.map_sizes
+        maps = [self.llm.soi.new_zeros(len(stories), most, c.feature_width, size, size) for size in sizes]
+        visible = torch.zeros(len(stories), most, dtype=torch.bool, device=self.device)
+        for i, row in enumerate(pictures):
+            visible[i, : len(row)] = True
+            for j, picture in enumerate(row):
+                for level, found in zip(maps, picture.features.maps):
+                    level[i, j] = found
+        return maps, visible
+
+    def picture_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """A checked (width, height); raises SettingError."""
+        if size is None:
+            return (self.config.decoder.picture_size,) * 2
+        unit = picture_multiple(self.unet, self.vae)
+        if min(size) < unit or any(side % unit for side in size):
+            raise SettingError(f"The picture size {size[0]} x {size[1]} must be in multiples of {unit} px.")
+        return tuple(size)
+
+    # ---- stories ----
+
+    def tell(
+        self, story: Story = Story(), panels: int = 3, picture_first: bool = False, sampling: Sampling = Sampling(),
+        drawing: Drawing = Drawing(), seeds: list[int] | None = None, on_token=None, on_step=None,
+        on_panel: Callable[[Story], object] | None = None, drop_oldest: bool = False,
+    ) -> Story:  # fmt: skip
+        """Goes on with a story for `panels` more panels, each text and picture made in view of all before it.
+
+        A story that ends with text has, for text first, the text of its next panel already. Where a text ends is the
+        model's own choice; that a picture follows is not.
+
+        Args:
+            panels: how many pictures to add.
+            picture_first: whether a panel's picture comes before its text.
+            seeds: for each panel, added to those of `sampling` and `drawing`; by default 0, 1, 2, ...
+            on_panel: called with the story after each panel.
+
+        Returns:
+            The whole story. Its texts and pictures are segments of their own, behind those of `story`.
+        """
+        if panels < 1:
+            raise SettingError(f"The number of panels must be at least 1, not {panels}.")
+        if seeds is None:
+            seeds = list(range(panels))
+        if len(seeds) != panels:
+            raise SettingError(f"There must be one seed a panel, {panels}, not {len(seeds)}.")
+        self.picture_size(drawing.size)
+        make_scheduler(drawing.scheduler, self.config.scheduler)
+        slots = self.config.llm.slots + 1
+        if not drop_oldest:
+            texts = panels - (not picture_first and _ends_with_text(story))
+            self._room(story, panels, texts * sampling.max_new_tokens + panels * slots)
+
+        for seed in seeds:
+            s, d = replace(sampling, seed=sampling.seed + seed), replace(drawing, seed=drawing.seed + seed)
+            for is_text in (False, True) if picture_first else (True, False):
+                story = self.encode(story)
+                if not is_text:
+                    story = story.add(self.draw(story, d, None, on_step, drop_oldest))
+                elif picture_first or not _ends_with_text(story):
+                    written = self.write(story, s, on_token, drop_oldest)
+                    story = story.add(Text(written.text, written.tokens))
+            if on_panel is not None:
+                on_panel(story)
+        return story
+
+    def _room(self, story: Story, panels: int, room: int) -> None:
+        self.fit(story, room, what=f"A story of {panels} more panels")
+        most = self.config.llm.max_pictures - 1
+        if len(story.pictures) + panels > most:
+            raise StoryTooLong(
+                f"A story of {len(story.pictures)} pictures and {panels} more is over the {most} that the LLM can tell "
+                "apart; tell fewer, or let the oldest panels be dropped (drop_oldest)."
+            )
+
+    # ---- questions ----
+
+    def _prompted(self, prompt: str, story: Story, **values: str) -> Story:
+        before, _, after = prompt.partition("{story}")
+        filled = [part.format(**values).strip() for part in (before, after)]
+        return Story.of(filled[0]).add(*story.segments, filled[1])
+
+    def ask(
+        self, story: Story, question: str, sampling: Sampling | None = None, prompt: str = ASK_PROMPT, on_token=None
+    ) -> Written:
+        """Answers a question about a story's pictures; `prompt` has {story} and {question}."""
+        if not question.strip():
+            raise StoryError("A question must not be empty.")
+        sampling = sampling or Sampling(max_new_tokens=30, min_new_tokens=1, sample=False, repetition_penalty=1.0)
+        return self.write(self._prompted(prompt, story, question=question.strip()), sampling, on_token)
+
+    def caption(
+        self, picture, sampling: Sampling | None = None, count: int = 1, prompt: str = CAPTION_PROMPT
+    ) -> list[Written]:
+        """`count` captions of a picture (or of a story's last); by default the reference's five beams."""
+        story = picture if isinstance(picture, Story) else Story.of(Picture.of(picture))
+        if not story.pictures:
+            raise StoryError("There is no picture to caption; add one to the story.")
+        sampling = sampling or Sampling(
+            max_new_tokens=30, min_new_tokens=8, repetition_penalty=1.0, beams=max(5, count)
+        )
+        return self.write_all([self._prompted(prompt, story)], sampling, count)[0]
+
+    def score(self, story: Story, options: list[str | list[int]]) -> list[float]:
+        """Summed log-probability of each option behind a story, in the order given."""
+        if not options:
+            raise StoryError("There are no options to score; give at least one.")
+        tokenized = [require(self.tokenizer).encode(o, after_text=True) if isinstance(o, str) else list(o) for o in options]
+        if not all(tokenized):
+            raise StoryError("An option must not be empty.")
+        story = self.encode(self.fit(story, max(map(len, tokenized))))
+        return score(self.llm, self._layouts_read([self.layout(story)]), tokenized)
+
+    def choose(self, story: Story, options: list[str], question: str = "", prompt: str = ASK_PROMPT) -> list[Choice]:
+        """Ranks options, likeliest first, as the next text of a story, or as the answer to a question about it."""
+        story = self._prompted(prompt, story, question=question.strip()) if question.strip() else story
+        ranked = [Choice(option, found) for option, found in zip(options, self.score(story, options))]
+        return sorted(ranked, key=lambda choice: -choice.log_probability)
+
+
+def _ends_with_text(story: Story) -> bool:
+    return bool(story.segments) and isinstance(story.segments[-1], Text)
+
+
+@contextlib.contextmanager
+def _sentence(device: str):
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise CheckpointError(f"The device {device!r} cannot be used: {reason}.") from None
+
+
+def untrained(seed: int = 0) -> MMInterleaved:
+    """A small model with random weights and a vocabulary of bytes: every path of the code, no sense in what it says."""
+    from .config import small
+    from .initialize import new_blocks
+    from .tokenizer import Tokenizer, byte_level
+
+    config = small()
+    blocks = {name: block.eval().requires_grad_(False) for name, block in new_blocks(config, seed).items()}
+    limit = config.llm.vocab_size - config.llm.new_tokens
+    return MMInterleaved(config, blocks, Tokenizer(byte_level(limit), config.llm.tokens, limit))
