@@ -22,7 +22,9 @@ def attention(q, k, v, mask=None, causal=False):
     """
     if _XFORMERS and q.is_cuda and mask is None and q.dtype in (torch.float16, torch.bfloat16):
         return _xformers(q, k, v, causal)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
+    )
 
 
 def _xformers(q, k, v, causal):

@@ -215,7 +215,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        raise CheckpointError(f"{str(path)!r} is refused: it holds more than tensors, and loading it could run code.") from None
+        raise CheckpointError(
+            f"{str(path)!r} is refused: it holds more than tensors, and loading it could run code."
+        ) from None
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise CheckpointError(f"{str(path)!r} cannot be read, it may be cut short: {reason}.") from None
@@ -232,7 +234,7 @@ def is_reference(folder: Path) -> bool:
         return False
     if not _shards(folder):
         raise CheckpointError(
-            f"{str(folder)!r} is no checkpoint: it has neither a config.json of this project nor shards of the reference."
+            f"{str(folder)!r} is no checkpoint: it has neither this project's config.json nor the reference's shards."
         )
     return True
 
@@ -242,7 +244,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def read_reference(folder: Path) -> tuple[Config, dict[str, dict[str, torch.Tensor]]]:
-    """Config and tensors, by block and own name, of a reference checkpoint; raises one CheckpointError for all faults."""
+    """Config and tensors, by block and own name, of a reference checkpoint; one CheckpointError names all faults."""
     for index in folder.glob("*.index.json"):
         missing = sorted({f for f in read_json(index).get("weight_map", {}).values() if not (folder / f).is_file()})
         if missing:
@@ -262,7 +264,11 @@ def read_reference(folder: Path) -> tuple[Config, dict[str, dict[str, torch.Tens
         side = math.isqrt(len(positions) - 1) * config.encoder.patch_size
         config = replace(config, encoder=replace(config.encoder, image_size=side))
 
-    check(reference_shapes(config), {name: tuple(t.shape) for name, t in tensors.items()}, f"The checkpoint {str(folder)!r}")
+    check(
+        reference_shapes(config),
+        {name: tuple(t.shape) for name, t in tensors.items()},
+        f"The checkpoint {str(folder)!r}",
+    )
     blocks: dict[str, dict] = {name: {} for name in BLOCKS}
     for name, tensor in tensors.items():
         block, own = own_name(name)
@@ -331,7 +337,9 @@ def read_tokenizer(folder: str | Path, config: Config):
 # ---- writing ----
 
 
-def save(folder: str | Path, config: Config, blocks: dict[str, dict[str, torch.Tensor]], tokenizer=None, dtype=None) -> None:
+def save(
+    folder: str | Path, config: Config, blocks: dict[str, dict[str, torch.Tensor]], tokenizer=None, dtype=None
+) -> None:
     """Writes a checkpoint in this project's layout; a folder that is there already is refused, a failed one removed."""
     with new_folder(folder) as aside:
         write_json(aside / "config.json", config.to_dict())

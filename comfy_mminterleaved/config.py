@@ -137,7 +137,9 @@ class Config:
     def from_dict(cls, data: dict) -> Config:
         """The inverse of `to_dict`; raises CheckpointError for a config that is not this project's."""
         if data.get("format") != "mm-interleaved":
-            raise CheckpointError("This config.json is not of an MM-Interleaved model: it has no format 'mm-interleaved'.")
+            raise CheckpointError(
+                "This config.json is not of an MM-Interleaved model: it has no format 'mm-interleaved'."
+            )
         if data.get("version") != 1:
             raise CheckpointError(f"This config.json has version {data.get('version')}; this release reads version 1.")
         data = {key: value for key, value in data.items() if key not in ("format", "version")}
@@ -174,42 +176,85 @@ def _build(cls, data: dict, where: str):
 # Those of the released model: Vicuna-13B v1.3, CLIP ViT-L/14, Stable Diffusion 2.1-base, mm_inference.yaml.
 OFFICIAL = {
     "model": {
-        "txt_vocab_size": 32002, "num_img_token": 64, "seq_len": 2048, "image_embed_dim": 1024,
-        "cross_attention_frequency": 4, "spatial_shapes": [32, 16, 8], "image_size": 512,
+        "txt_vocab_size": 32002,
+        "num_img_token": 64,
+        "seq_len": 2048,
+        "image_embed_dim": 1024,
+        "cross_attention_frequency": 4,
+        "spatial_shapes": [32, 16, 8],
+        "image_size": 512,
         "special_tokens": {"bos": 1, "eos": 2, "pad": 31999, "soi": 32000, "image": 32001},
         "visual_perceiver": {
-            "num_queries": 64, "hidden_size": 768, "encoder_hidden_size": 1024, "cross_attention_frequency": 2,
-            "num_hidden_layers": 12, "num_attention_heads": 12, "qk_normalization": True,
+            "num_queries": 64,
+            "hidden_size": 768,
+            "encoder_hidden_size": 1024,
+            "cross_attention_frequency": 2,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "qk_normalization": True,
         },
         "image_perceiver": {
-            "num_queries": 77, "hidden_size": 1024, "encoder_hidden_size": 5120, "cross_attention_frequency": 1,
-            "num_hidden_layers": 1, "num_attention_heads": 16,
+            "num_queries": 77,
+            "hidden_size": 1024,
+            "encoder_hidden_size": 5120,
+            "cross_attention_frequency": 1,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 16,
         },
     },
     "llm": {
-        "vocab_size": 32000, "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40,
-        "intermediate_size": 13824, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
+        "vocab_size": 32000,
+        "hidden_size": 5120,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "intermediate_size": 13824,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
     },
     "clip": {
-        "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
-        "patch_size": 14, "image_size": 224, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "patch_size": 14,
+        "image_size": 224,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
     },
     "unet": {
-        "_class_name": "UNet2DConditionModel", "sample_size": 64, "in_channels": 4, "out_channels": 4,
-        "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2, "cross_attention_dim": 1024,
-        "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True,
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 64,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": [5, 10, 20, 20],
+        "use_linear_projection": True,
         "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
         "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
     },
     "vae": {
-        "_class_name": "AutoencoderKL", "sample_size": 512, "block_out_channels": [128, 256, 512, 512],
-        "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215,
-        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "_class_name": "AutoencoderKL",
+        "sample_size": 512,
+        "block_out_channels": [128, 256, 512, 512],
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
     },
     "scheduler": {
-        "_class_name": "DDPMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-        "num_train_timesteps": 1000, "prediction_type": "epsilon", "variance_type": "fixed_small",
-        "clip_sample": False, "steps_offset": 1, "timestep_spacing": "leading",
+        "_class_name": "DDPMScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "prediction_type": "epsilon",
+        "variance_type": "fixed_small",
+        "clip_sample": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
     },
 }
 
@@ -340,7 +385,9 @@ def small(width: int = 64, picture_size: int = 128) -> Config:
             "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
         },
-        vae={"_class_name": "AutoencoderTiny", "encoder_block_out_channels": [16] * 4, "decoder_block_out_channels": [16] * 4,
-             "num_encoder_blocks": [1, 1, 1, 1], "num_decoder_blocks": [1, 1, 1, 1]},
+        vae={
+            "_class_name": "AutoencoderTiny", "encoder_block_out_channels": [16] * 4,
+            "decoder_block_out_channels": [16] * 4, "num_encoder_blocks": [1] * 4, "num_decoder_blocks": [1] * 4,
+        },
         scheduler=OFFICIAL["scheduler"],
     )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image, ImageOps
@@ -60,6 +60,10 @@ class Drawing:
         if not 0 < self.denoise <= 1:
             raise SettingError(f"denoise must be over 0 and at most 1, not {self.denoise}.")
 
+    def plus(self, seed: int) -> Drawing:
+        """The same settings with `seed` added to their own."""
+        return replace(self, seed=self.seed + seed)
+
 
 def make_scheduler(name: str, settings: dict):
     """A diffusers scheduler by short name or class name, over the noise schedule of `settings`; raises SettingError."""
@@ -100,7 +104,9 @@ def sites_attached(unet, decoder: Decoder, prepared: PreparedSites, strength: fl
                 return None
             kwargs = dict(kwargs)
             if index == 0:  # what comes in is the mid output
-                kwargs["hidden_states"] = decoder.site(len(decoder.skip_sites), kwargs["hidden_states"], prepared, strength)
+                kwargs["hidden_states"] = decoder.site(
+                    len(decoder.skip_sites), kwargs["hidden_states"], prepared, strength
+                )
             skips = enumerate(kwargs["res_hidden_states_tuple"], first_skip)
             kwargs["res_hidden_states_tuple"] = tuple(decoder.site(i, skip, prepared, strength) for i, skip in skips)
             return args, kwargs
@@ -167,7 +173,7 @@ def draw(
     extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     with sites_attached(unet, decoder, prepared, settings.strength) as sites:
         for step, t in enumerate(timesteps):
-            sites.active = settings.strength != 0 and settings.start <= step / len(timesteps) < max(settings.end, 1e-9)
+            sites.active = settings.strength != 0 and settings.start <= step / len(timesteps) < settings.end
             x = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, t)
             predicted = unet(x, t, encoder_hidden_states=states, return_dict=False)[0]
             if guided:

@@ -44,7 +44,9 @@ def initialize(block: nn.Module, std: float = 0.02) -> None:
             nn.init.normal_(part.weight, std=std)
             if getattr(part, "bias", None) is not None:
                 nn.init.zeros_(part.bias)
-            if isinstance(part, nn.Conv2d) and part.groups == 1:  # ReLU follows in the stem, as in any convolutional net
+            if (
+                isinstance(part, nn.Conv2d) and part.groups == 1
+            ):  # ReLU follows in the stem, as in any convolutional net
                 nn.init.kaiming_normal_(part.weight)
     for part in block.modules():
         if isinstance(part, (Synchronizer, DeformableAttention)):

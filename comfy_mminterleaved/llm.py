@@ -148,9 +148,7 @@ class StoryLLM(nn.Module):
         self.config = c
         self.embed_tokens = operations.Embedding(c.vocab_size, c.width)
         self.soi = nn.Parameter(torch.zeros(1, c.width))
-        self.layers = nn.ModuleList(
-            Layer(c, i % c.sync_every == 0, operations, attention) for i in range(c.layers)
-        )
+        self.layers = nn.ModuleList(Layer(c, i % c.sync_every == 0, operations, attention) for i in range(c.layers))
         self.norm = operations.RMSNorm(c.width, eps=c.eps)
         self.head = operations.Linear(c.width, c.vocab_size)
         self.head_new = operations.Linear(c.width, c.new_tokens)

@@ -16,6 +16,7 @@ from .errors import CheckpointError, SettingError, StoryError, StoryTooLong
 from .pictures import preprocess
 from .reading import Reading, read
 from .story import Picture, Story, Text, TokenLayout, layout, require
+from .storyboard import plan_panels
 from .writing import Sampling, Written, score, write
 
 # The reference's prompts (`collator.py`); {story} is where the story's own segments go.
@@ -66,7 +67,7 @@ class MMInterleaved:
         if str(source) == "untrained" and not Path(source).exists():
             model = untrained()
             for block in (model.encoder, model.llm, model.decoder, model.unet):
-                block.to(device, dtype)
+                torch.nn.Module.to(block, device, dtype)  # diffusers' own `to` warns of every cast
             model.vae.to(device)
             return model
         config, blocks = checkpoint.load_blocks(source, dtype, device)
@@ -99,27 +100,34 @@ class MMInterleaved:
         """The story as token ids."""
         return layout(story, self.tokenizer, self.config.llm)
 
-    def fit(self, story: Story, room: int, drop_oldest: bool = False, what: str = "The story") -> Story:
+    def fit(
+        self, story: Story, room: int, drop_oldest: bool = False, what: str = "The story", pictures_to_come: int = 0
+    ) -> Story:
         """The story if it leaves `room` tokens of the LLM's context free, else without its oldest panels.
 
         Raises:
             StoryTooLong: if `drop_oldest` is off, or nothing that is left fits.
         """
         c = self.config.llm
+        most = c.max_pictures - 1  # row 0 of the table of relative positions stands for a picture not seen
         while True:
-            length, pictures = len(self.layout(story)), len(story.pictures)
-            over, too_many = length + room - c.context_length, pictures - (c.max_pictures - 1)
-            if over <= 0 and too_many <= 0:
+            length, pictures = len(self.layout(story)), len(story.pictures) + pictures_to_come
+            over = length + room - c.context_length
+            if over <= 0 and pictures <= most:
                 return story
             if not drop_oldest or len(story) <= 1:
-                if too_many > 0:
-                    said = f"{what} has {pictures} pictures, {too_many} more than the LLM can tell apart"
-                else:
-                    said = (
-                        f"{what} needs {length + room} tokens ({length} read, {room} to come), {over} more than the "
-                        f"LLM's context of {c.context_length}"
+                if pictures > most:
+                    fault = (
+                        f"has {pictures} pictures, {pictures - most} more than the {most} that the LLM can tell apart"
                     )
-                raise StoryTooLong(f"{said}; shorten it, or let the oldest panels be dropped (drop_oldest).")
+                else:
+                    fault = (
+                        f"needs {length + room} tokens ({length} to read and up to {room} to come), {over} more than "
+                        f"the LLM's context of {c.context_length}"
+                    )
+                raise StoryTooLong(
+                    f"{what} {fault}; make it shorter, or let its oldest panels be dropped (drop_oldest)."
+                )
             story = story.without_oldest()
 
     def _layouts_read(self, layouts: list[TokenLayout]) -> Reading:
@@ -179,11 +187,7 @@ class MMInterleaved:
         """
         if count < 1:
             raise SettingError(f"The number of pictures must be at least 1, not {count}.")
-        size = self.picture_size(drawing.size)
-        scheduler = make_scheduler(drawing.scheduler, self.config.scheduler)
-        most = self.config.decoder.max_pictures - 1
-        if drawing.look_back > most:
-            raise SettingError(f"look_back must be at most {most} for this model, not {drawing.look_back}.")
+        scheduler, size = self._check_drawing(drawing)
         stories = [self.encode(self.fit(story, 1, drop_oldest)) for story in stories]
         contexts = self.contexts(stories)
         with torch.no_grad():
@@ -221,6 +225,13 @@ class MMInterleaved:
                     level[i, j] = found
         return maps, visible
 
+    def _check_drawing(self, drawing: Drawing):
+        """The scheduler and size of a drawing; raises SettingError."""
+        most = self.config.decoder.max_pictures - 1
+        if drawing.look_back > most:
+            raise SettingError(f"look_back must be at most {most} for this model, not {drawing.look_back}.")
+        return make_scheduler(drawing.scheduler, self.config.scheduler), self.picture_size(drawing.size)
+
     def picture_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """A checked (width, height); raises SettingError."""
         if size is None:
@@ -235,7 +246,7 @@ class MMInterleaved:
     def tell(
         self, story: Story = Story(), panels: int = 3, picture_first: bool = False, sampling: Sampling = Sampling(),
         drawing: Drawing = Drawing(), seeds: list[int] | None = None, on_token=None, on_step=None,
-        on_panel: Callable[[Story], object] | None = None, drop_oldest: bool = False,
+        on_segment: Callable[[Story], object] | None = None, drop_oldest: bool = False,
     ) -> Story:  # fmt: skip
         """Goes on with a story for `panels` more panels, each text and picture made in view of all before it.
 
@@ -246,45 +257,57 @@ class MMInterleaved:
             panels: how many pictures to add.
             picture_first: whether a panel's picture comes before its text.
             seeds: for each panel, added to those of `sampling` and `drawing`; by default 0, 1, 2, ...
-            on_panel: called with the story after each panel.
+            on_segment: called with the story after each text and each picture.
 
         Returns:
             The whole story. Its texts and pictures are segments of their own, behind those of `story`.
         """
         if panels < 1:
             raise SettingError(f"The number of panels must be at least 1, not {panels}.")
-        if seeds is None:
-            seeds = list(range(panels))
-        if len(seeds) != panels:
-            raise SettingError(f"There must be one seed a panel, {panels}, not {len(seeds)}.")
-        self.picture_size(drawing.size)
-        make_scheduler(drawing.scheduler, self.config.scheduler)
-        slots = self.config.llm.slots + 1
-        if not drop_oldest:
-            texts = panels - (not picture_first and _ends_with_text(story))
-            self._room(story, panels, texts * sampling.max_new_tokens + panels * slots)
+        plan = plan_panels(story, panels, picture_first)
+        return self.follow(story, plan, sampling, drawing, seeds, on_token, on_step, on_segment, drop_oldest)
 
-        for seed in seeds:
-            s, d = replace(sampling, seed=sampling.seed + seed), replace(drawing, seed=drawing.seed + seed)
-            for is_text in (False, True) if picture_first else (True, False):
+    def follow(
+        self, story: Story, plan, sampling: Sampling = Sampling(), drawing: Drawing = Drawing(),
+        seeds: list[int] | None = None, on_token=None, on_step=None,
+        on_segment: Callable[[Story], object] | None = None, drop_oldest: bool = False,
+    ) -> Story:  # fmt: skip
+        """`tell` with the panels spelled out: `plan` has for each its steps, "write" and "draw", in order."""
+        seeds = list(range(len(plan))) if seeds is None else seeds
+        if len(seeds) != len(plan):
+            raise SettingError(f"There must be one seed a panel, {len(plan)}, not {len(seeds)}.")
+        self.check_plan(story, plan, sampling, drawing, drop_oldest)
+        for seed, steps in zip(seeds, plan):
+            for step in steps:
                 story = self.encode(story)
-                if not is_text:
-                    story = story.add(self.draw(story, d, None, on_step, drop_oldest))
-                elif picture_first or not _ends_with_text(story):
-                    written = self.write(story, s, on_token, drop_oldest)
+                if step == "draw":
+                    story = story.add(self.draw(story, drawing.plus(seed), None, on_step, drop_oldest))
+                else:
+                    written = self.write(story, sampling.plus(seed), on_token, drop_oldest)
                     story = story.add(Text(written.text, written.tokens))
-            if on_panel is not None:
-                on_panel(story)
+                if on_segment is not None:
+                    on_segment(story)
         return story
 
-    def _room(self, story: Story, panels: int, room: int) -> None:
-        self.fit(story, room, what=f"A story of {panels} more panels")
-        most = self.config.llm.max_pictures - 1
-        if len(story.pictures) + panels > most:
-            raise StoryTooLong(
-                f"A story of {len(story.pictures)} pictures and {panels} more is over the {most} that the LLM can tell "
-                "apart; tell fewer, or let the oldest panels be dropped (drop_oldest)."
-            )
+    def check_plan(
+        self,
+        story: Story,
+        plan,
+        sampling: Sampling = Sampling(),
+        drawing: Drawing = Drawing(),
+        drop_oldest: bool = False,
+    ) -> None:
+        """Raises what `follow` would, before any work: settings that do not fit, or a story that may not."""
+        steps = [step for panel in plan for step in panel]
+        unknown = set(steps) - {"write", "draw"}
+        if unknown:
+            raise SettingError(f"A step must be 'write' or 'draw', not {unknown.pop()!r}.")
+        self._check_drawing(drawing)
+        writes, draws = steps.count("write"), steps.count("draw")
+        room = writes * sampling.max_new_tokens + draws * (self.config.llm.slots + 1)
+        if drop_oldest:  # each step makes its own room; one alone must fit
+            room = sampling.max_new_tokens
+        self.fit(story, room, drop_oldest, f"A story with {len(plan)} more panels", 0 if drop_oldest else draws)
 
     # ---- questions ----
 
@@ -318,7 +341,9 @@ class MMInterleaved:
         """Summed log-probability of each option behind a story, in the order given."""
         if not options:
             raise StoryError("There are no options to score; give at least one.")
-        tokenized = [require(self.tokenizer).encode(o, after_text=True) if isinstance(o, str) else list(o) for o in options]
+        tokenized = [
+            require(self.tokenizer).encode(o, after_text=True) if isinstance(o, str) else list(o) for o in options
+        ]
         if not all(tokenized):
             raise StoryError("An option must not be empty.")
         story = self.encode(self.fit(story, max(map(len, tokenized))))
@@ -329,10 +354,6 @@ class MMInterleaved:
         story = self._prompted(prompt, story, question=question.strip()) if question.strip() else story
         ranked = [Choice(option, found) for option, found in zip(options, self.score(story, options))]
         return sorted(ranked, key=lambda choice: -choice.log_probability)
-
-
-def _ends_with_text(story: Story) -> bool:
-    return bool(story.segments) and isinstance(story.segments[-1], Text)
 
 
 @contextlib.contextmanager

@@ -54,9 +54,13 @@ def _decode(source, name: str) -> torch.Tensor:
     except PictureError:
         raise
     except Image.DecompressionBombError:
-        raise PictureError(f"The picture {name} is too large; at most {MAX_PIXELS // 10**6} megapixels are read.") from None
+        raise PictureError(
+            f"The picture {name} is too large; at most {MAX_PIXELS // 10**6} megapixels are read."
+        ) from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-        raise PictureError(f"The picture {name} cannot be read: {str(error).rstrip('.') or type(error).__name__}.") from None
+        raise PictureError(
+            f"The picture {name} cannot be read: {str(error).rstrip('.') or type(error).__name__}."
+        ) from None
 
 
 def to_pixels(source) -> torch.Tensor:
@@ -114,7 +118,7 @@ def _from_pil(image: Image.Image) -> torch.Tensor:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     array = np.array(image.convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float() / 255
 
 
 def _check_size(width: int, height: int, name: str) -> None:

@@ -231,8 +231,8 @@ class TokenLayout:
         whole = all(ids[i : i + c.slots] == (c.tokens.image,) * c.slots for i in starts)
         if not whole or ids.count(c.tokens.image) != len(starts) * c.slots or len(starts) != len(pictures):
             raise StoryError(
-                f"These token ids hold {ids.count(c.tokens.image)} image tokens for {len(pictures)} pictures; a picture "
-                f"is a start-of-image token and {c.slots} image tokens."
+                f"These token ids hold {ids.count(c.tokens.image)} image tokens for {len(pictures)} pictures; a "
+                f"picture is a start-of-image token and {c.slots} image tokens."
             )
         return cls(ids, pictures, tuple(i + c.slots for i in starts))
 

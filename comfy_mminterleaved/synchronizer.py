@@ -60,7 +60,7 @@ class Synchronizer(nn.Module):
         self.out_proj = operations.Linear(value_width, out_width)
 
     def reset_parameters(self, offset_range: float = 3.0):
-        """Offsets spread over +-`offset_range` cells whatever the query, weights from zero bias (`_reset_parameters`)."""
+        """Offsets spread over +-`offset_range` cells whatever the query, biases zero (`_reset_parameters`)."""
         nn.init.zeros_(self.offsets.weight)
         nn.init.uniform_(self.offsets.bias, -offset_range, offset_range)
         nn.init.zeros_(self.logits.bias)
@@ -101,6 +101,8 @@ class Synchronizer(nn.Module):
         visible = visible.unsqueeze(1) if visible.ndim == 2 else visible  # (N, 1 or Q, P)
         p = visible.shape[-1]
         sink = self.sink.to(query).view(heads, -1)
+        if not p:  # the sinks have all the weight
+            return self.out_proj(sink.flatten()).expand(n, q, -1)
 
         shown = visible.long()
         newest_first = (shown.sum(-1, keepdim=True) + 1 - shown.cumsum(-1)) * shown  # 1 is the newest, 0 not visible
@@ -109,15 +111,16 @@ class Synchronizer(nn.Module):
         logits = self.logits(projected).unsqueeze(2) + pictures.logit_table[newest_first]
         offsets = offsets.view(n, q, p, heads, 1, points, 2).transpose(2, 3)  # (N, Q, H, P, 1, K, 2)
         logits = logits.view(n, q, p, heads, levels, points + 1)[..., :points].transpose(2, 3)  # (N, Q, H, P, L, K)
-        logits = logits.masked_fill(~visible.view(n, -1, 1, p, 1, 1), float("-inf"))
+        logits = logits.masked_fill(~visible[:, :, None, :, None, None], float("-inf"))
 
         # The sinks have the constant logit -log(P * L) each: together they weigh like one with logit 0.
         logits = torch.cat([logits.flatten(3), logits.new_zeros(n, q, heads, 1)], dim=-1)
-        weights = logits.float().softmax(-1).to(query.dtype)
+        precise = torch.promote_types(query.dtype, torch.float32)  # half precision is too coarse for positions
+        weights = logits.to(precise).softmax(-1).to(query.dtype)
         weights, sink_weight = weights[..., :-1].view(n, q, heads, p, levels, points), weights[..., -1:]
 
-        side = torch.tensor([(w, h) for h, w in pictures.sizes], device=query.device, dtype=torch.float32).view(-1, 1, 2)
-        scale = torch.tensor(self.scales, device=query.device, dtype=torch.float32).view(-1, 1, 1)
-        centre = reference.float().view(-1, 1, 1, 1, 1, 2) * side - 0.5  # (1 or Q, 1, 1, L, 1, 2), in cells
-        found = gather(pictures.values, pictures.sizes, centre + offsets.float() * scale, weights)
+        side = torch.tensor([(w, h) for h, w in pictures.sizes], device=query.device, dtype=precise).view(-1, 1, 2)
+        scale = torch.tensor(self.scales, device=query.device, dtype=precise).view(-1, 1, 1)
+        centre = reference.to(precise).view(-1, 1, 1, 1, 1, 2) * side - 0.5  # (1 or Q, 1, 1, L, 1, 2), in cells
+        found = gather(pictures.values, pictures.sizes, centre + offsets.to(precise) * scale, weights)
         return self.out_proj(found + (sink_weight * sink).flatten(2))

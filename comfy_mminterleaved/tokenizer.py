@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 from .config import SpecialTokens
@@ -44,9 +45,10 @@ class Tokenizer:
         return [0 if i in forbidden or i >= self.vocab_size else i for i in ids]
 
     def decode(self, ids) -> str:
-        """Text of ids; special tokens have none."""
+        """Text of ids; special tokens have none, and control characters are left out."""
         forbidden = self.special.all()
-        return self.tokenizer.decode([i for i in ids if i not in forbidden], skip_special_tokens=False)
+        text = self.tokenizer.decode([i for i in ids if i not in forbidden], skip_special_tokens=False)
+        return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
     def save(self, path: str | Path) -> None:
         self.tokenizer.save(str(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,7 +41,7 @@ class Sampling:
 
     def __post_init__(self):
         for name, low, high in (
-            ("max_new_tokens", 1, None), ("min_new_tokens", 0, self.max_new_tokens), ("temperature", 1e-3, None),
+            ("max_new_tokens", 1, None), ("min_new_tokens", 0, None), ("temperature", 1e-3, None),
             ("top_k", 0, None), ("top_p", 1e-6, 1.0), ("repetition_penalty", 1e-3, None), ("beams", 1, 64),
             ("seed", 0, 2**63 - 1),
         ):  # fmt: skip
@@ -49,6 +49,10 @@ class Sampling:
             if not low <= value <= (high if high is not None else float("inf")):
                 top = f" and at most {high}" if high is not None else ""
                 raise SettingError(f"{name} must be at least {low}{top}, not {value}.")
+
+    def plus(self, seed: int) -> Sampling:
+        """The same settings with `seed` added to their own."""
+        return replace(self, seed=self.seed + seed)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""Everything a newcomer needs, with nothing but Python: makes an environment beside this file and works in it.
+
+python dev.py demo                       an illustrated story page in demo/
+python dev.py demo --picture cat.jpg --text "Mia the cat waited for the rain to stop."
+python dev.py test                       lint and tests; what follows goes to pytest
+python dev.py test --oldest              the tests with the oldest supported diffusers and transformers
+"""
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def environment(name: str, constraints: str, extra: str = "") -> Path:
+    """The Python of a virtual environment that has this project, made or brought up to date if need be."""
+    folder = HERE / name
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    wanted = "\n".join((HERE / f).read_text(encoding="utf-8") for f in ("pyproject.toml", constraints)) + extra
+    stamp = folder / "made-from.txt"
+    if python.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return python
+    sys.stderr.write(f"Making the environment {name}; the first time this downloads PyTorch and takes minutes.\n")
+    venv.create(folder, with_pip=True, clear=not python.is_file())
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", HERE / constraints]
+    # torch first and by its exact version: anything else may bring another build of it.
+    torch = next(
+        line for line in (HERE / constraints).read_text(encoding="utf-8").splitlines() if line.startswith("torch==")
+    )
+    subprocess.run([*pip, torch], check=True)
+    subprocess.run([*pip, "-e", f"{HERE}{extra}"], check=True)
+    stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def demo(args: list[str]) -> int:
+    python = environment(".venv", "tests/constraints.txt")
+    if not any(a in args for a in ("--text", "--picture", "--story", "--storyboard")):
+        args = ["--text", "Mia the cat sat by the door and waited for the rain to stop.", *args]
+    for option, value in (
+        ("--panels", "4"),
+        ("--steps", "20"),
+        ("--scheduler", "dpm++"),
+        ("--out", str(HERE / "demo")),
+    ):
+        if option not in args:
+            args = [*args, option, value]
+    return subprocess.run([python, "-m", "comfy_mminterleaved", "tell", *args]).returncode
+
+
+def test(args: list[str]) -> int:
+    oldest = "--oldest" in args
+    args = [a for a in args if a != "--oldest"]
+    if oldest:
+        python = environment(".venv-oldest", "tests/constraints-oldest.txt", "[test]")
+    else:
+        python = environment(".venv-test", "tests/constraints.txt", "[test]")
+    lint = subprocess.run([python, "-m", "ruff", "check", HERE], cwd=HERE)
+    tests = subprocess.run([python, "-m", "pytest", *args], cwd=HERE)
+    return lint.returncode or tests.returncode
+
+
+def main() -> int:
+    if sys.version_info < (3, 10):  # noqa: UP036, whoever runs this has any Python
+        sys.stderr.write(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.\n")
+        return 2
+    commands = {"demo": demo, "test": test}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        sys.stderr.write(__doc__)
+        return 2
+    try:
+        return commands[sys.argv[1]](sys.argv[2:])
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(f"This failed with exit code {error.returncode}: {' '.join(map(str, error.cmd))}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+HERE = Path(__file__).parent
+TINY = HERE / "golden" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def untrained():
+    """The small random model; its kept reading is dropped by whoever measures that."""
+    from comfy_mminterleaved.model import MMInterleaved
+
+    model = MMInterleaved.load("untrained", "cpu")
+    with torch.no_grad():  # gates, gammas and last convolutions start at zero: open them, or nothing can be seen
+        generator = torch.Generator().manual_seed(1)
+        for block in (model.encoder, model.llm, model.decoder):
+            for name, parameter in block.named_parameters():
+                if name.endswith(("gate", "gamma", "conv.weight")):
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+@pytest.fixture
+def pictures():
+    """Eight different pictures of 128 x 128 px."""
+    from comfy_mminterleaved.story import Picture
+
+    rng = np.random.default_rng(0)
+    small = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in range(8)]
+    return [Picture.of(image.resize((128, 128), Image.Resampling.BICUBIC)) for image in small]
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A real photograph (Chelsea, CC0, from scikit-image) as a JPEG of 451 x 300 px."""
+    data = pytest.importorskip("skimage.data")
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(data.chelsea()).save(path, quality=92)
+    return path

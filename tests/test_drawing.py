@@ -1,0 +1,167 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from comfy_mminterleaved import Drawing, Picture, Story
+from comfy_mminterleaved.drawing import SCHEDULERS, decode_latents, encode_latents, preview, sites_attached
+from comfy_mminterleaved.errors import SettingError
+
+FAST = Drawing(steps=2, scheduler="ddim", seed=1)
+
+
+@pytest.fixture
+def story(pictures):
+    return Story.of("Otto met a bear.", pictures[0], "It was", pictures[1], "Then")
+
+
+def off(a, b):
+    return (a.pixels - b.pixels).abs().max().item()
+
+
+@pytest.mark.parametrize("scheduler", [*SCHEDULERS, "HeunDiscreteScheduler"])
+def test_every_scheduler_and_the_same_alone_in_a_batch_and_again(untrained, pictures, story, scheduler):
+    drawing = Drawing(steps=3, scheduler=scheduler, seed=4)
+    alone = untrained.draw(story, drawing)
+    assert alone.pixels.shape == (3, 128, 128) and 0 <= alone.pixels.min() < alone.pixels.max() <= 1
+    others = [Story.of("nothing to look at"), Story.of(pictures[5])]
+    together = untrained.draw_all([others[0], story, others[1]], drawing, count=2)
+    assert off(together[1][0], alone) < 1e-3
+    assert off(untrained.draw(story, drawing), alone) < 1e-5
+    assert off(untrained.draw(story, replace(drawing, seed=5)), together[1][1]) < 1e-3 < off(*together[1])
+
+
+def test_what_is_looked_at(untrained, pictures, story):
+    """Pictures out of sight change nothing at the sites; those in sight do."""
+    encoded = untrained.encode(story)
+    contexts = untrained.contexts([encoded])
+
+    def drawn(look_back, segments):
+        maps, visible = untrained.looked_at([untrained.encode(Story(segments))], look_back)
+        prepared = untrained.decoder.prepare(maps, visible)
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad(), sites_attached(untrained.unet, untrained.decoder, prepared):
+            return untrained.unet(x, 500, untrained.decoder.condition(contexts)).sample
+
+    other = (encoded.segments[0], pictures[7], *encoded.segments[2:])
+    assert torch.allclose(drawn(1, encoded.segments), drawn(1, other), atol=1e-5)
+    assert (drawn(2, encoded.segments) - drawn(2, other)).abs().max() > 1e-4
+    assert (drawn(1, encoded.segments) - drawn(2, encoded.segments)).abs().max() > 1e-4
+    assert (drawn(0, encoded.segments) - drawn(1, encoded.segments)).abs().max() > 1e-4
+
+
+def test_strength_and_span_of_the_synchronizer(untrained, story):
+    full, none = untrained.draw(story, FAST), untrained.draw(story, replace(FAST, strength=0.0))
+    assert off(full, none) > 1e-3
+    assert off(none, untrained.draw(story, replace(FAST, start=1.0))) < 1e-6
+    assert off(none, untrained.draw(story, replace(FAST, end=0.0))) < 1e-6
+    half = untrained.draw(story, replace(FAST, end=0.5))
+    assert off(half, none) > 1e-4 < off(half, full)
+
+
+def test_the_unet_is_left_as_it_was(untrained, story):
+    before = [len(block._forward_pre_hooks) for block in untrained.unet.up_blocks]
+
+    def stop(step, steps, preview):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        untrained.draw(story, FAST, on_step=stop)
+    assert [len(block._forward_pre_hooks) for block in untrained.unet.up_blocks] == before == [0] * len(before)
+
+
+def test_all_sites_are_used(untrained, story):
+    used = []
+    handles = [
+        site.register_forward_hook(lambda *_, i=i: used.append(i)) for i, site in enumerate(untrained.decoder.sites)
+    ]
+    untrained.draw(story, replace(FAST, steps=1))
+    for handle in handles:
+        handle.remove()
+    assert sorted(used) == list(range(len(untrained.decoder.sites)))
+    assert used[0] == len(untrained.decoder.sites) - 1  # the mid output comes first
+
+
+def test_guidance_off_takes_the_positive_half_alone(untrained, story):
+    rows = []
+    handle = untrained.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(args[0])), with_kwargs=True
+    )
+    untrained.draw(story, replace(FAST, guidance=1.0))
+    untrained.draw(story, FAST)
+    handle.remove()
+    assert rows == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("size", [(128, 128), (160, 96), (64, 64)])
+def test_sizes(untrained, story, size):
+    assert untrained.draw(story, replace(FAST, size=size)).size == size
+
+
+@pytest.mark.parametrize("size", [(100, 128), (0, 128), (16, 16)])
+def test_a_size_that_does_not_divide_is_refused(untrained, story, size):
+    with pytest.raises(SettingError, match=f"{size[0]} x {size[1]} must be in multiples of 32 px"):
+        untrained.draw(story, replace(FAST, size=size))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_from_a_picture(untrained, story, pictures, scheduler):
+    """The less is done over, the nearer the result stays to what the VAE makes of the picture."""
+    begin = pictures[2]
+    kept = Picture(decode_latents(untrained.vae, encode_latents(untrained.vae, begin.pixels[None]))[0])
+    settings = Drawing(steps=10, scheduler=scheduler, strength=0, guidance=1)
+    little, much = (untrained.draw(story, replace(settings, denoise=d), begin) for d in (0.1, 1.0))
+    assert (little.pixels - kept.pixels).pow(2).mean() < (much.pixels - kept.pixels).pow(2).mean()
+
+
+def test_callback_has_previews(untrained, story):
+    seen = []
+    untrained.draw(story, replace(FAST, steps=3), on_step=lambda i, n, preview: seen.append((i, n, preview())))
+    assert [(i, n) for i, n, _ in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert all(p.shape == (1, 3, 16, 16) and 0 <= p.min() <= p.max() <= 1 for *_, p in seen)
+
+
+def test_a_preview_shows_the_colours_of_the_picture():
+    """On a VAE that keeps colours linearly (a fixed 8 x 8 mean), the fitted map gives them back."""
+    from types import SimpleNamespace
+
+    mix = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
+
+    class Vae:
+        config = SimpleNamespace(scaling_factor=0.5, block_out_channels=[1, 1, 1, 1])
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def encode(self, pictures):
+            small = torch.nn.functional.avg_pool2d(pictures, 8)
+            small = torch.cat([small, small.mean(1, keepdim=True) ** 2], 1)
+            return SimpleNamespace(latents=torch.einsum("ij,njhw->nihw", mix, small))
+
+    vae, picture = Vae(), torch.rand(1, 3, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    latents = vae.encode(picture * 2 - 1).latents * 0.5
+    assert torch.allclose(preview(vae, latents), picture[:, :, ::8, ::8], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("steps", 0), ("guidance", 0.5), ("seed", -1), ("look_back", -1), ("start", -0.1), ("end", 1.1), ("denoise", 0.0)],
+)
+def test_settings_out_of_range(name, value):
+    with pytest.raises(SettingError, match=f"{name} must be .*, not {value}"):
+        Drawing(**{name: value})
+
+
+def test_unknown_scheduler_and_too_much_to_look_at(untrained, story):
+    for name in ("nonsense", "UNet2DConditionModel"):
+        with pytest.raises(SettingError, match=f"scheduler '{name}' is not known; use ddpm, ddim"):
+            untrained.draw(story, replace(FAST, scheduler=name))
+    with pytest.raises(SettingError, match="look_back must be at most 9 for this model, not 10"):
+        untrained.draw(story, replace(FAST, look_back=10))
+
+
+def test_a_unet_of_another_shape_is_refused(untrained):
+    import diffusers
+
+    other = diffusers.UNet2DConditionModel.from_config({**untrained.config.unet, "layers_per_block": 2})
+    prepared = untrained.decoder.prepare(*untrained.looked_at([Story()], 1))
+    with pytest.raises(SettingError, match="The U-Net has 9 skips, but the synchronizer has sites for 6"):
+        sites_attached(other, untrained.decoder, prepared).__enter__()

@@ -1,0 +1,66 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from comfy_mminterleaved.sampling import BACKENDS, gather
+
+SIZES = [(5, 7), (4, 4), (1, 2)]
+
+
+def make(n=2, q=3, h=2, p=2, k=4, d=3, dtype=torch.float64, spread=6.0):
+    generator = torch.Generator().manual_seed(0)
+    cells = sum(a * b for a, b in SIZES)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    values = rand(n, p, cells, h, d)
+    points = rand(n, q, h, p, len(SIZES), k, 2) * spread + 2
+    return values, points, rand(n, q, h, p, len(SIZES), k)
+
+
+def by_grid_sample(values, points, weights):
+    """The reference's own route (`ms_deform_attn_core_pytorch`), one map at a time."""
+    n, p, _, h, d = values.shape
+    q = points.shape[1]
+    out = torch.zeros(n, q, h, d, dtype=values.dtype)
+    for i in range(p):
+        start = 0
+        for level, (height, width) in enumerate(SIZES):
+            image = values[:, i, start : start + height * width].permute(0, 2, 3, 1).reshape(n * h, d, height, width)
+            start += height * width
+            at = points[:, :, :, i, level].transpose(1, 2).reshape(n * h, q, -1, 2)
+            grid = (at + 0.5) / torch.tensor([width, height], dtype=at.dtype) * 2 - 1
+            found = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+            weight = weights[:, :, :, i, level].transpose(1, 2).reshape(n * h, 1, q, -1)
+            out += (found * weight).sum(-1).view(n, h, d, q).permute(0, 3, 1, 2)
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_is_the_weighted_grid_sample(backend):
+    values, points, weights = make()
+    found = gather(values, SIZES, points, weights, backend)
+    assert torch.allclose(found, by_grid_sample(values, points, weights), atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_against_finite_differences(backend):
+    values, points, weights = make(n=1, q=2, h=2, p=2, k=2, d=2, spread=1.5)
+    inputs = [t.requires_grad_() for t in (values, points, weights)]
+    assert torch.autograd.gradcheck(lambda v, p, w: gather(v, SIZES, p, w, backend), inputs, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_far_outside_counts_as_nothing(backend):
+    values, points, weights = make(dtype=torch.float32)
+    for far in (1e9, -1e9, 1e30):
+        assert gather(values, SIZES, torch.full_like(points, far), weights, backend).abs().max() == 0
+
+
+def test_backends_agree_in_half_precision():
+    values, points, weights = make(dtype=torch.float32)
+    want = gather(values, SIZES, points, weights, "plain")
+    for dtype in (torch.bfloat16, torch.float16):
+        found = gather(values.to(dtype), SIZES, points, weights.to(dtype), "bag")
+        assert (found.float() - want).abs().max() < 0.05 * want.abs().max()

@@ -1,0 +1,139 @@
+import json
+
+import pytest
+
+from comfy_mminterleaved import Picture, Story, Text
+from comfy_mminterleaved.errors import StoryError
+from comfy_mminterleaved.story import layout
+
+
+def panels(story):
+    return [(p.text, p.picture.key[:4] if p.picture else None) for p in story.panels()]
+
+
+def test_adding_returns_a_new_story(pictures):
+    story = Story.of("One.")
+    longer = story.add(pictures[0], "Two.", "")
+    assert len(story) == 1 and len(longer) == 3 and longer.text == "One.\nTwo."
+    with pytest.raises(AttributeError):
+        story.segments = ()
+    with pytest.raises(StoryError, match="must be a str, not int"):
+        Text(7)
+
+
+def test_panels(pictures):
+    a, b = pictures[:2]
+    ka, kb = a.key[:4], b.key[:4]
+    assert panels(Story.of("x", "y ", a, " z", b)) == [("x y", ka), ("z", kb)]
+    assert panels(Story.of(a, "x", b, "y", "z")) == [("x", ka), ("y z", kb)]
+    assert panels(Story.of(a, b, "y")) == [("", ka), ("y", kb)]
+    assert panels(Story.of("x", a, b, "end")) == [("x", ka), ("", kb), ("end", None)]
+    assert panels(Story()) == []
+
+
+def test_without_oldest(pictures):
+    a, b = pictures[:2]
+    assert Story.of("x", a, "y", b).without_oldest().text == "y"
+    assert Story.of(a, "x", "z", b, "y").without_oldest().segments[0] is b
+    assert Story.of("x", "y").without_oldest().text == "y"
+
+
+def test_json_round_trip(pictures, tmp_path):
+    story = Story.of("Zoë sah\neine 猫.", pictures[0], "<b>&", pictures[1])
+    data = json.loads(json.dumps(story.to_json()))
+    again = Story.from_json(data)
+    assert panels(again) == panels(story)
+    assert Story.from_json(json.dumps(data)).text == story.text
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ("{", "not JSON"),
+        ("[]", "must hold an object, not a list"),
+        ({}, "no format"),
+        (
+            {"format": "mm-interleaved-story", "segments": [7]},
+            "Segment 1 of the story file must be a text or a picture, not 7",
+        ),
+        (
+            {"format": "mm-interleaved-story", "segments": [{"picture": "../x.png"}]},
+            "'../x.png' must be named by a path below",
+        ),
+        ({"format": "mm-interleaved-story", "segments": [{"picture": "/etc/x.png"}]}, "'/etc/x.png' must be named"),
+        ({"format": "mm-interleaved-story", "segments": [{"picture": "C:\\x.png"}]}, "must be named"),
+        ({"format": "mm-interleaved-story", "segments": [{"picture": "nothing.png"}]}, "no picture file"),
+    ],
+)
+def test_bad_json(data, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Story.from_json(data, tmp_path)
+
+
+# ---- tokens ----
+
+
+def ids(model, *parts):
+    return list(layout(Story.of(*parts), model.tokenizer, model.config.llm).ids)
+
+
+def test_layout(untrained, pictures):
+    c, t = untrained.config.llm, untrained.config.llm.tokens
+    picture = [t.soi] + [t.image] * c.slots
+    a, b = (untrained.tokenizer.encode(x) for x in ("Hello.", "Bye."))
+    assert ids(untrained) == [t.bos]
+    assert ids(untrained, "Hello. ", pictures[0], " Bye.") == [t.bos, *a, *picture, *b]
+    assert ids(untrained, "Hello.", "Bye.") == [t.bos, *untrained.tokenizer.encode("Hello. Bye.")]
+    written = Text("Hello.", (40, 41))
+    assert ids(untrained, written, "Bye.") == [t.bos, 40, 41, *untrained.tokenizer.encode(" Bye.")]
+    assert ids(untrained, pictures[0], "Bye.") == [t.bos, *picture, *b]
+
+
+def test_visibility_restarts_at_a_bos(untrained, pictures):
+    c, t = untrained.config.llm, untrained.config.llm.tokens
+    story = Story.of(pictures[0], Text("", (t.bos, 9)), pictures[1], Text("", (9,)))
+    visible = layout(story, untrained.tokenizer, c).visible(c)
+    first, second = 2, 2 + c.slots + 3
+    assert visible[:first].sum() == 0
+    assert visible[first : first + c.slots, 0].all() and not visible[first + c.slots :, 0].any()
+    assert visible[second:, 1].all() and not visible[:second, 1].any()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<|image|>", "<|beginofimage|>", "<s>", "</s>", "a <s> b</s>", "<unk>", "<|endoftext|>", "\x00", "猫🐈 Zoë"],
+)
+def test_special_tokens_written_out_stay_text(untrained, text):
+    special = untrained.config.llm.tokens.all()
+    found = ids(untrained, text)[1:]
+    assert not set(found) & special
+    if text.isprintable():
+        assert untrained.tokenizer.decode(found) == text
+
+
+def test_special_tokens_stay_text_in_a_vocabulary_that_lists_them(untrained, tmp_path):
+    """As in Vicuna's tokenizer.json, with <s> and the picture tokens added as special tokens."""
+    from tokenizers import AddedToken
+
+    from comfy_mminterleaved.tokenizer import Tokenizer, byte_level
+
+    backend = byte_level(260)
+    backend.add_special_tokens(
+        [AddedToken(name, special=True) for name in ("<s>", "</s>", "<|beginofimage|>", "<|image|>")]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json", untrained.config.llm.tokens, 260)
+    text = "See <|beginofimage|><|image|> and <s>."
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert max(tokenizer.encode(text)) < 260
+
+
+def test_without_a_tokenizer_text_is_refused_in_a_sentence(untrained, pictures):
+    with pytest.raises(StoryError, match="no tokenizer"):
+        layout(Story.of("x"), None, untrained.config.llm)
+    assert layout(Story.of(pictures[0], Text("", (5,))), None, untrained.config.llm).pictures
+
+
+def test_a_picture_can_be_anything_a_picture_can_be(photo):
+    story = Story.of("x", Picture.of(photo))
+    assert story.pictures[0].size == (451, 300)

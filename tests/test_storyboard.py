@@ -1,0 +1,105 @@
+import json
+
+import pytest
+
+from comfy_mminterleaved import Picture
+from comfy_mminterleaved.errors import StoryError
+from comfy_mminterleaved.pictures import encode_png
+from comfy_mminterleaved.storyboard import load_storyboard
+
+
+@pytest.fixture
+def write(tmp_path, pictures):
+    (tmp_path / "art").mkdir()
+    for name, picture in zip("abc", pictures):
+        (tmp_path / "art" / f"{name}.png").write_bytes(encode_png(picture.pixels))
+
+    def write(data):
+        path = tmp_path / "board.json"
+        path.write_text(data if isinstance(data, str) else json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        return path
+
+    return write
+
+
+def parts(story, pictures):
+    names = {p.key: name for p, name in zip(pictures, "abc")}
+    return [names[s.key] if isinstance(s, Picture) else s.text for s in story]
+
+
+def own(*stories):
+    return {"format": "mm-interleaved-storyboard", "version": 1, "stories": list(stories)}
+
+
+def test_own_format(write, pictures):
+    board = own(
+        {"title": "Zoë", "opening": [{"text": "One."}, {"picture": "art/b.png"}], "panels": 2, "seed": 5},
+        {"opening": "Two."},
+        {"opening": [], "panels": 1, "picture_first": True},
+    )
+    first, second, third = load_storyboard(write(board))
+    assert parts(first.opening, pictures) == ["One.", "b"] and (first.title, first.seed) == ("Zoë", 5)
+    assert first.panels == (("write", "draw"),) * 2
+    assert second.panels == (("draw",), ("write", "draw"), ("write", "draw"))
+    assert third.panels == (("draw", "write"),)
+
+
+def annotation(**changes):
+    data = {
+        "sentences": ["one", "two", "three"], "images": ["./art/a.png", "art/b.png", "art/c.png"],
+        "sentence_ixs": [0, 1, 2], "image_first": [True, False, False], "generate_mode": "generate_texts",
+        "num_iter": 3,
+    }  # fmt: skip
+    return [{**data, **changes}]
+
+
+def test_the_references_format(write, pictures):
+    plan = load_storyboard(write(annotation()))[0]
+    assert parts(plan.opening, pictures) == ["a", "one", "two", "b", "three", "c"]
+    assert plan.panels == (("write", "draw"), ("write",))
+    drawn = load_storyboard(write(annotation(generate_mode="generate_images", num_iter=2)))[0]
+    assert parts(drawn.opening, pictures) == ["a", "one", "two", "b", "three"]
+    assert drawn.panels == (("draw", "write"),)
+
+
+def test_pictures_fill_their_places_in_the_order_listed(write, pictures):
+    """As in the reference: the place is the sentence's, the order the list's."""
+    plan = load_storyboard(write(annotation(sentence_ixs=[2, 0, 0], image_first=[False, False, True])))[0]
+    assert parts(plan.opening, pictures) == ["a", "one", "b", "two", "three", "c"]
+
+
+def test_the_picture_to_draw_need_not_exist(write, pictures):
+    board = annotation(images=["art/a.png", "art/b.png", "nowhere.png"], generate_mode="generate_images", num_iter=1)
+    assert load_storyboard(write(board))[0].panels == (("draw",),)
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ("{", "is not JSON in UTF-8"),
+        ("{}", "is no storyboard"),
+        ("[]", "holds no stories"),
+        ("[3]", "Story 1 of 'board.json' must be an object, not 3"),
+        (own({"opening": "x", "panels": 0}), "panels must be a whole number of at least 1, not 0"),
+        (own({"opening": "x", "seed": "a"}), "seed must be a whole number of at least 0, not 'a'"),
+        (own({"opening": "x", "title": 3}), "title must be text, not 3"),
+        (own({"opening": [{"picture": "../a.png"}]}), "'../a.png' must be named by a path below"),
+        (own({"opening": [{"picture": "art/z.png"}]}), "no picture file"),
+        (annotation(images=["a"]), "has 1 images, 3 sentence_ixs and 3 image_first; they must agree"),
+        (annotation(sentence_ixs=[0, 1, 3]), "a sentence_ix must be from 0 to 2, not 3"),
+        (annotation(generate_mode="sing"), "generate_mode must be one of generate_images, generate_texts, not 'sing'"),
+        (annotation(num_iter=0), "num_iter must be a whole number of at least 1, not 0"),
+        (annotation(sentences="x"), "must have the lists"),
+        (annotation(sentences=[1, 2, 3]), "must hold texts"),
+        (annotation(generate_mode="generate_images", image_first=[True] * 3), "must be at the end"),
+        (annotation(images=["/etc/a.png", "art/b.png", "art/c.png"]), "'/etc/a.png' must be named"),
+    ],
+)
+def test_bad_boards(write, data, message):
+    with pytest.raises(ValueError, match=message):
+        load_storyboard(write(data))
+
+
+def test_no_board(tmp_path):
+    with pytest.raises(StoryError, match="cannot be read: No such file"):
+        load_storyboard(tmp_path / "none.json")

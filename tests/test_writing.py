@@ -1,0 +1,164 @@
+import pytest
+import torch
+
+from comfy_mminterleaved import Sampling, Story
+from comfy_mminterleaved.errors import SettingError
+from comfy_mminterleaved.writing import write
+
+
+@pytest.fixture
+def story(pictures):
+    return Story.of("Otto met a bear.", pictures[0], "It was")
+
+
+def bias(model, token, by):
+    """Makes a token likelier for the length of a test."""
+    model.llm.head.bias[token] += by
+
+
+@pytest.fixture
+def eager(untrained):
+    """The model, its head restored afterwards."""
+    kept = untrained.llm.head.bias.clone()
+    untrained.forget()
+    yield untrained
+    untrained.llm.head.bias.copy_(kept)
+    untrained.forget()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"sample": False}, {"top_k": 0, "top_p": 1.0}, {"temperature": 0.2, "repetition_penalty": 1.0}, {"beams": 3}],
+)
+def test_the_same_alone_and_in_a_batch_and_again(untrained, pictures, story, settings):
+    sampling = Sampling(max_new_tokens=12, seed=5, **settings)
+    others = [Story.of(pictures[3]), Story.of("A much longer story without any picture, to pad the others.")]
+    alone = untrained.write(story, sampling)
+    together = untrained.write_all([others[0], story, others[1]], sampling)
+    assert together[1][0].tokens == alone.tokens == untrained.write(story, sampling).tokens
+    assert len(alone.tokens) == 12 and alone.stopped_by == "length"
+
+
+def test_several_texts_have_seeds_of_their_own(untrained, story):
+    texts = untrained.write_all([story], Sampling(max_new_tokens=6, seed=3), count=3)[0]
+    again = [untrained.write(story, Sampling(max_new_tokens=6, seed=seed)) for seed in (3, 4, 5)]
+    assert [t.tokens for t in texts] == [t.tokens for t in again]
+    assert len({t.tokens for t in texts}) == 3
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("least", [1, 5])
+@pytest.mark.parametrize("stop, name", [("eos", "end"), ("soi", "picture")])
+def test_stops_when_told_to_but_not_too_early(eager, story, beams, least, stop, name):
+    bias(eager, getattr(eager.config.llm.tokens, stop), 1e4)
+    written = eager.write(story, Sampling(max_new_tokens=9, min_new_tokens=least, beams=beams))
+    assert written.stopped_by == name and written.wants_picture == (stop == "soi")
+    assert len(written.tokens) == least - 1  # the one that stops it is counted in
+
+
+def test_only_text_is_written(eager, story):
+    tokens = eager.config.llm.tokens
+    for token in (tokens.image, tokens.pad, tokens.bos):
+        bias(eager, token, 1e4)
+    written = eager.write(story, Sampling(max_new_tokens=5))
+    assert not set(written.tokens) & tokens.all()
+    assert tokens.image in eager.write(story, Sampling(max_new_tokens=5, only_text=False, top_k=3, top_p=1.0)).tokens
+
+
+def test_repetition_penalty(eager, story):
+    favourite = eager.write(story, Sampling(max_new_tokens=1, min_new_tokens=0, sample=False)).tokens[0]
+    bias(eager, favourite, 3.0)
+    plain = eager.write(story, Sampling(max_new_tokens=8, sample=False, repetition_penalty=1.0)).tokens
+    penal = eager.write(story, Sampling(max_new_tokens=8, sample=False, repetition_penalty=1e3)).tokens
+    assert plain.count(favourite) > penal.count(favourite) == 1
+
+
+def test_callback_sees_the_text_and_may_stop(untrained, story):
+    seen = []
+    written = untrained.write(story, Sampling(max_new_tokens=20), lambda text: seen.append(text) or len(seen) == 4)
+    assert written.stopped_by == "callback" and len(written.tokens) == 4
+    assert len(seen) == 4 and seen[-1] == written.text
+
+
+def test_a_callback_stops_its_own_text_only(untrained, story):
+    texts = untrained.write_all([story] * 2, Sampling(max_new_tokens=7), on_token=lambda i, text: i == 0)
+    assert [len(row[0].tokens) for row in texts] == [1, 7]
+
+
+def test_beams_find_what_is_likelier_than_greedy(untrained, story):
+    untrained.forget()
+    length = 4
+    sampling = Sampling(max_new_tokens=length, min_new_tokens=length, repetition_penalty=1.0, beams=16)
+    found = untrained.write_all([story], sampling, count=3)[0]
+    assert found[0].score >= found[1].score >= found[2].score
+    greedy = untrained.write(
+        story, Sampling(max_new_tokens=length, min_new_tokens=length, sample=False, repetition_penalty=1.0)
+    )
+    scores = untrained.score(story, [list(t.tokens) for t in (*found, greedy)])
+    assert scores[0] == max(scores)
+    assert found[0].score == pytest.approx(scores[0] / (length + 1), abs=0.3)  # but for the tokens that are ruled out
+
+
+def test_scores_are_those_of_the_tokens_one_by_one(untrained, story):
+    options = [[5, 6, 7], [9], [200, 3]]
+    found = untrained.score(story, options)
+    for option, total in zip(options, found):
+        ids = untrained.layout(untrained.encode(story))
+        want, state = 0.0, story
+        for token in option:
+            from comfy_mminterleaved import Text
+
+            hidden = untrained._layouts_read([untrained.layout(untrained.encode(state))]).hidden[0][-1]
+            want += untrained.llm.logits(hidden).log_softmax(-1)[token].item()
+            state = state.add(Text("", (token,)))
+        assert total == pytest.approx(want, abs=1e-3) and len(ids) > 0
+    many = untrained.score(story, options * 9)  # more than are read at once
+    assert many == pytest.approx(found * 9, abs=1e-3)
+
+
+def test_writing_one_text_leaves_it_read(untrained, pictures):
+    story = Story.of("Otto met a bear.", pictures[0])
+    untrained.forget()
+    written = untrained.write(story, Sampling(max_new_tokens=6))
+    from comfy_mminterleaved import Text
+
+    longer = untrained.layout(untrained.encode(story.add(Text(written.text, written.tokens))))
+    assert untrained._layouts_read([longer]).reused == len(longer) - 1  # the last token was never fed
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("max_new_tokens", 0), ("min_new_tokens", -1), ("temperature", 0), ("top_p", 1.5), ("top_k", -1), ("beams", 0),
+     ("seed", -1), ("repetition_penalty", 0)],
+)  # fmt: skip
+def test_settings_out_of_range(name, value):
+    with pytest.raises(SettingError, match=f"{name} must be at least .*, not {value}"):
+        Sampling(**{name: value})
+
+
+def test_more_texts_than_beams_or_none(untrained, story):
+    with pytest.raises(SettingError, match="With 2 beams at most 2 texts"):
+        untrained.write_all([story], Sampling(beams=2), count=3)
+    with pytest.raises(SettingError, match="must be at least 1, not 0"):
+        untrained.write_all([story], count=0)
+
+
+def test_an_interrupt_leaves_the_model_usable(untrained, story):
+    def stop(text):
+        raise KeyboardInterrupt
+
+    want = untrained.write(story, Sampling(max_new_tokens=5)).tokens
+    with pytest.raises(KeyboardInterrupt):
+        untrained.write(story, Sampling(max_new_tokens=5), stop)
+    assert untrained.write(story, Sampling(max_new_tokens=5)).tokens == want
+
+
+def test_forked_readings_do_not_touch_each_other(untrained, pictures):
+    layout = untrained.layout(untrained.encode(Story.of(pictures[0], "Hello")))
+    from comfy_mminterleaved.reading import read
+
+    reading = read(untrained.llm, [layout])
+    length = len(reading.ids[0])
+    write(untrained.llm, reading, Sampling(max_new_tokens=4), count=2)
+    assert len(reading.ids[0]) == length and reading.cache.lengths == [length]
+    assert torch.isfinite(reading.hidden[0]).all()
