@@ -1,0 +1,95 @@
+import random
+
+import numpy as np
+import pytest
+
+from comfy_mminterleaved.training import world
+from comfy_mminterleaved.training.world import make_story, parse
+
+pytest.importorskip("resvg_py")
+from comfy_mminterleaved.training import paint
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_stories_are_what_they_promise(held_out):
+    for seed in range(300):
+        pages = make_story(seed, held_out)
+        assert 3 <= len(pages) <= 6
+        cast = {hero.look for page in pages for hero in page.scene.heroes}
+        assert len(cast) <= 2 and cast == {hero.look for hero in pages[0].scene.heroes}
+        assert all(world.look_held_out(*look) == held_out for look in cast)
+        assert all(world.pair_held_out(page.scene.place, page.scene.prop) == held_out for page in pages)
+        assert len({page.scene.place for page in pages}) == len({page.scene.prop for page in pages}) == len(pages)
+
+
+def test_a_seed_is_a_story():
+    assert make_story(5) == make_story(5) != make_story(6)
+    assert make_story(5) != make_story(5, held_out=True)
+
+
+def test_looks_are_only_in_pictures_after_the_first_page():
+    said = set(world.SPECIES) | set(world.COLOURS) | set(world.ACCESSORIES)
+    introduced = 0
+    for seed in range(300):
+        first, *rest = (set(page.text.lower().replace(".", "").split()) for page in make_story(seed))
+        introduced += bool(first & said)
+        assert not any(words & said for words in rest)
+    assert 70 < introduced < 130  # a third of the stories say them on the first page
+
+
+def test_names_teach_nothing():
+    looks = {}
+    for seed in range(2000):
+        for hero in make_story(seed)[0].scene.heroes:
+            looks.setdefault(hero.name, set()).add(hero.species)
+    assert all(len(species) > 12 for species in looks.values())
+
+
+@pytest.mark.parametrize("template", world.TEMPLATES)
+def test_every_text_reads_back(template):
+    rng = random.Random(template)
+    for seed in range(60):
+        for page in make_story(seed):
+            text = world.describe(page.scene, rng, template)
+            facts, want = parse(text), world.facts_of(page.scene)
+            assert facts == world.replace(want, heroes=())
+            shown = parse(world.caption(page.scene))
+            assert shown == world.replace(want, names=())
+        opening = make_story(seed)[0]
+        assert parse(opening.text).names == tuple(hero.name for hero in opening.scene.heroes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "Mia.", "Mia waves on the moon with a kite.", "Mia and Otto waves on the beach with a kite.",
+     "Mia waves on the beach with a kite. It is noon.", "Mia waves on the beach with a kite and a drum.",
+     "mia waves on the beach with a kite.", "Mia waves on the beach."],
+)  # fmt: skip
+def test_what_is_not_in_the_grammar(text):
+    assert parse(text) is None
+
+
+def test_the_words_are_those_of_the_texts():
+    texts = " ".join(page.text + " " + world.caption(page.scene) for seed in range(200) for page in make_story(seed))
+    assert set(texts.lower().replace(".", "").replace(",", "").split()) == world.words()
+
+
+def test_the_same_scene_is_the_same_picture_and_everything_shows():
+    scene = make_story(3, heroes=1)[0].scene
+    picture = paint.paint(scene).astype(int)
+    assert picture.shape == (128, 128, 3) and (picture == paint.paint(scene)).all()
+    hero = scene.heroes[0]
+
+    def differs(**changes):
+        return np.abs(paint.paint(world.replace(scene, **changes)).astype(int) - picture).sum()
+
+    for name, values in (("species", world.SPECIES), ("colour", world.COLOURS), ("accessory", world.ACCESSORIES)):
+        for value in values:
+            if value != getattr(hero, name):
+                assert differs(heroes=(world.replace(hero, **{name: value}),)) > 3000, (name, value)
+    for name, values in (("action", world.ACTIONS), ("place", world.PLACES), ("prop", world.PROPS)):
+        for value in values:
+            if value != getattr(scene, name):
+                assert differs(**{name: value}) > 3000, (name, value)
+    assert differs(far=not scene.far) > 3000 < differs(left=not scene.left)
+    assert differs(heroes=(world.replace(hero, name="Zoe"),)) == 0
