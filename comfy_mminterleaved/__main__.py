@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
             "--scheduler", default="ddpm", help="ddpm, ddim, dpm++, euler, unipc, or a class of diffusers"
         )
         group.add_argument("--size", metavar="WxH", help="in px (default: the model's own)")
-        group.add_argument("--look-back", type=int, default=1, help="how many pictures before are looked at")
+        group.add_argument("--look-back", type=int, help="how many pictures before are looked at")
         group.add_argument("--strength", type=float, default=1.0, help="of the synchronizer")
         group.add_argument("--start", type=float, default=0.0, help="of the synchronizer, as a fraction of the steps")
         group.add_argument("--end", type=float, default=1.0)

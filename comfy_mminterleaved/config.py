@@ -117,11 +117,24 @@ class DecoderConfig:
     sync_points: int = 8
     sync_width: int = 1024
     max_pictures: int = 10
+    look_back: int = 1
+
+
+# The reference's prompts (`collator.py`); {story} is where the story's own segments go.
+PROMPTS = {
+    "caption": "{story}a photo of",
+    "ask": "Based on the image, please answer the question. {story}{question} "
+    "Please provide an accurate answer within one word. The answer is:",
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """The whole model; `unet`, `vae` and `scheduler` are diffusers' own configurations, kept as they are."""
+    """The whole model.
+
+    `unet`, `vae` and `scheduler` are diffusers' own configurations, kept as they are; `prompts` are what the model was
+    trained to be asked with.
+    """
 
     encoder: EncoderConfig
     llm: LLMConfig
@@ -129,6 +142,7 @@ class Config:
     unet: dict = field(default_factory=dict)
     vae: dict = field(default_factory=dict)
     scheduler: dict = field(default_factory=dict)
+    prompts: dict = field(default_factory=lambda: dict(PROMPTS))
 
     def to_dict(self) -> dict:
         return {"format": "mm-interleaved", "version": 1, **dataclasses.asdict(self)}

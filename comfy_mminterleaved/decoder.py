@@ -23,7 +23,8 @@ from .synchronizer import PreparedPictures, Synchronizer
 class PreparedSites:
     """Pictures as every site reads them, for all steps of a drawing, and which of them each drawing looks at.
 
-    visible: bool (N, P). maps: for each site and size of its skip, positions and reference points, made when first met.
+    visible: bool (N, P), or (R, N, P) for R drawings of each row that look at different ones. maps: for each site and
+    size of its skip, positions and reference points, made when first met.
     """
 
     sites: tuple[PreparedPictures, ...]
@@ -46,14 +47,17 @@ class Site(nn.Module):
         self.conv = operations.Conv2d(width, width, 1)
 
     def forward(self, x, pictures: PreparedPictures, visible, positions, reference):
-        """x (R * N, C, h, w), R groups that look at the same N rows of pictures -> the same shape."""
-        n = visible.shape[0]
+        """x (R * N, C, h, w), R drawings (or halves of guidance) for each of N rows of pictures -> the same shape."""
+        n = visible.shape[-2]
         rows, c, h, w = x.shape
+        groups = rows // n
         query = self.query_norm(x.flatten(2).transpose(1, 2)) + positions
         # All groups' queries against one copy of the values.
-        query = query.view(rows // n, n, h * w, c).transpose(0, 1).flatten(1, 2)
-        found = self.mmfs(query, pictures, visible, reference.repeat(rows // n, 1))
-        found = found.view(n, rows // n, h * w, c).transpose(0, 1).reshape(rows, h * w, c)
+        query = query.view(groups, n, h * w, c).transpose(0, 1).flatten(1, 2)
+        if visible.ndim == 3:
+            visible = visible.transpose(0, 1).repeat_interleave(h * w, dim=1)  # (N, R * h * w, P)
+        found = self.mmfs(query, pictures, visible, reference.repeat(groups, 1))
+        found = found.view(n, groups, h * w, c).transpose(0, 1).reshape(rows, h * w, c)
         return self.conv(found.transpose(1, 2).reshape(rows, c, h, w))
 
 
@@ -99,7 +103,7 @@ class Decoder(nn.Module):
 
         Args:
             maps: the encoder's four maps, each (N, P, C, h, w), oldest picture first; P may be 0.
-            visible: bool (N, P).
+            visible: bool (N, P), or (R, N, P).
         """
         sizes = [tuple(m.shape[-2:]) for m in maps]
         features = torch.cat([m.flatten(3).transpose(2, 3) for m in maps], dim=2).to(self.negative.dtype)

@@ -34,7 +34,8 @@ class Drawing:
 
     steps: of the scheduler. guidance: classifier-free, 1 for none. scheduler: a name in SCHEDULERS or a class of
     diffusers. seed: of the first picture; a story's k-th picture has seed + k. size: (width, height) in px, None for
-    the size the model was trained at. look_back: how many of the pictures before are looked at.
+    the size the model was trained at. look_back: how many of the pictures before are looked at, None for as many as
+    the model is used to.
     strength: of the synchronizer, between the steps `start` and `end` (fractions of the steps).
     denoise: with a picture to start from, how much of the noising is done over; 1 forgets it.
     """
@@ -44,7 +45,7 @@ class Drawing:
     scheduler: str = "ddpm"
     seed: int = 0
     size: tuple[int, int] | None = None
-    look_back: int = 1
+    look_back: int | None = None
     strength: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -55,7 +56,7 @@ class Drawing:
             ("steps", 1, 1000), ("guidance", 1.0, 100.0), ("seed", 0, 2**63 - 1), ("look_back", 0, 1000),
             ("strength", -10.0, 10.0), ("start", 0.0, 1.0), ("end", 0.0, 1.0),
         ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
+            if getattr(self, name) is not None and not low <= getattr(self, name) <= high:
                 raise SettingError(f"{name} must be at least {low} and at most {high}, not {getattr(self, name)}.")
         if not 0 < self.denoise <= 1:
             raise SettingError(f"denoise must be over 0 and at most 1, not {self.denoise}.")

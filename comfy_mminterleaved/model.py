@@ -19,13 +19,6 @@ from .story import Picture, Story, Text, TokenLayout, layout, require
 from .storyboard import plan_panels
 from .writing import Sampling, Written, score, write
 
-# The reference's prompts (`collator.py`); {story} is where the story's own segments go.
-CAPTION_PROMPT = "{story}a photo of"
-ASK_PROMPT = (
-    "Based on the image, please answer the question. {story}{question} "
-    "Please provide an accurate answer within one word. The answer is:"
-)
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -193,7 +186,7 @@ class MMInterleaved:
         with torch.no_grad():
             states = self.decoder.condition(contexts)
         rows = [i for i in range(len(stories)) for _ in range(count)]
-        maps, visible = self.looked_at([stories[i] for i in rows], drawing.look_back)
+        maps, visible = self.looked_at([stories[i] for i in rows], self._look_back(drawing))
         with torch.no_grad():
             prepared = self.decoder.prepare(maps, visible)
         pictures = draw(
@@ -228,9 +221,12 @@ class MMInterleaved:
     def _check_drawing(self, drawing: Drawing):
         """The scheduler and size of a drawing; raises SettingError."""
         most = self.config.decoder.max_pictures - 1
-        if drawing.look_back > most:
+        if self._look_back(drawing) > most:
             raise SettingError(f"look_back must be at most {most} for this model, not {drawing.look_back}.")
         return make_scheduler(drawing.scheduler, self.config.scheduler), self.picture_size(drawing.size)
+
+    def _look_back(self, drawing: Drawing) -> int:
+        return self.config.decoder.look_back if drawing.look_back is None else drawing.look_back
 
     def picture_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """A checked (width, height); raises SettingError."""
@@ -316,17 +312,20 @@ class MMInterleaved:
         filled = [part.format(**values).strip() for part in (before, after)]
         return Story.of(filled[0]).add(*story.segments, filled[1])
 
+    def _question(self, story: Story, question: str, prompt: str | None) -> Story:
+        return self._prompted(prompt or self.config.prompts["ask"], story, question=question.strip())
+
     def ask(
-        self, story: Story, question: str, sampling: Sampling | None = None, prompt: str = ASK_PROMPT, on_token=None
+        self, story: Story, question: str, sampling: Sampling | None = None, prompt: str | None = None, on_token=None
     ) -> Written:
-        """Answers a question about a story's pictures; `prompt` has {story} and {question}."""
+        """Answers a question about a story's pictures; `prompt` has {story} and {question}; None is the model's own."""
         if not question.strip():
             raise StoryError("A question must not be empty.")
         sampling = sampling or Sampling(max_new_tokens=30, min_new_tokens=1, sample=False, repetition_penalty=1.0)
-        return self.write(self._prompted(prompt, story, question=question.strip()), sampling, on_token)
+        return self.write(self._question(story, question, prompt), sampling, on_token)
 
     def caption(
-        self, picture, sampling: Sampling | None = None, count: int = 1, prompt: str = CAPTION_PROMPT
+        self, picture, sampling: Sampling | None = None, count: int = 1, prompt: str | None = None
     ) -> list[Written]:
         """`count` captions of a picture (or of a story's last); by default the reference's five beams."""
         story = picture if isinstance(picture, Story) else Story.of(Picture.of(picture))
@@ -335,7 +334,7 @@ class MMInterleaved:
         sampling = sampling or Sampling(
             max_new_tokens=30, min_new_tokens=8, repetition_penalty=1.0, beams=max(5, count)
         )
-        return self.write_all([self._prompted(prompt, story)], sampling, count)[0]
+        return self.write_all([self._prompted(prompt or self.config.prompts["caption"], story)], sampling, count)[0]
 
     def score(self, story: Story, options: list[str | list[int]]) -> list[float]:
         """Summed log-probability of each option behind a story, in the order given."""
@@ -349,9 +348,9 @@ class MMInterleaved:
         story = self.encode(self.fit(story, max(map(len, tokenized))))
         return score(self.llm, self._layouts_read([self.layout(story)]), tokenized)
 
-    def choose(self, story: Story, options: list[str], question: str = "", prompt: str = ASK_PROMPT) -> list[Choice]:
+    def choose(self, story: Story, options: list[str], question: str = "", prompt: str | None = None) -> list[Choice]:
         """Ranks options, likeliest first, as the next text of a story, or as the answer to a question about it."""
-        story = self._prompted(prompt, story, question=question.strip()) if question.strip() else story
+        story = self._question(story, question, prompt) if question.strip() else story
         ranked = [Choice(option, found) for option, found in zip(options, self.score(story, options))]
         return sorted(ranked, key=lambda choice: -choice.log_probability)
 
