@@ -275,3 +275,26 @@ def words() -> set[str]:
 
 def without_names(scene: Scene) -> Scene:
     return replace(scene, heroes=tuple(replace(hero, name="") for hero in scene.heroes))
+
+
+def questions(scene: Scene) -> list[tuple[str, str]]:
+    """What can be asked of a picture, with the answers; of the looks only where one hero is alone."""
+    asked = [
+        ("Where is it?", PLACES[scene.place].capitalize() + "."),
+        ("What is there?", PROPS[scene.prop].capitalize() + "."),
+        (
+            "What happens?",
+            f"{'They' if len(scene.heroes) > 1 else 'Someone'} {ACTIONS[scene.action][len(scene.heroes) > 1]}.",
+        ),
+    ]
+    if len(scene.heroes) == 1:
+        (hero,) = scene.heroes
+        worn = hero.accessory if hero.accessory == "glasses" else f"a {hero.accessory}"
+        asked += [
+            ("Who is it?", f"A {hero.species}."),
+            ("Which colour is the coat?", hero.colour.capitalize() + "."),
+            ("What is worn?", worn.capitalize() + "."),
+        ]
+    else:
+        asked.append(("Who is it?", " and ".join(f"a {hero.species}" for hero in scene.heroes).capitalize() + "."))
+    return asked

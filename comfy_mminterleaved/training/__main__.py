@@ -1,0 +1,231 @@
+"""Training, stage by stage: python -m comfy_mminterleaved.training vae | language | decoder | joint | export.
+
+Each stage can be stopped at any time and goes on from its last checkpoint when called again. Everything is kept in one
+folder: the pictures, a folder a stage with its log, curves, samples and weights, and config.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import checkpoint
+from ..config import Config
+from ..drawing import decode_latents, encode_latents
+from ..errors import CheckpointError, MMInterleavedError
+from ..files import make_folder, write_bytes, write_json
+from ..initialize import new_blocks
+from ..model import MMInterleaved
+from ..pictures import encode_png
+from ..story import Picture, Story
+from .data import Batches, Book
+from .learn import LearnStories, LearnVAE
+from .loop import Stage, train
+from .recipe import make_tokenizer, starter
+
+STAGES = ("vae", "language", "decoder", "joint")
+HELD_OUT_STORIES = 200
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="comfy_mminterleaved.training", description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=(*STAGES, "export"))
+    parser.add_argument("--out", default="runs/starter", help="the folder of the run (default: %(default)s)")
+    parser.add_argument("--stories", type=int, default=12000, help="painted once and kept (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, help="stop after so long, at a checkpoint")
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument("--steps", type=int), parser.add_argument("--batch", type=int)
+    parser.add_argument("--learning-rate", type=float, dest="learning_rate")
+    args = parser.parse_args(argv)
+    try:
+        if args.stage == "export":
+            export(Path(args.out))
+        else:
+            changes = {name: getattr(args, name) for name in ("steps", "batch", "learning_rate")}
+            stage = Stage.read(Path(__file__).parent / "stages" / f"{args.stage}.json", **changes)
+            run(stage, make_folder(args.out), args.stories, args.precision, args.minutes)
+    except MMInterleavedError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return 2
+    return 0
+
+
+def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: float | None = None) -> None:
+    """One run of a stage: to its end, or for some minutes."""
+    config, blocks = load_run(out, stage.needs)
+    for name, block in blocks.items():
+        block.requires_grad_(name in stage.blocks)
+    for name in stage.blocks:  # what is fixed stays fixed
+        for key, parameter in blocks[name].named_parameters():
+            if key.endswith(("position_map", "positions", "sink")):
+                parameter.requires_grad_(False)
+    book, held_out = Book(out, stories), Book(out, min(HELD_OUT_STORIES, stories), held_out=True)
+    trained = {name: blocks[name] for name in stage.blocks}
+    folder = out / stage.name
+    common = {"precision": precision, "minutes": minutes}
+    if stage.name == "vae":
+        learner = LearnVAE(blocks["vae"])
+
+        def pictures(seed: int) -> tuple:
+            return (book.random_pictures(stage.batch, random.Random(f"pictures {seed}")).to(device_of(learner)),)
+
+        validation = [(held_out.pictures(range(i * 16, i * 16 + 16)),) for i in range(4)]
+        done = train(
+            stage, learner, trained, folder, pictures, validation, on_sample=lambda step: vae_sheet(
+                blocks["vae"], held_out.pictures(range(0, 240, 15)), folder / f"samples-{step:06d}.png"
+            ), **common,
+        )  # fmt: skip
+        if done:
+            scale = 1 / float(torch.cat([blocks["vae"].encode(p * 2 - 1).latents for (p,) in validation]).std())
+            config = replace(config, vae={**config.vae, "scaling_factor": round(scale, 4)})
+            write_json(out / "config.json", config.to_dict())
+        return
+
+    tokenizer = tokenizer_of(out)
+    draws = stage.name != "language"
+    learner = LearnStories(blocks, config.scheduler, texts=stage.name != "decoder", draws=draws)
+    share = 1.0 if stage.name == "decoder" else 0.7
+    batches = Batches(book, config, tokenizer, stage.batch, share)
+    seen = Batches(held_out, config, tokenizer, stage.batch, share)
+    latents = latents_of(out, book, blocks["vae"]) if draws else None
+    seen_latents = latents_of(out, held_out, blocks["vae"]) if draws else None
+
+    def arguments(made, cache) -> tuple:
+        device = device_of(learner)
+        if cache is None:
+            return (made.to(device),)
+        known = torch.from_numpy(cache[made.rows.flatten().numpy()]).float().unflatten(0, tuple(made.rows.shape))
+        return made.to(device), known.to(device)
+
+    def sample(step: int) -> None:
+        model = MMInterleaved(config, {name: block.eval() for name, block in blocks.items()}, tokenizer)
+        if draws:
+            story_sheet(model, held_out, folder / f"samples-{step:06d}.png")
+        else:
+            write_bytes(folder / f"samples-{step:06d}.txt", captions(model, held_out).encode("utf-8"))
+
+    train(
+        stage, learner, trained, folder, lambda seed: arguments(batches.make(seed), latents),
+        [arguments(seen.make(seed), seen_latents) for seed in range(8)], on_sample=sample, **common,
+    )  # fmt: skip
+
+
+# ---- what a run keeps ----
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def load_run(out: Path, needs=()) -> tuple[Config, dict[str, torch.nn.Module]]:
+    """The config and blocks of a run as they are now: each from the last stage that trained it, else fresh."""
+    config = starter()
+    if (out / "config.json").exists():
+        config = Config.from_dict(checkpoint.read_json(out / "config.json"))
+    blocks = new_blocks(config)
+    for name, block in blocks.items():
+        found = [out / stage / f"{name}.safetensors" for stage in reversed(STAGES)]
+        found = [path for path in found if path.exists()]
+        if found:
+            tensors = checkpoint.read_tensors(found[0])
+            expected, shapes = checkpoint.shapes(block), {key: tuple(t.shape) for key, t in tensors.items()}
+            checkpoint.check(expected, shapes, repr(str(found[0])))
+            block.load_state_dict(tensors)
+        elif name in needs:
+            raise CheckpointError(f"The run {str(out)!r} has no trained {name} yet; run its stage first.")
+    return config, blocks
+
+
+def tokenizer_of(out: Path):
+    """The run's tokenizer, made when first asked for."""
+    from ..tokenizer import Tokenizer
+    from .recipe import TEXT_TOKENS
+
+    path = out / "tokenizer.json"
+    if not path.exists():
+        make_tokenizer().save(path)
+    return Tokenizer.load(path, starter().llm.tokens, TEXT_TOKENS)
+
+
+@torch.no_grad()
+def latents_of(out: Path, book: Book, vae) -> np.ndarray:
+    """Scaled latents of all pictures of a book, float16, made once for a VAE."""
+    weights = out / "vae" / "vae.safetensors"
+    path = out / f"latents-{len(book)}-{int(weights.stat().st_mtime)}.npy"
+    if not path.exists():
+        vae = vae.eval()
+        parts = [encode_latents(vae, book.pictures(range(i, min(i + 64, len(book))))) for i in range(0, len(book), 64)]
+        np.save(path.with_suffix(".part.npy"), torch.cat(parts).half().numpy())
+        path.with_suffix(".part.npy").rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def export(out: Path) -> Path:
+    """Writes the run's model as a checkpoint of this project's layout, float16: `out`/model."""
+    config, blocks = load_run(out, ("vae", "encoder", "llm", "synchronizer", "unet"))
+    tensors = {name: block.state_dict() for name, block in blocks.items()}
+    checkpoint.save(out / "model", config, tensors, tokenizer_of(out), torch.float16)
+    return out / "model"
+
+
+# ---- samples ----
+
+
+def _grid(rows: list[torch.Tensor], path: Path) -> None:
+    """Rows of pictures (count, 3, h, w) as one PNG."""
+    widest = max(len(row) for row in rows)
+    padded = [torch.cat([row, row.new_ones(widest - len(row), *row.shape[1:])]) for row in rows]
+    sheet = torch.cat([torch.cat(list(row), dim=2) for row in padded], dim=1)
+    write_bytes(path, encode_png(sheet))
+
+
+@torch.no_grad()
+def vae_sheet(vae, pictures: torch.Tensor, path: Path) -> None:
+    """Pictures over their reconstructions."""
+    vae = vae.eval()
+    pictures = pictures.to(device_of(vae))
+    _grid([row.cpu() for row in (pictures, decode_latents(vae, encode_latents(vae, pictures)))], path)
+
+
+@torch.no_grad()
+def story_sheet(model: MMInterleaved, book: Book, path: Path, stories: int = 4) -> None:
+    """Held-out stories: the true pictures over the model's, of which the first is given."""
+    from ..drawing import Drawing
+
+    rows = []
+    for number in range(stories):
+        pages, first = book.stories[number], int(book.first[number])
+        true = book.pictures(range(first, first + len(pages)))
+        story, drawn = Story.of(pages[0].text, Picture(true[0])), [true[0]]
+        for page in pages[1:]:
+            story = model.encode(story.add(page.text))
+            picture = model.draw(story, Drawing(steps=20, scheduler="dpm++", guidance=3.0, seed=number))
+            drawn.append(picture.pixels)
+            story = story.add(picture)
+        rows += [true, torch.stack(drawn)]
+    model.forget()
+    _grid(rows, path)
+
+
+@torch.no_grad()
+def captions(model: MMInterleaved, book: Book, count: int = 12) -> str:
+    """True captions over the model's."""
+    from ..writing import Sampling
+    from . import world
+
+    greedy, lines = Sampling(max_new_tokens=40, min_new_tokens=1, sample=False, repetition_penalty=1.0), []
+    for story in range(count):
+        picture = Picture(book.pictures([int(book.first[story])])[0])
+        lines += [world.caption(book.stories[story][0].scene), model.caption(picture, greedy)[0].text, ""]
+    model.forget()
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

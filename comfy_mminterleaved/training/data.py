@@ -1,0 +1,160 @@
+"""Pictures and batches of the picture-book world, the same for the same seed whatever the machine."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..config import Config
+from ..story import Picture, Story, TokenLayout, layout
+from ..tokenizer import Tokenizer
+from . import paint, world
+
+CAPTION, ASK = "Caption:", "Question: {question} Answer:"
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of N stories that all have P pictures.
+
+    pixels: float (N, P, 3, side, side). ids: (N, L). targets: (N, L), the next token where it is learned, else IGNORE.
+    visible: bool (N, L, P). starts: (N, P), where each picture's start-of-image token is. rows: (N, P), the pictures'
+    numbers in the cache. draws: whether the pictures are to be drawn.
+    """
+
+    pixels: torch.Tensor
+    ids: torch.Tensor
+    targets: torch.Tensor
+    visible: torch.Tensor
+    starts: torch.Tensor
+    rows: torch.Tensor
+    draws: bool
+
+    def to(self, device) -> Batch:
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return Batch(**moved, draws=self.draws)
+
+
+def _paint_story(job: tuple[int, bool, int]) -> np.ndarray:
+    seed, held_out, side = job
+    return np.stack([paint.paint(page.scene, side) for page in world.make_story(seed, held_out)])
+
+
+class Book:
+    """Stories with their pictures painted once, kept in one memory-mapped file.
+
+    Args:
+        folder: where the file is, or will be made; it is kept if it has as many stories already.
+        stories: how many; seeds count from 0.
+        held_out: of combinations that training never sees.
+    """
+
+    def __init__(
+        self, folder: str | Path, stories: int, held_out: bool = False, side: int = paint.SIDE, workers: int = 2
+    ):
+        self.stories = [world.make_story(seed, held_out) for seed in range(stories)]
+        self.first = np.cumsum([0, *map(len, self.stories)])
+        path = Path(folder) / f"{'held-out' if held_out else 'pictures'}-{side}-{stories}.npy"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".part.npy")
+            pixels = np.lib.format.open_memmap(aside, "w+", np.uint8, (int(self.first[-1]), side, side, 3))
+            jobs = [(seed, held_out, side) for seed in range(stories)]
+            with ProcessPoolExecutor(workers) as pool:
+                for number, pictures in enumerate(pool.map(_paint_story, jobs, chunksize=16)):
+                    pixels[self.first[number] : self.first[number + 1]] = pictures
+            pixels.flush()
+            del pixels
+            aside.rename(path)
+        self.pixels = np.load(path, mmap_mode="r")
+        self.by_length: dict[int, list[int]] = {}
+        for number, story in enumerate(self.stories):
+            self.by_length.setdefault(len(story), []).append(number)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def pictures(self, rows) -> torch.Tensor:
+        """Pictures by number, float (len(rows), 3, side, side) in [0, 1]."""
+        return torch.from_numpy(self.pixels[np.asarray(rows)]).permute(0, 3, 1, 2).float() / 255
+
+    def random_pictures(self, count: int, rng: random.Random) -> torch.Tensor:
+        return self.pictures(sorted(rng.randrange(len(self)) for _ in range(count)))
+
+
+class Batches:
+    """Batches of sequences from a Book: stories text first and picture first, captions, questions.
+
+    Args:
+        pictures: how many pictures a batch has, about.
+        stories_share: of the batches; the rest are captions and questions on single pictures.
+    """
+
+    def __init__(self, book: Book, config: Config, tokenizer: Tokenizer, pictures: int, stories_share: float = 0.7):
+        self.book, self.config, self.tokenizer = book, config, tokenizer
+        self.pictures, self.stories_share = pictures, stories_share
+        self.blank = Picture(torch.zeros(3, 8, 8))  # the layout of a story needs no pixels
+
+    def make(self, seed: int) -> Batch:
+        """The batch of a seed."""
+        rng = random.Random(f"batch {seed}")
+        if rng.random() < self.stories_share:
+            panels = rng.choice(sorted(self.book.by_length))
+            count = max(1, round(self.pictures / panels))
+            numbers = [rng.choice(self.book.by_length[panels]) for _ in range(count)]
+            first = rng.random() < 0.5
+            sequences = [self._story(number, first) for number in numbers]
+            rows = [[int(self.book.first[number]) + i for i in range(panels)] for number in numbers]
+            return self._collate(sequences, rows, draws=True)
+        rows = [rng.randrange(len(self.book)) for _ in range(self.pictures)]
+        return self._collate([self._single(row, rng) for row in rows], [[row] for row in rows], draws=False)
+
+    def _story(self, number: int, picture_first: bool) -> tuple[TokenLayout, int]:
+        story = Story()
+        for page in self.book.stories[number]:
+            story = story.add(self.blank, page.text) if picture_first else story.add(page.text, self.blank)
+        return self._layout(story), 1
+
+    def _single(self, row: int, rng: random.Random) -> tuple[TokenLayout, int]:
+        """A caption or an answer; only what comes after the prompt is learned."""
+        number = int(np.searchsorted(self.book.first, row, side="right")) - 1
+        scene = self.book.stories[number][row - int(self.book.first[number])].scene
+        if rng.random() < 0.6:
+            prompt, text = CAPTION, world.caption(scene)
+        else:
+            question, text = rng.choice(world.questions(scene))
+            prompt = ASK.format(question=question)
+        prompted = self._layout(Story.of(self.blank, prompt))
+        ids = (*prompted.ids, *self.tokenizer.encode(text, after_text=True))
+        return TokenLayout(ids, prompted.pictures, prompted.picture_ends), len(prompted)
+
+    def _layout(self, story: Story) -> TokenLayout:
+        return layout(story, self.tokenizer, self.config.llm)
+
+    def _collate(self, sequences: list[tuple[TokenLayout, int]], rows: list[list[int]], draws: bool) -> Batch:
+        c, t = self.config.llm, self.config.llm.tokens
+        longest = max(len(found) for found, _ in sequences) + 1
+        n, p = len(sequences), len(rows[0])
+        ids = torch.full((n, longest), t.pad)
+        targets = torch.full((n, longest), IGNORE)
+        visible = torch.zeros(n, longest, p, dtype=torch.bool)
+        for i, (found, learned_from) in enumerate(sequences):
+            tokens = torch.tensor([*found.ids, t.eos])
+            ids[i, : len(tokens)] = tokens
+            visible[i, : len(found)] = found.visible(c)
+            following = tokens[1:].clone()
+            following[following == t.image] = IGNORE
+            following[: learned_from - 1] = IGNORE
+            if following[0] == t.soi:  # a story that opens with a picture is the user's choice (`is_bos2soi_token`)
+                following[0] = IGNORE
+            targets[i, : len(following)] = following
+        starts = torch.tensor([[end - c.slots - 1 for end in found.picture_ends] for found, _ in sequences])
+        rows = torch.tensor(rows)
+        pixels = self.book.pictures(rows.flatten().tolist()).unflatten(0, (n, p))
+        return Batch(pixels, ids, targets, visible, starts, rows, draws)

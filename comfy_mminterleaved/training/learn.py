@@ -1,0 +1,101 @@
+"""What is learned: modules whose forward takes a batch and gives losses (paper 3.3; `MMInterleaved.forward`)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..drawing import make_scheduler, sites_attached
+from .data import IGNORE, Batch
+
+IMAGE_WEIGHT = 10.0  # of the noise prediction's loss beside the text's
+UNCONDITIONAL = 0.1
+
+
+class LearnVAE(nn.Module):
+    """Reconstruction of pictures through AutoencoderTiny's latents.
+
+    L1 on pixels and on their differences, so that edges stay edges; noise on the latents, so that near latents mean
+    near pictures; a pull to unit size, so that a diffusion model finds them as it expects them.
+    """
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+        """pictures (N, 3, side, side) in [0, 1]."""
+        wanted = pictures * 2 - 1
+        latents = self.vae.encode(wanted).latents
+        noise = torch.randn_like(latents) * 0.05 if self.training else 0
+        found = self.vae.decode(latents + noise).sample
+        pixels = (found - wanted).abs().mean()
+        edges = sum((found.diff(dim=d) - wanted.diff(dim=d)).abs().mean() for d in (-1, -2))
+        size = latents.float().pow(2).mean()
+        return {
+            "loss": pixels + edges + 0.01 * (size - 1).pow(2),
+            "pixels": pixels,
+            "edges": edges,
+            "latent_size": size,
+        }
+
+
+class LearnStories(nn.Module):
+    """Next token and noise prediction on whole stories, each panel in view of all before it.
+
+    Args:
+        blocks: by name; those to be trained have parameters that require gradients.
+        scheduler: settings of the noise schedule.
+        texts, draws: which of the two losses.
+    """
+
+    def __init__(self, blocks: dict[str, nn.Module], scheduler: dict, texts: bool = True, draws: bool = True):
+        super().__init__()
+        self.encoder, self.llm = blocks["encoder"], blocks["llm"]
+        self.decoder, self.unet = (blocks["synchronizer"], blocks["unet"]) if draws else (None, None)
+        self.noise = make_scheduler("ddpm", scheduler)
+        self.texts, self.draws = texts, draws
+
+    def forward(self, batch: Batch, latents: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled; needed to draw."""
+        n, p = batch.pixels.shape[:2]
+        reads = any(q.requires_grad for block in (self.encoder, self.llm) for q in block.parameters())
+        with torch.set_grad_enabled(reads and torch.is_grad_enabled()):
+            features = self.encoder(batch.pixels.flatten(0, 1))
+            maps = [m.unflatten(0, (n, p)) for m in features.maps]
+            x = self.llm.embed(batch.ids, features.tokens.flatten(0, 1))
+            hidden = self.llm(x, self.llm.prepare(maps), batch.visible)
+        losses = {}
+        if self.texts:
+            logits = self.llm.logits(hidden).float()
+            losses["text"] = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+        if self.draws and batch.draws:
+            losses["image"] = self.draw(batch, hidden, maps, latents)
+        total = losses.get("text", 0) + IMAGE_WEIGHT * losses.get("image", 0)
+        return {"loss": total, **losses}
+
+    def draw(self, batch: Batch, hidden, maps, latents) -> torch.Tensor:
+        """Mean squared error of the noise predicted for every picture of every story."""
+        n, p = batch.starts.shape
+        # Drawings are ordered picture by picture: the p-th of every story, then the next.
+        contexts = [hidden[i, : batch.starts[i, j] + 1] for j in range(p) for i in range(n)]
+        states = self.decoder.condition(contexts)
+        if self.training:
+            dropped = torch.rand(len(states), 1, 1, device=states.device) < UNCONDITIONAL
+            states = torch.where(dropped, self.decoder.negative.to(states), states)
+        prepared = self.decoder.prepare(maps, self._look_back(n, p, batch.ids.device))
+        wanted = latents.transpose(0, 1).flatten(0, 1)
+        noise = torch.randn_like(wanted)
+        times = torch.randint(0, self.noise.config.num_train_timesteps, (len(wanted),), device=wanted.device)
+        noisy = self.noise.add_noise(wanted, noise, times)
+        with sites_attached(self.unet, self.decoder, prepared):
+            found = self.unet(noisy, times, encoder_hidden_states=states).sample
+        return F.mse_loss(found.float(), noise.float())
+
+    def _look_back(self, n: int, p: int, device) -> torch.Tensor:
+        """Which pictures each drawing looks at: bool (P, N, P), of those before it the last few, at random how many."""
+        most = self.decoder.config.look_back
+        back = torch.randint(1, most + 1, (1, n, 1)) if self.training else torch.full((1, n, 1), most)
+        drawn, seen = torch.arange(p).view(p, 1, 1), torch.arange(p).view(1, 1, p)
+        return ((seen < drawn) & (seen >= drawn - back)).to(device)

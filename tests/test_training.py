@@ -1,0 +1,196 @@
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("resvg_py")
+pytest.importorskip("accelerate")
+from comfy_mminterleaved.config import small
+from comfy_mminterleaved.errors import CheckpointError, SettingError
+from comfy_mminterleaved.initialize import new_blocks
+from comfy_mminterleaved.tokenizer import Tokenizer, byte_level
+from comfy_mminterleaved.training import __main__ as training
+from comfy_mminterleaved.training import loop, recipe, world
+from comfy_mminterleaved.training.data import IGNORE, Batches, Book
+from comfy_mminterleaved.training.learn import LearnStories, LearnVAE
+from comfy_mminterleaved.training.loop import Stage, train
+
+
+@pytest.fixture(scope="module")
+def config():
+    return replace(small(), llm=replace(small().llm, context_length=4096))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(config):
+    return Tokenizer(byte_level(260), config.llm.tokens, 260)
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    return Book(tmp_path_factory.mktemp("book"), 12)
+
+
+@pytest.fixture
+def batches(book, config, tokenizer):
+    return Batches(book, config, tokenizer, pictures=8)
+
+
+def batch_that(batches, draws):
+    return next(b for b in map(batches.make, range(100)) if b.draws == draws)
+
+
+def test_a_book_is_painted_once_and_holds_its_stories(book, tmp_path):
+    assert len(book) == sum(map(len, book.stories))
+    first = book.pictures([0, len(book) - 1])
+    assert first.shape == (2, 3, 128, 128) and not torch.equal(*first)
+    again = Book(tmp_path, 12)
+    assert (again.pixels == book.pixels).all()
+    stamp = next(tmp_path.glob("*.npy")).stat().st_mtime_ns
+    Book(tmp_path, 12)
+    assert next(tmp_path.glob("*.npy")).stat().st_mtime_ns == stamp
+
+
+def test_batches_are_the_same_for_the_same_seed(batches):
+    a, b, c = batches.make(3), batches.make(3), batches.make(4)
+    assert torch.equal(a.ids, b.ids) and torch.equal(a.pixels, b.pixels)
+    assert a.ids.shape != c.ids.shape or not torch.equal(a.ids, c.ids)
+
+
+def test_targets_are_the_next_tokens_but_never_a_picture_slot(batches, config):
+    t = config.llm.tokens
+    for seed in range(20):
+        batch = batches.make(seed)
+        learned = batch.targets != IGNORE
+        assert (batch.targets[:, :-1] == batch.ids[:, 1:])[learned[:, :-1]].all()
+        assert not torch.isin(batch.targets, torch.tensor([t.image, t.pad, t.bos])).any()
+        assert (batch.targets == t.eos).sum(1).eq(1).all()
+        assert (batch.ids.gather(1, batch.starts) == t.soi).all()
+        for ids, visible, starts in zip(batch.ids, batch.visible, batch.starts):
+            for picture, start in enumerate(starts.tolist()):
+                assert not visible[: start + 1, picture].any()
+                assert visible[start + 1 : (ids != t.pad).nonzero().max(), picture].all()
+    single = batch_that(batches, draws=False)
+    first = [int((row != IGNORE).nonzero()[0]) for row in single.targets]
+    assert min(first) > config.llm.slots + 5  # the prompt is given, the answer is learned
+
+
+def test_drawings_look_at_pictures_before_them_only(config):
+    learner = LearnStories(new_blocks(config), config.scheduler)
+    learner.train()
+    looked = torch.stack([learner._look_back(3, 5, "cpu") for _ in range(50)])
+    drawn, seen = torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij")
+    assert looked.shape == (50, 5, 3, 5)
+    assert not looked[..., (seen >= drawn)[:, None].expand(5, 3, 5)].any()
+    assert looked[:, 1:, :, 0].any() and looked[:, 4, :, 3].all()  # the one before always
+
+
+def test_each_drawing_has_its_own_visibility(untrained, pictures):
+    """R drawings of a row at once, each looking at other pictures, are those drawings one by one."""
+    from comfy_mminterleaved import Story
+
+    story = untrained.encode(Story.of(*pictures[:3]))
+    maps, _ = untrained.looked_at([story], 3)
+    visible = torch.tensor([[[True, False, False]], [[True, True, False]], [[False, True, True]]])
+    x = torch.randn(3, 32, 16, 16, generator=torch.Generator().manual_seed(0))
+    together = untrained.decoder.site(0, x, untrained.decoder.prepare(maps, visible))
+    for i in range(3):
+        alone = untrained.decoder.site(0, x[i : i + 1], untrained.decoder.prepare(maps, visible[i]))
+        assert torch.allclose(together[i : i + 1], alone, atol=1e-5)
+
+
+def test_losses_reach_every_trained_parameter(batches, config):
+    blocks = new_blocks(config)
+    for name, parameter in [pair for block in blocks.values() for pair in block.named_parameters()]:
+        zero_at_first = ("gate", "gamma", "conv.weight", "offsets.weight", "weights.weight")  # nothing would pass
+        if name.endswith(zero_at_first):
+            torch.nn.init.normal_(parameter, std=0.1)
+    learner = LearnStories(blocks, config.scheduler).train()
+    batch = batch_that(batches, draws=True)
+    latents = torch.randn(*batch.rows.shape, 4, 16, 16)
+    torch.manual_seed(0)
+    losses = learner(batch, latents)
+    assert losses["loss"].item() == pytest.approx((losses["text"] + 10 * losses["image"]).item(), rel=1e-5)
+    losses["loss"].backward()
+    fixed = ("position_map", "positions", "class_embedding")
+    without = [
+        f"{block}.{name}"
+        for block in ("encoder", "llm", "synchronizer", "unet")
+        for name, p in blocks[block].named_parameters()
+        if (p.grad is None or not p.grad.abs().sum() > 0) and not name.endswith(fixed)
+    ]
+    # The sinks' own logits are overwritten by a constant, as in the reference; keys' biases shift all logits alike.
+    without = [name for name in without if not name.endswith((".k.bias", "k_norm.bias"))]
+    assert not without
+
+
+def tiny_stage(**changes):
+    settings = {"name": "vae", "blocks": ("vae",), "needs": (), "steps": 6, "batch": 2, "learning_rate": 1e-3}
+    return Stage(**{**settings, "warmup": 2, "log_every": 2, "validate_every": 3, "save_every": 3, **changes})
+
+
+def run_vae(folder, book, config, stage, minutes=None):
+    blocks = new_blocks(config, seed=1)
+    learner = LearnVAE(blocks["vae"])
+    small_pictures = book.pictures(range(8))[:, :, ::4, ::4]
+    done = train(
+        stage, learner, {"vae": blocks["vae"]}, folder, lambda seed: (small_pictures[[seed % 8]],),
+        [(small_pictures[:2],)], minutes=minutes,
+    )  # fmt: skip
+    return done, blocks["vae"].state_dict()
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tmp_path, book, config):
+    done, whole = run_vae(tmp_path / "whole", book, config, tiny_stage())
+    assert done
+    stopped, _ = run_vae(tmp_path / "parts", book, config, tiny_stage(), minutes=0)
+    assert not stopped
+    for _ in range(5):
+        stopped, parts = run_vae(tmp_path / "parts", book, config, tiny_stage(), minutes=0)
+    assert stopped and all(torch.equal(whole[k], parts[k]) for k in whole)
+    records = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 6 and (tmp_path / "parts" / "curves.png").stat().st_size > 5000
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_training_lowers_the_loss(tmp_path, book, config):
+    run_vae(tmp_path, book, config, tiny_stage(steps=60, log_every=10, validate_every=60))
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [r["loss"] for r in records if "validation" not in r]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_stage_files_are_complete():
+    for name in training.STAGES:
+        stage = Stage.read(training.Path(loop.__file__).parent / "stages" / f"{name}.json", steps=7)
+        assert stage.name == name and stage.steps == 7 and stage.batch > 0
+    with pytest.raises(SettingError, match="unknown settings: colour"):
+        Stage.read(training.Path(loop.__file__).parent / "stages" / "vae.json", colour=1)
+
+
+def test_a_stage_without_what_it_needs(tmp_path):
+    with pytest.raises(CheckpointError, match="has no trained encoder yet"):
+        training.load_run(tmp_path, ("encoder",))
+
+
+def test_the_starters_size_and_words():
+    from comfy_mminterleaved.checkpoint import build
+
+    values = sum(p.numel() for block in build(recipe.starter()).values() for p in block.parameters())
+    assert values * 2 <= 40e6  # in float16
+    tokenizer = recipe.make_tokenizer(300)
+    assert tokenizer.tokenizer.get_vocab_size() <= recipe.TEXT_TOKENS
+    for text in ("Mia runs on the beach with a kite. It is night.", "Zoë <s> 猫 xylophone"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("Mia runs on the beach with a kite.")) <= 11
+
+
+def test_questions_are_answered_by_the_scene():
+    rng = random.Random(0)
+    for _ in range(100):
+        scene = world.make_scene(rng, world.make_cast(rng, rng.randint(1, 2), False))
+        asked = dict(world.questions(scene))
+        assert asked["Where is it?"].rstrip(".").lower() == world.PLACES[scene.place]
+        assert all(hero.species in asked["Who is it?"] for hero in scene.heroes)
