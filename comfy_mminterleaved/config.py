@@ -309,8 +309,10 @@ def from_reference(parts: dict[str, dict]) -> Config:
     shrink = 512 // model["image_size"]  # the reference's `downsample_factor`
     levels = (64, 32, 16, 8)
     blocks = unet["block_out_channels"]
-    grids = [size // shrink for size in levels] + [levels[-1] // shrink] * len(blocks)
-    site_widths, site_grids = sites_of(blocks, unet["layers_per_block"], grids)
+    grids = [size // shrink for size in levels]
+    site_widths, _ = sites_of(blocks, unet["layers_per_block"], [0] * len(blocks))
+    # The reference takes every three skips for one resolution; with two layers a block, as in SD, they are.
+    site_grids = (*(grids[min(i // 3, len(grids) - 1)] for i in range(len(site_widths) - 1)), grids[-1])
     width = llm["hidden_size"]
     return Config(
         encoder=EncoderConfig(

@@ -193,7 +193,7 @@ def _beam_search(llm: StoryLLM, reading: Reading, s: Sampling, count: int, story
                 beams.append((total, origin, token))
             if len(beams) == s.beams:
                 break
-        attainable = best[0].item() / (step + 1) ** s.length_penalty
+        attainable = best[0].item() / (step + 2) ** s.length_penalty  # bos, and the token being added
         origins = [origin for _, origin, _ in beams]
         totals = torch.tensor([total for total, _, _ in beams])
         ids = torch.cat([ids[origins], torch.tensor([[token] for *_, token in beams])], dim=1)

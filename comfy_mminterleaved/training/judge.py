@@ -1,0 +1,179 @@
+"""Small classifiers that judge pictures: trained on the generator's own drawings and on nothing else.
+
+One convolutional net with a head for everything a scene has: how many heroes, the look of each from left to right, the
+action, place, prop, sky, and whether it is far. `python -m comfy_mminterleaved.training.judge` trains it on stories of
+the training kind and reports how often each head is right on held-out ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import CheckpointError
+from ..files import make_folder, write_json
+from . import world
+from .data import Book
+
+NONE = "none"
+LOOK = {"species": (NONE, *world.SPECIES), "colour": (NONE, *world.COLOURS), "accessory": (NONE, *world.ACCESSORIES)}
+HEADS: dict[str, tuple[str, ...]] = {
+    "action": tuple(world.ACTIONS), "place": tuple(world.PLACES), "prop": tuple(world.PROPS),
+    "sky": tuple(world.SKIES), "far": ("near", "far"),
+    **{f"{part}{slot}": values for slot in (0, 1) for part, values in LOOK.items()},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge sees in a picture; `looks` from left to right."""
+
+    looks: tuple[tuple[str, str, str], ...]
+    action: str
+    place: str
+    prop: str
+
+
+def labels_of(scene: world.Scene) -> dict[str, int]:
+    """The right answer of every head."""
+    said = {"action": scene.action, "place": scene.place, "prop": scene.prop, "sky": scene.sky}
+    said["far"] = "far" if scene.far else "near"
+    for slot in (0, 1):
+        look = scene.heroes[slot].look if slot < len(scene.heroes) else (NONE,) * 3
+        said |= {f"{part}{slot}": value for part, value in zip(LOOK, look)}
+    return {head: HEADS[head].index(value) for head, value in said.items()}
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(F.relu(x))))))
+
+
+class Judge(nn.Module):
+    """Pictures (N, 3, 128, 128) in [0, 1] -> logits by head; `features` are those before the heads."""
+
+    def __init__(self, widths=(24, 48, 96, 160), feature_width: int = 384):
+        super().__init__()
+        layers, inner = [], 3
+        for width in widths:
+            layers += [nn.Conv2d(inner, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), Residual(width)]
+            inner = width
+        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(inner, 48, 1), nn.ReLU(), nn.Flatten())
+        self.squeeze = nn.Linear(48 * 8 * 8, feature_width)
+        self.heads = nn.ModuleDict({name: nn.Linear(feature_width, len(values)) for name, values in HEADS.items()})
+
+    def features(self, pictures):
+        return F.relu(self.squeeze(self.layers(pictures * 2 - 1)))
+
+    def forward(self, pictures) -> dict[str, torch.Tensor]:
+        features = self.features(pictures)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    @torch.no_grad()
+    def judge(self, pictures: torch.Tensor) -> list[Verdict]:
+        """The likeliest reading of each picture; a second hero counts only if all its parts are seen."""
+        self.eval()
+        found = {name: logits.argmax(-1).tolist() for name, logits in self(pictures).items()}
+        verdicts = []
+        for i in range(len(pictures)):
+            said = {name: HEADS[name][values[i]] for name, values in found.items()}
+            looks = [tuple(said[f"{part}{slot}"] for part in LOOK) for slot in (0, 1)]
+            shown = tuple(look for look in looks if NONE not in look)
+            verdicts.append(Verdict(shown, said["action"], said["place"], said["prop"]))
+        return verdicts
+
+
+def scenes_of(book: Book) -> list[world.Scene]:
+    return [page.scene for story in book.stories for page in story]
+
+
+def train_judge(book: Book, steps: int, batch: int = 64, learning_rate: float = 2e-3, seed: int = 0) -> Judge:
+    """Trains a judge on a book's pictures: cross-entropy of all heads, a one-cycle schedule."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    judge, scenes = Judge().train(), scenes_of(book)
+    labels = [labels_of(scene) for scene in scenes]
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=learning_rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    for step in range(steps):
+        rows = sorted(rng.sample(range(len(scenes)), min(batch, len(scenes))))
+        pictures = book.pictures(rows)
+        pictures = (pictures + torch.randn_like(pictures) * 0.02).clamp(0, 1)  # a drawing model is never quite flat
+        logits = judge(pictures)
+        loss = sum(F.cross_entropy(logits[name], torch.tensor([labels[r][name] for r in rows])) for name in HEADS)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            sys.stderr.write(f"judge: step {step} of {steps}, loss {loss.item():.3f}\n")
+    return judge.eval()
+
+
+@torch.no_grad()
+def accuracy(judge: Judge, book: Book) -> dict[str, float]:
+    """How often each head is right on a book's drawings, and how often all are."""
+    labels = [labels_of(scene) for scene in scenes_of(book)]
+    right: dict[str, list[bool]] = {name: [] for name in (*HEADS, "all")}
+    for start in range(0, len(book), 64):
+        rows = range(start, min(start + 64, len(book)))
+        logits = judge(book.pictures(rows))
+        per_head = {name: logits[name].argmax(-1) == torch.tensor([labels[r][name] for r in rows]) for name in HEADS}
+        for name, found in per_head.items():
+            right[name] += found.tolist()
+        right["all"] += torch.stack(list(per_head.values())).all(0).tolist()
+    return {name: sum(found) / len(found) for name, found in right.items()}
+
+
+def save(judge: Judge, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, path)
+
+
+def load(path: str | Path) -> Judge:
+    """A judge saved by `save`; raises CheckpointError."""
+    from ..checkpoint import check, read_tensors, shapes
+
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"There is no judge {str(path)!r}; train it with python -m comfy_mminterleaved.training.judge."
+        )
+    judge, tensors = Judge(), read_tensors(path)
+    check(shapes(judge), {name: tuple(t.shape) for name, t in tensors.items()}, repr(str(path)))
+    judge.load_state_dict(tensors)
+    return judge.eval()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="comfy_mminterleaved.training.judge", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="runs/judge")
+    parser.add_argument("--stories", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=3000)
+    args = parser.parse_args(argv)
+    out = make_folder(args.out)
+    judge = train_judge(Book(out, args.stories), args.steps)
+    save(judge, out / "judge.safetensors")
+    found = accuracy(judge, Book(out, 300, held_out=True))
+    write_json(out / "accuracy.json", found)
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+import pytest
+import torch
+
+pytest.importorskip("resvg_py")
+from comfy_mminterleaved import Drawing
+from comfy_mminterleaved.errors import CheckpointError
+from comfy_mminterleaved.training import evaluate, judge, world
+from comfy_mminterleaved.training.data import Book
+
+FAST = Drawing(steps=1, scheduler="ddim")
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    return Book(tmp_path_factory.mktemp("book"), 6)
+
+
+@pytest.fixture(scope="module")
+def trained(book):
+    """A judge that has learned a handful of drawings by heart."""
+    return judge.train_judge(book, steps=120, batch=16)
+
+
+def true_pictures(stories):
+    return [[evaluate.pixels_of(page.scene) for page in pages[1:]] for pages in stories]
+
+
+def test_a_judge_learns_what_it_is_shown(trained, book, tmp_path):
+    found = judge.accuracy(trained, book)
+    assert set(found) == {*judge.HEADS, "all"} and found["all"] > 0.9
+    judge.save(trained, tmp_path / "judge.safetensors")
+    again = judge.load(tmp_path / "judge.safetensors")
+    pictures = book.pictures(range(5))
+    assert again.judge(pictures) == trained.judge(pictures)
+    with pytest.raises(CheckpointError, match="There is no judge"):
+        judge.load(tmp_path / "none")
+
+
+def test_labels_say_all_of_a_scene():
+    scene = world.make_story(1, heroes=2)[0].scene
+    labels = judge.labels_of(scene)
+    assert labels.keys() == judge.HEADS.keys()
+    assert judge.HEADS["species1"][labels["species1"]] == scene.heroes[1].species
+    alone = judge.labels_of(world.replace(scene, heroes=scene.heroes[:1]))
+    assert judge.HEADS["species1"][alone["species1"]] == judge.NONE and alone["species0"] == labels["species0"]
+
+
+def test_true_drawings_pass_and_others_fail(trained, book):
+    found = evaluate.evaluate_pictures(trained, book.stories, true_pictures(book.stories))
+    assert all(f["share"] > 0.9 for f in found.values() if f["cases"])
+    swapped = true_pictures(book.stories[1:] + book.stories[:1])
+    swapped = [row[: len(pages) - 1] for row, pages in zip(swapped, book.stories)]
+    stories = [pages[: len(row) + 1] for pages, row in zip(book.stories, swapped)]
+    worse = evaluate.evaluate_pictures(trained, stories, swapped)
+    assert all(f["share"] < 0.5 for f in worse.values() if f["cases"])
+
+
+def test_the_frechet_distance_is_nought_to_itself_and_grows(trained, book):
+    pictures = list(book.pictures(range(len(book))))
+    noisy = [(p + torch.randn_like(p) * 0.3).clamp(0, 1) for p in pictures]
+    same = evaluate.frechet_distance(trained, pictures, pictures)
+    assert abs(same) < 1e-2 < evaluate.frechet_distance(trained, noisy, pictures)
+
+
+def test_intervals():
+    found = evaluate.interval([True] * 30 + [False] * 10)
+    assert found["share"] == 0.75 and found["cases"] == 40 and 0.55 < found["low"] < 0.75 < found["high"] < 0.92
+    assert evaluate.interval([])["cases"] == 0
+
+
+def test_evaluated_stories_show_their_heroes_only_in_pictures():
+    for pages in evaluate.stories_of(0, 10):
+        assert not any(world.parse(page.text).heroes for page in pages)
+        assert all(world.look_held_out(*hero.look) for page in pages for hero in page.scene.heroes)
+
+
+def test_a_whole_evaluation_of_any_model(untrained, trained):
+    """With random weights nothing is right, but every figure is there with its cases."""
+    kept = [layer.synchronizer.gate.clone() for layer in untrained.llm.layers if layer.synchronizer is not None]
+    found = evaluate.evaluate(untrained, trained, seed=1, stories=2, steps=1)
+    assert set(found["pictures"]) == set(evaluate.KINDS)
+    panels = sum(len(pages) - 1 for pages in evaluate.stories_of(1, 2))
+    for kind in evaluate.KINDS:
+        assert found["pictures"][kind]["place and prop"]["cases"] == panels
+    assert found["captions"] == {"share": 0.0, "cases": 4, "low": 0.0, "high": 0.0}
+    assert found["texts in the grammar"]["cases"] == 8 and found["texts in the grammar"]["share"] == 0
+    assert found["frechet distance"] > 0
+    gates = [layer.synchronizer.gate for layer in untrained.llm.layers if layer.synchronizer is not None]
+    assert all(torch.equal(a, b) for a, b in zip(gates, kept))
+
+
+def test_hidden_pictures_are_not_looked_at(untrained):
+    """The same text with other heroes in the first picture: hidden, the drawings are the same; else they differ."""
+    pages = evaluate.stories_of(0, 1)[0][:2]
+    other = [world.Page(world.replace(pages[0].scene, seed=5, place="desert"), pages[0].text), pages[1]]
+    for hidden in (True, False):
+        (a,), (b,) = (evaluate.drawn_from_true_text(untrained, [story], FAST, hidden) for story in (pages, other))
+        assert torch.allclose(a[0], b[0], atol=1e-4) == hidden
