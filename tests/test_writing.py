@@ -167,16 +167,16 @@ def test_forked_readings_do_not_touch_each_other(untrained, pictures):
 def test_beams_go_on_while_a_longer_text_may_still_be_better(untrained, story, monkeypatch):
     """The bound on what may still come counts bos and the token being added, as in the reference's beam search.
 
-    Two tokens, a at 0.6 and b at 0.4, then a stop: the finished texts are worse by length than what goes on may become.
+    Two first tokens, each likelier to stop next than to go on: both texts are finished at once, but not the best.
     """
     tokens = untrained.config.llm.tokens
     a, b, c = 10, 11, 12
 
     def scripted(hidden):
-        """Log-probabilities by how much was written: the stop is likely at once, c is all but certain later."""
+        """Log-probabilities by how much was written: the stop is likely second, c is all but certain later."""
         step = len(calls)
         calls.append(step)
-        table = {0: {a: 0.6, b: 0.4}, 1: {tokens.eos: 0.5, c: 0.5}}.get(step, {c: 0.999, tokens.eos: 0.001})
+        table = {0: {a: 0.501, b: 0.499}, 1: {tokens.eos: 0.55, c: 0.45}}.get(step, {c: 0.999, tokens.eos: 0.001})
         logits = torch.full((len(hidden), untrained.config.llm.vocab_size), -1e4)
         for token, share in table.items():
             logits[:, token] = torch.tensor(share).log()
@@ -186,9 +186,8 @@ def test_beams_go_on_while_a_longer_text_may_still_be_better(untrained, story, m
     monkeypatch.setattr(untrained.llm, "logits", scripted)
     sampling = Sampling(max_new_tokens=8, min_new_tokens=1, beams=2, repetition_penalty=1.0)
     written = untrained.write(story, sampling)
-    # Finished after one token: ln(0.6 * 0.5) / 2 = -0.60 and ln(0.4 * 0.5) / 2 = -0.80. Going on: ln(0.3) / 3 = -0.40,
-    # which is better than both, and better with every c.
+    # Finished with one token: ln(0.501 * 0.55) / 2 = -0.645. Going on: ln(0.501 * 0.45) / 3 = -0.496, and better with
+    # every c. The bound after the second step is ln(0.501 * 0.55) / 3; over 2, all would end there.
     assert written.tokens == (a, *[c] * 7) and len(calls) == 8
-    assert written.score == pytest.approx(
-        (torch.tensor(0.3).log() + 6 * torch.tensor(0.999).log()).item() / 9, abs=1e-4
-    )
+    best = (torch.tensor(0.501 * 0.45).log() + 6 * torch.tensor(0.999).log()).item() / 9
+    assert written.score == pytest.approx(best, abs=1e-4)
