@@ -170,13 +170,15 @@ def test_beams_go_on_while_a_longer_text_may_still_be_better(untrained, story, m
     Two first tokens, each likelier to stop next than to go on: both texts are finished at once, but not the best.
     """
     tokens = untrained.config.llm.tokens
-    a, b, c = 10, 11, 12
+    a, b, c, d = 10, 11, 12, 13
 
     def scripted(hidden):
         """Log-probabilities by how much was written: the stop is likely second, c is all but certain later."""
         step = len(calls)
         calls.append(step)
-        table = {0: {a: 0.501, b: 0.499}, 1: {tokens.eos: 0.55, c: 0.45}}.get(step, {c: 0.999, tokens.eos: 0.001})
+        table = {0: {a: 0.501, b: 0.499}, 1: {tokens.eos: 0.55, c: 0.45}, 2: {c: 0.501, d: 0.499}}.get(
+            step, {c: 0.999, tokens.eos: 0.001}
+        )
         logits = torch.full((len(hidden), untrained.config.llm.vocab_size), -1e4)
         for token, share in table.items():
             logits[:, token] = torch.tensor(share).log()
@@ -186,8 +188,8 @@ def test_beams_go_on_while_a_longer_text_may_still_be_better(untrained, story, m
     monkeypatch.setattr(untrained.llm, "logits", scripted)
     sampling = Sampling(max_new_tokens=8, min_new_tokens=1, beams=2, repetition_penalty=1.0)
     written = untrained.write(story, sampling)
-    # Finished with one token: ln(0.501 * 0.55) / 2 = -0.645. Going on: ln(0.501 * 0.45) / 3 = -0.496, and better with
-    # every c. The bound after the second step is ln(0.501 * 0.55) / 3; over 2, all would end there.
+    # Finished with one token: ln(0.5 * 0.55) / 2 = -0.65. The best going on has, after c, ln(0.5 * 0.45 * 0.5) = -2.18:
+    # over 3 that would be worse and the search over, over 4 it may become better, and with more c it does.
     assert written.tokens == (a, *[c] * 7) and len(calls) == 8
-    best = (torch.tensor(0.501 * 0.45).log() + 6 * torch.tensor(0.999).log()).item() / 9
+    best = (torch.tensor(0.501 * 0.45 * 0.501).log() + 5 * torch.tensor(0.999).log()).item() / 9
     assert written.score == pytest.approx(best, abs=1e-4)
