@@ -160,7 +160,7 @@ def draw(
     timesteps = scheduler.timesteps
     factor = vae_factor(vae)
     shape = (unet.config.in_channels, size[1] // factor, size[0] // factor)
-    noise = torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in generators]).to(device)
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, dtype)
     if begin is None:
         latents = noise * scheduler.init_noise_sigma
     else:

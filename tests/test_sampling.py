@@ -58,9 +58,10 @@ def test_far_outside_counts_as_nothing(backend):
         assert gather(values, SIZES, torch.full_like(points, far), weights, backend).abs().max() == 0
 
 
-def test_backends_agree_in_half_precision():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_half_and_near(backend, dtype):
     values, points, weights = make(dtype=torch.float32)
     want = gather(values, SIZES, points, weights, "plain")
-    for dtype in (torch.bfloat16, torch.float16):
-        found = gather(values.to(dtype), SIZES, points, weights.to(dtype), "bag")
-        assert (found.float() - want).abs().max() < 0.05 * want.abs().max()
+    found = gather(values.to(dtype), SIZES, points, weights.to(dtype), backend)
+    assert found.dtype == dtype and (found.float() - want).abs().max() < 0.05 * want.abs().max()

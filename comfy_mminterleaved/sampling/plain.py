@@ -14,4 +14,4 @@ def gather(values, sizes, points, weights):
     batch = torch.arange(n, device=cells.device).view(n, 1, 1, 1)
     head = torch.arange(h, device=cells.device).view(1, 1, h, 1)
     samples = table[batch, cells, head]  # (N, Q, H, M, D)
-    return (samples * shares.unsqueeze(-1)).sum(3).flatten(2)
+    return (samples * shares.unsqueeze(-1)).sum(3).flatten(2).to(values.dtype)
