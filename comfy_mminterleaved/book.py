@@ -96,7 +96,7 @@ _PAGE = """<!DOCTYPE html>
            box-shadow: 0 1px 2px rgb(60 40 20 / .25), 0 10px 30px rgb(60 40 20 / .13); position: relative; }
   .sheet img { display: block; width: 100%; max-width: 34rem; height: auto; margin: 0 auto; border-radius: 2px;
                box-shadow: 0 0 0 1px rgb(60 40 20 / .15); }
-  .text { max-width: 32rem; margin: 1.4rem auto .6rem; overflow-wrap: anywhere; }
+  .text { display: flow-root; max-width: 32rem; margin: 1.4rem auto .6rem; overflow-wrap: anywhere; }
   .words .text { margin-top: .4rem; }
   .text:empty { margin: 0; }
   p { margin: 0 0 .6em; text-wrap: pretty; }

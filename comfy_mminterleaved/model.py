@@ -365,7 +365,11 @@ def _sentence(device: str):
 
 
 def untrained(seed: int = 0) -> MMInterleaved:
-    """A small model with random weights and a vocabulary of bytes: every path of the code, no sense in what it says."""
+    """A small model with random weights and a vocabulary of bytes: every path of the code, no sense in what it says.
+
+    Its biases favour letters as often as English has them, and colours that are not all black, so that a page of it can
+    be looked at.
+    """
     from .config import small
     from .initialize import new_blocks
     from .tokenizer import Tokenizer, byte_level
@@ -373,4 +377,14 @@ def untrained(seed: int = 0) -> MMInterleaved:
     config = small()
     blocks = {name: block.eval().requires_grad_(False) for name, block in new_blocks(config, seed).items()}
     limit = config.llm.vocab_size - config.llm.new_tokens
-    return MMInterleaved(config, blocks, Tokenizer(byte_level(limit), config.llm.tokens, limit))
+    tokenizer = Tokenizer(byte_level(limit), config.llm.tokens, limit)
+    ids = tokenizer.encode(
+        "once there was a small bear who lived near the sea. every morning it went out to see what the tide had left: "
+        "a shell, some wood, and one day a letter in a bottle, which it could not read but kept for good, of course."
+    )
+    counts = torch.bincount(torch.tensor(ids), minlength=config.llm.vocab_size)
+    blocks["llm"].head.bias.copy_((counts + 1e-3).log())
+    last = [layer for layer in blocks["vae"].decoder.modules() if isinstance(layer, torch.nn.Conv2d)][-1]
+    last.weight.mul_(8.0)
+    last.bias.fill_(0.5)
+    return MMInterleaved(config, blocks, tokenizer)
