@@ -37,13 +37,13 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, float16 on CUDA)")
         p.add_argument("--quiet", action="store_true", help="no progress bars")
 
-    def story_options(p, required=False):
+    def story_options(p, grows=True):
         p.add_argument("--text", action=_Segment, help="text of the story; may be repeated, in order with --picture")
         p.add_argument("--picture", action=_Segment, metavar="FILE", help="a picture of the story; may be repeated")
         p.add_argument("--story", metavar="FILE", help="a story.json to go on from")
-        p.add_argument(
-            "--drop-oldest-panels", action="store_true", help="let a story that is too long lose its oldest panels"
-        )
+        if grows:
+            said = "let a story that is too long lose its oldest panels"
+            p.add_argument("--drop-oldest-panels", action="store_true", help=said)
         p.add_argument("--seed", type=int, default=0, help="of text and pictures (default: %(default)s)")
         p.set_defaults(opening=None)
 
@@ -98,12 +98,12 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command("ask", "Answers a question about the pictures of a story.")
     p.add_argument("question")
-    story_options(p)
+    story_options(p, grows=False)
     sampling_options(p, max_new_tokens=30, min_new_tokens=1, greedy=True, repetition_penalty=1.0), model_options(p)
     p.add_argument("--option", action="append", help="rank given answers instead of writing one; may be repeated")
 
     p = command("caption", "Describes a picture.")
-    story_options(p)
+    story_options(p, grows=False)
     sampling_options(p, max_new_tokens=30, repetition_penalty=1.0, beams=5), model_options(p)
     p.add_argument("--count", type=int, default=1, help="how many captions")
 
@@ -135,7 +135,7 @@ def _model(args):
     return MMInterleaved.load(args.model, args.device, _dtype(args.dtype))
 
 
-def _story(args, empty_ok=False):
+def _story(args):
     from .book import load_story
     from .errors import StoryError
     from .story import Picture, Story
@@ -143,7 +143,7 @@ def _story(args, empty_ok=False):
     story = load_story(args.story) if args.story else Story()
     for kind, value in args.opening or []:
         story = story.add(Picture.of(value) if kind == "picture" else value.strip())
-    if not len(story) and not empty_ok:
+    if not len(story):
         raise StoryError("The story is empty; give --text, --picture or --story.")
     return story
 

@@ -119,7 +119,8 @@ class MMInterleaved:
                         f"the LLM's context of {c.context_length}"
                     )
                 raise StoryTooLong(
-                    f"{what} {fault}; make it shorter, or let its oldest panels be dropped (drop_oldest)."
+                    f"{what} {fault}; make it shorter, or let its oldest panels be dropped "
+                    "(drop_oldest, on the command line --drop-oldest-panels)."
                 )
             story = story.without_oldest()
 
@@ -171,12 +172,13 @@ class MMInterleaved:
 
     def draw_all(
         self, stories: list[Story], drawing: Drawing = Drawing(), count: int = 1, begin: list[Picture] | None = None,
-        on_step=None, drop_oldest: bool = False,
+        on_step=None, drop_oldest: bool = False, rows_at_once: int = 8,
     ) -> list[list[Picture]]:  # fmt: skip
-        """`count` pictures for each of several stories at once; each as if it was alone.
+        """`count` pictures for each of several stories; each as if it was alone.
 
         Args:
             begin: a picture to start from for each story.
+            rows_at_once: how many pictures share a pass of the U-Net; memory grows with it, results do not change.
         """
         if count < 1:
             raise SettingError(f"The number of pictures must be at least 1, not {count}.")
@@ -185,16 +187,18 @@ class MMInterleaved:
         contexts = self.contexts(stories)
         with torch.no_grad():
             states = self.decoder.condition(contexts)
-        rows = [i for i in range(len(stories)) for _ in range(count)]
-        maps, visible = self.looked_at([stories[i] for i in rows], self._look_back(drawing))
-        with torch.no_grad():
-            prepared = self.decoder.prepare(maps, visible)
-        pictures = draw(
-            self.unet, self.vae, scheduler, self.decoder, states[rows], prepared, drawing,
-            seeds=[drawing.seed + i % count for i in range(len(rows))], size=size,
-            begin=[begin[i].pixels for i in rows] if begin else None, on_step=on_step,
-        )  # fmt: skip
-        pictures = [Picture(p.cpu()) for p in pictures]
+        wanted = [(i, drawing.seed + k) for i in range(len(stories)) for k in range(count)]
+        pictures = []
+        for start in range(0, len(wanted), rows_at_once):
+            rows, seeds = zip(*wanted[start : start + rows_at_once])
+            maps, visible = self.looked_at([stories[i] for i in rows], self._look_back(drawing))
+            with torch.no_grad():
+                prepared = self.decoder.prepare(maps, visible)
+            drawn = draw(
+                self.unet, self.vae, scheduler, self.decoder, states[list(rows)], prepared, drawing, list(seeds), size,
+                [begin[i].pixels for i in rows] if begin else None, on_step,
+            )  # fmt: skip
+            pictures += [Picture(pixels.cpu()) for pixels in drawn]
         return [pictures[i : i + count] for i in range(0, len(pictures), count)]
 
     def contexts(self, stories: list[Story]) -> list[torch.Tensor]:

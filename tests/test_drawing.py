@@ -27,6 +27,8 @@ def test_every_scheduler_and_the_same_alone_in_a_batch_and_again(untrained, pict
     others = [Story.of("nothing to look at"), Story.of(pictures[5])]
     together = untrained.draw_all([others[0], story, others[1]], drawing, count=2)
     assert off(together[1][0], alone) < 1e-3
+    by_twos = untrained.draw_all([others[0], story, others[1]], drawing, count=2, rows_at_once=2)
+    assert max(off(a, b) for x, y in zip(together, by_twos) for a, b in zip(x, y)) < 1e-3
     assert off(untrained.draw(story, drawing), alone) < 1e-5
     assert off(untrained.draw(story, replace(drawing, seed=5)), together[1][1]) < 1e-3 < off(*together[1])
 
