@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def decode_url(url: str) -> torch.Tensor:
     """RGB float32 (3, H, W) from a data: URL."""
     try:
         data = base64.b64decode(url.partition(",")[2], validate=True)
-    except binascii.Error:
+    except ValueError:  # binascii's own error is one
         raise PictureError("A picture's data URL is not valid base64.") from None
     return _decode(io.BytesIO(data), "in the data URL")
 
@@ -112,6 +111,8 @@ def _from_pil(image: Image.Image) -> torch.Tensor:
         return torch.from_numpy(array).expand(3, -1, -1).contiguous()
     if image.mode in ("I", "F"):
         array = np.asarray(image).astype(np.float32)
+        if not np.isfinite(array).all():
+            raise PictureError("The picture has values that are not numbers (NaN or infinite).")
         top = 65535 if array.max(initial=0) > 255 else 255 if array.max(initial=0) > 1 or image.mode == "I" else 1
         return torch.from_numpy(np.clip(array / top, 0, 1)).expand(3, -1, -1).contiguous()
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:

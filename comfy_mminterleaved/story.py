@@ -29,6 +29,10 @@ class Text:
     def __post_init__(self):
         if not isinstance(self.text, str):
             raise StoryError(f"A story's text must be a str, not {type(self.text).__name__}.")
+        try:
+            self.text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise StoryError(f"The text {self.text[:40]!r} has half a character at place {error.start}.") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +173,8 @@ class Story:
         data = _parse(data)
         if data.get("format") != "mm-interleaved-story" or not isinstance(data.get("segments"), list):
             raise StoryError("This is not a story file: it has no format 'mm-interleaved-story' with segments.")
+        if data.get("version", 1) != 1:
+            raise StoryError(f"This story file has version {data['version']!r:.20}; this release reads version 1.")
         story = cls()
         for i, segment in enumerate(data["segments"]):
             if isinstance(segment, dict) and isinstance(segment.get("text"), str):
@@ -194,8 +200,8 @@ def _parse(data) -> dict:
     if isinstance(data, str):
         try:
             data = json.loads(data)
-        except json.JSONDecodeError as error:
-            raise StoryError(f"This is not JSON: {error}.") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise StoryError(f"This is not JSON that can be read: {error}.") from None
     if not isinstance(data, dict):
         raise StoryError(f"A story file must hold an object, not a {type(data).__name__}.")
     return data

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import StoryError
+from .errors import PictureError, StoryError
 from .story import Story, Text, read_named
 
 MODES = {"generate_images": "draw", "generate_texts": "write"}
@@ -39,9 +39,11 @@ def load_storyboard(path: str | Path) -> list[Plan]:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise StoryError(f"The storyboard {str(path)!r} cannot be read: {error.strerror or error}.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise StoryError(f"The storyboard {str(path)!r} is not JSON in UTF-8: {error}.") from None
     if isinstance(data, dict) and data.get("format") == "mm-interleaved-storyboard":
+        if data.get("version", 1) != 1:
+            raise StoryError(f"{str(path)!r} has version {data['version']!r:.20}; this release reads version 1.")
         entries, parse = data.get("stories"), _own
     elif isinstance(data, list):
         entries, parse = data, _annotation
@@ -62,11 +64,22 @@ def load_storyboard(path: str | Path) -> list[Plan]:
 
 def _own(entry: dict, folder: Path, name: str) -> Plan:
     opening = entry.get("opening", [])
+    unknown = sorted(set(entry) - {"title", "opening", "panels", "picture_first", "seed"})
+    if unknown:
+        raise StoryError(f"{name} has settings that are not known: {', '.join(unknown)}.")
     if isinstance(opening, str):
         opening = [{"text": opening}]
+    if not isinstance(opening, list):
+        raise StoryError(f"{name}: opening must be text or a list of texts and pictures, not {opening!r:.60}.")
     panels = _integer(entry.get("panels", 3), f"{name}: panels", 1)
-    story = Story.from_json({"format": "mm-interleaved-story", "segments": opening}, folder)
-    plan = plan_panels(story, panels, bool(entry.get("picture_first", False)))
+    try:
+        story = Story.from_json({"format": "mm-interleaved-story", "segments": opening}, folder)
+    except (StoryError, PictureError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    picture_first = entry.get("picture_first", False)
+    if not isinstance(picture_first, bool):
+        raise StoryError(f"{name}: picture_first must be true or false, not {picture_first!r:.60}.")
+    plan = plan_panels(story, panels, picture_first)
     title = entry.get("title", "")
     if not isinstance(title, str):
         raise StoryError(f"{name}: title must be text, not {title!r:.60}.")

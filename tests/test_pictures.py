@@ -156,3 +156,9 @@ def test_png_metadata_is_kept():
     info = PngInfo()
     info.add_itxt("note", "Zoë, 猫")
     assert Image.open(io.BytesIO(encode_png(torch.rand(3, 8, 8), info))).text["note"] == "Zoë, 猫"
+
+
+def test_values_that_are_not_numbers(tmp_path):
+    path = save(tmp_path, Image.fromarray(np.full((20, 20), np.nan, np.float32)), "nan.tiff")
+    with pytest.raises(PictureError, match="not numbers"):
+        read_picture(path)

@@ -50,6 +50,16 @@ def test_json_round_trip(pictures, tmp_path):
     "data, message",
     [
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        (
+            {"format": "mm-interleaved-story", "version": 2, "segments": []},
+            "has version 2; this release reads version 1",
+        ),
+        ({"format": "mm-interleaved-story", "segments": [{"text": "a\ud800b"}]}, "has half a character at place 1"),
+        (
+            {"format": "mm-interleaved-story", "segments": [{"picture": "data:image/png;base64,\xe4"}]},
+            "not valid base64",
+        ),
         ("[]", "must hold an object, not a list"),
         ({}, "no format"),
         (
