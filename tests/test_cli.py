@@ -161,6 +161,15 @@ def test_a_read_only_folder(tmp_path, capsys):
     )
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("comfy_mminterleaved.model.MMInterleaved.load", None)
+    assert "cannot be written: Permission denied" in fails(capsys, "tell", "--text", "x", "--out", tmp_path, *FAST)
+
+
 def test_ctrl_c_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     from comfy_mminterleaved.model import MMInterleaved
 
