@@ -51,9 +51,9 @@ class Reading:
         visible = visible.to(device)[:, None].expand(-1, longest, -1)
         hidden = llm(llm.embed(ids), self.pictures, visible, self.cache, counts)
         found = [h[:count] for h, count in zip(hidden, counts)]
-        for i, new in enumerate(found):
-            self.ids[i] += tokens[i]
+        for i, new in enumerate(found):  # hidden first: an interrupt in between leaves no id without its state
             self.hidden[i] = torch.cat([self.hidden[i], new])
+            self.ids[i] += tokens[i]
         return found
 
 
