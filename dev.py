@@ -46,8 +46,7 @@ def demo(args: list[str]) -> int:
         ("--scheduler", "dpm++"),
         ("--out", str(HERE / "demo")),
     ):
-        if option not in args:
-            args = [*args, option, value]
+        args = [option, value, *args]  # before the user's own, which then count
     return subprocess.run([python, "-m", "comfy_mminterleaved", "tell", *args]).returncode
 
 
@@ -73,6 +72,8 @@ def main() -> int:
         return 2
     try:
         return commands[sys.argv[1]](sys.argv[2:])
+    except KeyboardInterrupt:
+        return 130
     except subprocess.CalledProcessError as error:
         sys.stderr.write(f"This failed with exit code {error.returncode}: {' '.join(map(str, error.cmd))}\n")
         return 1

@@ -162,7 +162,7 @@ def _drawing(args):
     size = None
     if args.size:
         width, cross, height = args.size.lower().partition("x")
-        if not (cross and width.isdigit() and height.isdigit()):
+        if not (cross and width.isdecimal() and height.isdecimal()):
             raise SettingError(f"--size must be like 512x512, not {args.size!r}.")
         size = int(width), int(height)
     names = ("steps", "guidance", "scheduler", "seed", "look_back", "strength", "start", "end")
@@ -177,7 +177,7 @@ def _say(line: str) -> None:
 
 
 def _result(args, data: dict, text: str) -> int:
-    sys.stdout.write((json.dumps(data, ensure_ascii=False) if args.json else text) + "\n")
+    sys.stdout.write((json.dumps(data) if args.json else text) + "\n")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from pathlib import Path
 
 from PIL.PngImagePlugin import PngInfo
@@ -67,7 +68,10 @@ def page(story: Story, title: str = "") -> str:
         text = "".join(f'<p dir="auto">{html.escape(p)}</p>' for p in panel.text.split("\n") if p.strip())
         kind = "sheet" if picture else "sheet words"
         sheets.append(f'<section class="{kind}">{picture}<div class="text">{text}</div><span>{number}</span></section>')
-    return _PAGE.replace("{{title}}", html.escape(title)).replace("{{sheets}}", "\n".join(sheets))
+    parts = {"title": html.escape(title), "sheets": "\n".join(sheets)}
+    return re.sub(
+        r"\{\{(title|sheets)\}\}", lambda found: parts[found[1]], _PAGE
+    )  # in one pass: texts stay as they are
 
 
 def _title(text: str, longest: int = 60) -> str:

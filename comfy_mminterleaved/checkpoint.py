@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -228,7 +229,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def is_reference(folder: Path) -> bool:
     """Whether a folder is in the reference layout; raises CheckpointError if it is no checkpoint at all."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CheckpointError(f"There is no checkpoint folder {str(folder)!r}.")
     if (folder / "config.json").is_file() and read_json(folder / "config.json").get("format") == "mm-interleaved":
         return False
@@ -329,7 +330,13 @@ def read_tokenizer(folder: str | Path, config: Config):
     if (folder / "llm" / "tokenizer.model").is_file():
         from transformers import AutoTokenizer
 
-        slow = AutoTokenizer.from_pretrained(folder / "llm", use_fast=True, local_files_only=True)
+        try:
+            slow = AutoTokenizer.from_pretrained(folder / "llm", use_fast=True, local_files_only=True)
+        except (ImportError, ValueError, OSError) as error:
+            raise CheckpointError(
+                "llm/tokenizer.model cannot be converted; install sentencepiece and protobuf, or put the model's "
+                f"tokenizer.json beside it: {str(error).splitlines()[0]}"
+            ) from None
         return Tokenizer(slow.backend_tokenizer, config.llm.tokens, limit)
     return None
 

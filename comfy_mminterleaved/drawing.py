@@ -73,7 +73,10 @@ def make_scheduler(name: str, settings: dict):
     cls = getattr(diffusers, SCHEDULERS.get(name, name), None)
     if not (inspect.isclass(cls) and issubclass(cls, diffusers.SchedulerMixin)):
         raise SettingError(f"The scheduler {name!r} is not known; use {', '.join(SCHEDULERS)} or a class of diffusers.")
-    return cls.from_config(settings)
+    scheduler = cls.from_config(settings)
+    if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
+        raise SettingError(f"The scheduler {name!r} does not fit this model's noise; use {', '.join(SCHEDULERS)}.")
+    return scheduler
 
 
 def picture_multiple(unet, vae) -> int:

@@ -237,8 +237,8 @@ class MMInterleaved:
         if size is None:
             return (self.config.decoder.picture_size,) * 2
         unit = picture_multiple(self.unet, self.vae)
-        if min(size) < unit or any(side % unit for side in size):
-            raise SettingError(f"The picture size {size[0]} x {size[1]} must be in multiples of {unit} px.")
+        if min(size) < unit or any(side % unit for side in size) or max(size) > 4096:
+            raise SettingError(f"The picture size {size[0]} x {size[1]} must be in multiples of {unit} px, up to 4096.")
         return tuple(size)
 
     # ---- stories ----
@@ -298,6 +298,8 @@ class MMInterleaved:
         drop_oldest: bool = False,
     ) -> None:
         """Raises what `follow` would, before any work: settings that do not fit, or a story that may not."""
+        if max(sampling.seed, drawing.seed) + len(plan) >= 2**63:
+            raise SettingError(f"The seed {max(sampling.seed, drawing.seed)} is too large for {len(plan)} panels.")
         steps = [step for panel in plan for step in panel]
         unknown = set(steps) - {"write", "draw"}
         if unknown:

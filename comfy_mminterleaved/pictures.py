@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ def read_picture(path: str | Path) -> torch.Tensor:
     is refused: which of its frames is meant would be a guess.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise PictureError(f"There is no picture file {str(path)!r}.")
     return _decode(path, repr(str(path)))
 
@@ -56,7 +58,7 @@ def _decode(source, name: str) -> torch.Tensor:
         raise PictureError(
             f"The picture {name} is too large; at most {MAX_PIXELS // 10**6} megapixels are read."
         ) from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, TypeError, struct.error) as error:
         raise PictureError(
             f"The picture {name} cannot be read: {str(error).rstrip('.') or type(error).__name__}."
         ) from None

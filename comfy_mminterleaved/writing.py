@@ -46,7 +46,7 @@ class Sampling:
             ("seed", 0, 2**63 - 1),
         ):  # fmt: skip
             value = getattr(self, name)
-            if not low <= value <= (high if high is not None else float("inf")):
+            if not low <= value <= (high if high is not None else 1e9):
                 top = f" and at most {high}" if high is not None else ""
                 raise SettingError(f"{name} must be at least {low}{top}, not {value}.")
 

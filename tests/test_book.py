@@ -43,6 +43,7 @@ def test_titles(text, title):
 
 
 def test_curly_braces_of_a_story_stay(pictures):
+    assert page(Story.of("Write {{sheets}} here.", pictures[0]), "").count("<img") == 1
     assert "{{sheets}}" in page(Story.of("Write {{sheets}} here."), "T")
 
 

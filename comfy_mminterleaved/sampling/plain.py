@@ -4,8 +4,18 @@ import torch
 
 from .corners import corners
 
+AT_ONCE = 2**26  # sampled values held at a time
+
 
 def gather(values, sizes, points, weights):
+    n, _, _, h, d = values.shape
+    one = n * h * d * 4 * weights[0, 0, 0].numel()  # of one query: four corners of all its points
+    step = max(1, AT_ONCE // max(1, one))
+    parts = zip(points.split(step, dim=1), weights.split(step, dim=1))
+    return torch.cat([_gather(values, sizes, *part) for part in parts], dim=1)
+
+
+def _gather(values, sizes, points, weights):
     n, p, s, h, d = values.shape
     cells, shares = corners(sizes, points, weights)  # (N, Q, H, P, L, K, 4)
     cells = cells + torch.arange(p, device=cells.device).view(p, 1, 1, 1) * s
