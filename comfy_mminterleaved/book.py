@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import re
@@ -20,12 +21,14 @@ def save_story(folder: str | Path, story: Story, title: str = "", settings: dict
     """Writes a story into a folder that is there; each file appears whole or not at all. Raises OutputError.
 
     Args:
+        folder: a story saved there before is replaced, pictures and all.
         settings: JSON-ready; kept in story.json and in the pictures' metadata with the story's text.
 
     Returns:
         The files: 01.png, 02.png, ..., story.json, story.html.
     """
     folder = Path(folder)
+    old = _pictures_of(folder)
     names = [f"{i:02d}.png" for i in range(1, len(story.pictures) + 1)]
     data = {**story.to_json(names), "title": title, "settings": settings or {}}
     files = []
@@ -36,7 +39,20 @@ def save_story(folder: str | Path, story: Story, title: str = "", settings: dict
         files.append(folder / name)
     write_json(folder / "story.json", data)
     write_bytes(folder / "story.html", page(story, title).encode("utf-8"))
+    for name in set(old) - set(names):
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
     return [*files, folder / "story.json", folder / "story.html"]
+
+
+def _pictures_of(folder: Path) -> list[str]:
+    """The numbered pictures of a story saved in a folder before; none if there is no such story."""
+    try:
+        segments = json.loads((folder / "story.json").read_text(encoding="utf-8"))["segments"]
+        names = [segment.get("picture") for segment in segments]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return [name for name in names if isinstance(name, str) and re.fullmatch(r"\d+\.png", name)]
 
 
 def load_story(path: str | Path) -> Story:

@@ -358,9 +358,15 @@ def save(
 
 def save_reference(folder: str | Path, config: Config, blocks: dict[str, dict], tokenizer=None, dtype=None) -> None:
     """Writes a checkpoint in the reference's layout: one model.safetensors, and the component configs beside it."""
+    files = to_reference(config)
+    parts = dict(zip(("model", "llm", "clip", "unet", "vae", "scheduler"), files.values()))
+    if replace(from_reference(parts), prompts=config.prompts) != config:
+        raise CheckpointError(
+            "This model has settings that the reference's layout cannot say; keep it in its own layout."
+        )
     named = {reference_name(block, key): t for block, tensors in blocks.items() for key, t in tensors.items()}
     with new_folder(folder) as aside:
-        for file, settings in to_reference(config).items():
+        for file, settings in files.items():
             (aside / file).parent.mkdir(parents=True, exist_ok=True)
             write_json(aside / file, settings)
         if tokenizer is not None:
@@ -371,4 +377,11 @@ def save_reference(folder: str | Path, config: Config, blocks: dict[str, dict], 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype) -> None:
     from safetensors.torch import save_file
 
-    save_file({key: t.to(dtype or t.dtype).contiguous() for key, t in tensors.items()}, path, {"format": "pt"})
+    seen, whole = set(), {}
+    for key, tensor in tensors.items():
+        tensor = tensor.to(dtype or tensor.dtype).contiguous()
+        if tensor.untyped_storage().data_ptr() in seen:  # safetensors refuses what shares memory
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        whole[key] = tensor
+    save_file(whole, path, {"format": "pt"})

@@ -22,16 +22,17 @@ STAGES = 4  # interactions between ViT and adapter, each around an equal share o
 
 @dataclass(frozen=True)
 class Features:
-    """What the encoder makes of pictures: visual tokens (N, slots, LLM width), and maps (N, C, s, s), largest first."""
+    """What the encoder makes of pictures: visual tokens (N, slots, LLM width), and maps (N, C, s, s), largest first.
+
+    `made_by` is the encoder's identity: another encoder's features mean nothing to a model.
+    """
 
     tokens: torch.Tensor
     maps: tuple[torch.Tensor, ...]
+    made_by: object = None
 
     def __getitem__(self, index) -> Features:
-        return Features(self.tokens[index], tuple(m[index] for m in self.maps))
-
-    def to(self, *args, **kwargs) -> Features:
-        return Features(self.tokens.to(*args, **kwargs), tuple(m.to(*args, **kwargs) for m in self.maps))
+        return Features(self.tokens[index], tuple(m[index] for m in self.maps), self.made_by)
 
 
 # ---- ViT (CLIP's vision transformer without its last norm) ----
@@ -218,6 +219,7 @@ class Encoder(nn.Module):
     def __init__(self, c: EncoderConfig, operations=nn, attention=default_attention):
         super().__init__()
         self.config = c
+        self.identity = object()
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1))
         self.class_embedding = nn.Parameter(torch.zeros(c.width))
@@ -279,4 +281,4 @@ class Encoder(nn.Module):
         maps = [m + resize_positions(table[1:], m.shape[-2:]).T.view(-1, *m.shape[-2:]) for m in maps]
         grid = resize_positions(table[1:], (self.config.grid,) * 2)
         tokens = self.token_norm(self.token_proj(hidden)) + torch.cat([table[:1], grid])
-        return Features(self.out_proj(self.resampler(self.post_norm(tokens))), tuple(maps))
+        return Features(self.out_proj(self.resampler(self.post_norm(tokens))), tuple(maps), self.identity)

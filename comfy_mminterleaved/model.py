@@ -78,8 +78,12 @@ class MMInterleaved:
 
     @torch.no_grad()
     def encode(self, story: Story) -> Story:
-        """The same story, its pictures with their features; those that have them keep them."""
-        pending = {p.key: p for p in story.pictures if p.features is None}
+        """The same story, its pictures with this model's features; those that have them keep them."""
+
+        def known(picture: Picture) -> bool:
+            return picture.features is not None and picture.features.made_by is self.encoder.identity
+
+        pending = {p.key: p for p in story.pictures if not known(p)}
         if not pending:
             return story
         size = self.config.encoder.image_size
@@ -87,7 +91,7 @@ class MMInterleaved:
         for key, picture in pending.items():  # one at a time: the memory of one, and the same result in any company
             pixels = preprocess(picture.pixels, size).unsqueeze(0).to(self.device, self.llm.soi.dtype)
             found[key] = self.encoder(pixels)[0]
-        return story.with_features([p.features if p.features is not None else found[p.key] for p in story.pictures])
+        return story.with_features([p.features if known(p) else found[p.key] for p in story.pictures])
 
     def layout(self, story: Story) -> TokenLayout:
         """The story as token ids."""

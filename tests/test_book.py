@@ -76,3 +76,10 @@ class FullDisk:
 def test_a_story_that_is_not_there(tmp_path):
     with pytest.raises(StoryError, match="cannot be read: No such file"):
         load_story(tmp_path / "story.json")
+
+
+def test_a_story_replaces_the_one_before_and_nothing_else(tmp_path, pictures):
+    (tmp_path / "07.png").write_bytes(b"mine")
+    save_story(tmp_path, Story.of(*pictures[:3]))
+    save_story(tmp_path, Story.of(pictures[4]))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["01.png", "07.png", "story.html", "story.json"]

@@ -221,3 +221,16 @@ def test_saving_never_overwrites_and_leaves_nothing_behind(own, untrained, tmp_p
     with pytest.raises(AttributeError):
         checkpoint.save(tmp_path / "new", untrained.config, {"llm": {"soi": "no tensor"}})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["own"]
+
+
+def test_what_the_references_layout_cannot_say_is_refused(untrained, tmp_path):
+    with pytest.raises(CheckpointError, match="the reference's layout cannot say"):
+        checkpoint.save_reference(tmp_path / "new", untrained.config, {})
+    assert not (tmp_path / "new").exists()
+
+
+def test_tensors_that_share_memory_are_written(reference, tmp_path):
+    config, blocks = checkpoint.read_blocks(reference)
+    blocks["llm"]["layers.1.mlp.up_proj.weight"] = blocks["llm"]["layers.1.mlp.gate_proj.weight"]
+    checkpoint.save(tmp_path / "own", config, blocks)
+    assert MMInterleaved.load(tmp_path / "own", "cpu")

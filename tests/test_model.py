@@ -162,3 +162,14 @@ def test_half_precision(pictures, monkeypatch, dtype, backend):
     scores = [model.score(story, ["a bear", "a fox"]) for model in (half, full)]
     assert scores[0] == pytest.approx(scores[1], rel=0.03)
     assert len(half.write(story, S).tokens) == 9
+
+
+def test_another_models_features_are_not_taken_for_its_own(untrained, pictures):
+    from comfy_mminterleaved.model import untrained as make
+
+    other, story = make(seed=5), Story.of(pictures[0], "Otto.")
+    want = untrained.write(story, S).tokens
+    untrained.forget()
+    foreign = other.encode(story)
+    assert untrained.write(foreign, S).tokens == want
+    assert untrained.encode(foreign).pictures[0].features.made_by is untrained.encoder.identity
