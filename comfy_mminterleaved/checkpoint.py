@@ -156,8 +156,13 @@ def build(config: Config, blocks=BLOCKS) -> dict[str, torch.nn.Module]:
         "unet": lambda: diffusers_model(config.unet),
         "vae": lambda: diffusers_model(config.vae),
     }
-    with torch.device("meta"):
-        return {name: makers[name]().eval().requires_grad_(False) for name in blocks}
+    try:
+        with torch.device("meta"):
+            return {name: makers[name]().eval().requires_grad_(False) for name in blocks}
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"The checkpoint's config describes no model that can be built: {error}.") from None
 
 
 def diffusers_model(settings: dict):

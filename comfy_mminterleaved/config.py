@@ -169,6 +169,8 @@ _NESTED = {
 
 
 def _build(cls, data: dict, where: str):
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{where} must hold an object, not {data!r:.60}.")
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(data) - names)
     if unknown:

@@ -193,6 +193,9 @@ def test_the_wrong_model(tmp_path):
         ({"surprise": 1}, "does not know: surprise"),
         ({"llm": {"slots": 4, "colour": 1}}, "config.json, llm has entries that this release does not know: colour"),
         ({"llm": {}}, "incomplete"),
+        ({"encoder": 5}, "config.json, encoder must hold an object, not 5"),
+        ({"llm": {"slots": 4, "width": "a"}}, "describes no model that can be built"),
+        ({"unet": {"_class_name": "UNet2DConditionModel", "block_out_channels": 7}}, "describes no model"),
         ({"unet": {"_class_name": "os.system"}}, "class 'os.system' must be UNet2DConditionModel"),
     ],
 )
