@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--json", action="store_true", help="print one JSON object on standard output")
         return p
 
-    def model_options(p, model_required=True):
+    def model_options(p):
         p.add_argument("--model", default="untrained", help="a checkpoint folder; untrained: random weights")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
         p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, float16 on CUDA)")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,7 +43,7 @@ def test_labels_say_all_of_a_scene():
     labels = judge.labels_of(scene)
     assert labels.keys() == judge.HEADS.keys()
     assert judge.HEADS["species1"][labels["species1"]] == scene.heroes[1].species
-    alone = judge.labels_of(world.replace(scene, heroes=scene.heroes[:1]))
+    alone = judge.labels_of(replace(scene, heroes=scene.heroes[:1]))
     assert judge.HEADS["species1"][alone["species1"]] == judge.NONE and alone["species0"] == labels["species0"]
 
 
@@ -92,7 +94,7 @@ def test_a_whole_evaluation_of_any_model(untrained, trained):
 def test_hidden_pictures_are_not_looked_at(untrained):
     """The same text with other heroes in the first picture: hidden, the drawings are the same; else they differ."""
     pages = evaluate.stories_of(0, 1)[0][:2]
-    other = [world.Page(world.replace(pages[0].scene, seed=5, place="desert"), pages[0].text), pages[1]]
+    other = [world.Page(replace(pages[0].scene, seed=5, place="desert"), pages[0].text), pages[1]]
     for hidden in (True, False):
         (a,), (b,) = (evaluate.drawn_from_true_text(untrained, [story], FAST, hidden) for story in (pages, other))
         assert torch.allclose(a[0], b[0], atol=1e-4) == hidden

@@ -103,7 +103,6 @@ def test_scores_are_those_of_the_tokens_one_by_one(untrained, story):
     options = [[5, 6, 7], [9], [200, 3]]
     found = untrained.score(story, options)
     for option, total in zip(options, found):
-        ids = untrained.layout(untrained.encode(story))
         want, state = 0.0, story
         for token in option:
             from comfy_mminterleaved import Text
@@ -111,7 +110,7 @@ def test_scores_are_those_of_the_tokens_one_by_one(untrained, story):
             hidden = untrained._layouts_read([untrained.layout(untrained.encode(state))]).hidden[0][-1]
             want += untrained.llm.logits(hidden).log_softmax(-1)[token].item()
             state = state.add(Text("", (token,)))
-        assert total == pytest.approx(want, abs=1e-3) and len(ids) > 0
+        assert total == pytest.approx(want, abs=1e-3)
     many = untrained.score(story, options * 9)  # more than are read at once
     assert many == pytest.approx(found * 9, abs=1e-3)
 

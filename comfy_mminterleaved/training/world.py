@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 SPECIES = (
     "bear", "fox", "cat", "dog", "rabbit", "panda", "koala", "lion", "tiger", "pig", "monkey", "mouse", "frog", "cow",
@@ -271,10 +271,6 @@ def words() -> set[str]:
     said += [form for forms in ACTIONS.values() for form in forms]
     said += ["is", "a", "an", "in", "coat", "with", "and", "far", "away"]
     return set(re.findall(r"[a-z]+", " ".join(said).lower())) - {"who", "does", "where", "prop"}
-
-
-def without_names(scene: Scene) -> Scene:
-    return replace(scene, heroes=tuple(replace(hero, name="") for hero in scene.heroes))
 
 
 def questions(scene: Scene) -> list[tuple[str, str]]:
