@@ -102,9 +102,11 @@ class Decoder(nn.Module):
         """Pictures for all sites, once for all steps.
 
         Args:
-            maps: the encoder's four maps, each (N, P, C, h, w), oldest picture first; P may be 0.
+            maps: the encoder's maps, each (N, P, C, h, w), oldest picture first; P may be 0. Those of the sites' levels
+                are read.
             visible: bool (N, P), or (R, N, P).
         """
+        maps = [m for m in maps if m.shape[-1] in self.config.levels]
         sizes = [tuple(m.shape[-2:]) for m in maps]
         features = torch.cat([m.flatten(3).transpose(2, 3) for m in maps], dim=2).to(self.negative.dtype)
         return PreparedSites(

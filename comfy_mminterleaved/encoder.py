@@ -13,7 +13,7 @@ from .attention import attention as default_attention
 from .config import EncoderConfig
 from .positions import resize_positions
 from .resampler import Resampler
-from .sampling import gather
+from .sampling import bordered, gather
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -99,7 +99,7 @@ class DeformableAttention(nn.Module):
     def forward(self, query, reference, feature, sizes):
         """query (N, Q, C), reference (Q, 2) in [0, 1], feature (N, S, C) of levels with `sizes` -> (N, Q, C)."""
         n, q, _ = query.shape
-        values = self.value_proj(feature).unflatten(-1, (self.heads, -1)).unsqueeze(1)  # (N, 1, S, H, D)
+        values = bordered(self.value_proj(feature).unflatten(-1, (self.heads, -1)).unsqueeze(1), sizes)  # (N, 1, S', H, D)
         offsets = self.offsets(query).view(n, q, self.heads, 1, self.levels, self.points, 2)
         precise = torch.promote_types(query.dtype, torch.float32)
         weights = self.weights(query).view(n, q, self.heads, -1).to(precise).softmax(-1).to(query.dtype)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .sampling import gather
+from .sampling import bordered, gather
 
 
 @dataclass(frozen=True)
 class PreparedPictures:
     """Pictures as one synchronizer reads them.
 
-    values: (N, P, S, H, D). sizes: the levels' (h, w). offset_table, logit_table: what each relative position adds to
+    values: (N, P, S', H, D), with borders (`sampling.bordered`). sizes: the levels' (h, w), without. offset_table, logit_table: what each relative position adds to
     the offsets and the logits, one row a position.
     """
 
@@ -82,7 +82,7 @@ class Synchronizer(nn.Module):
         table = self.relative_position(torch.arange(self.max_pictures, device=features.device)).to(features)
         # Both heads are linear: that of query + position is the sum of theirs, and the positions' part is known here.
         tables = (nn.functional.linear(table, head.weight.to(table)) for head in (self.offsets, self.logits))
-        return PreparedPictures(values, tuple(map(tuple, sizes)), *tables)
+        return PreparedPictures(bordered(values, sizes), tuple(map(tuple, sizes)), *tables)
 
     def forward(self, query, pictures: PreparedPictures, visible, reference) -> torch.Tensor:
         """What the query finds in the pictures it may see.

@@ -2,9 +2,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from comfy_mminterleaved.sampling import BACKENDS, gather
+from comfy_mminterleaved.sampling import BACKENDS, bordered
+from comfy_mminterleaved.sampling import gather as gather_bordered
 
 SIZES = [(5, 7), (4, 4), (1, 2)]
+
+
+def gather(values, sizes, *rest):
+    return gather_bordered(bordered(values, sizes), sizes, *rest)
 
 
 def make(n=2, q=3, h=2, p=2, k=4, d=3, dtype=torch.float64, spread=6.0):

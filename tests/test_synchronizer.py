@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from comfy_mminterleaved.initialize import initialize
-from comfy_mminterleaved.sampling import gather
+from comfy_mminterleaved.sampling import bordered, gather
 from comfy_mminterleaved.synchronizer import Synchronizer
 
 CENTRE = torch.full((1, 2), 0.5, dtype=torch.float64)
@@ -38,7 +38,7 @@ def by_the_book(module, query, values, sizes, visible, reference):
     side = torch.tensor([(w, h) for h, w in sizes], dtype=query.dtype)
     scale = torch.tensor(module.scales, dtype=query.dtype).view(-1, 1, 1)
     place = reference.view(-1, 1, 1, 1, 1, 2) + offsets.transpose(2, 3) * scale / side.view(-1, 1, 2)
-    out = gather(projected, sizes, place * side.view(-1, 1, 2) - 0.5, weights[..., :-1], "plain")
+    out = gather(bordered(projected, sizes), sizes, place * side.view(-1, 1, 2) - 0.5, weights[..., :-1], "plain")
     sinks = weights[..., -1].sum((-1, -2)).unsqueeze(-1) * module.sink.view(module.heads, -1)
     return module.out_proj(out + sinks.flatten(2))
 

@@ -1,35 +1,54 @@
-"""What every gather starts from: the four cells around each point, and their bilinear weights."""
+"""What every gather starts from: maps with a border of zeros, the four cells around each point, and their weights."""
 
 import torch
+
+
+def bordered(values, sizes):
+    """Maps with a border of zeros one cell wide, in which every point has its four cells.
+
+    Args:
+        values: (N, P, S, H, D), for each of P pictures its levels' cells one after the other, S = sum of h * w.
+        sizes: the levels' (h, w).
+
+    Returns:
+        (N, P, S', H, D), S' = sum of (h + 2) * (w + 2).
+    """
+    levels = []
+    for level, (h, w) in zip(values.split([h * w for h, w in sizes], dim=2), sizes):
+        level = level.unflatten(2, (h, w))
+        levels.append(torch.nn.functional.pad(level, (0, 0, 0, 0, 1, 1, 1, 1)).flatten(2, 3))
+    return torch.cat(levels, dim=2)
 
 
 def corners(sizes, points, weights):
     """Cells and weights of the four corners of every point.
 
     Args:
-        sizes: the levels' (h, w).
+        sizes: the levels' (h, w), without borders.
         points: (..., P, L, K, 2), weights: (..., P, L, K), as in `gather`.
 
     Returns:
-        cells: int64 (..., P, L, K, 4), within one picture's S cells, clamped into the map.
-        weights: (..., P, L, K, 4), zero where the corner lies outside.
+        cells: int64 (..., P, L, K, 4), within one picture's bordered cells.
+        weights: (..., P, L, K, 4), of the dtype of `weights`.
     """
-    device = points.device
-    width = torch.tensor([w for _, w in sizes], device=device).view(-1, 1)  # (L, 1)
-    height = torch.tensor([h for h, _ in sizes], device=device).view(-1, 1)
-    start = torch.tensor([0, *(h * w for h, w in sizes[:-1])], device=device).cumsum(0).view(-1, 1)
-    x, y = points.unbind(-1)
-    left, top = x.floor(), y.floor()
-    right_share, bottom_share = x - left, y - top
-    # Far outside is outside all the same; clamping first keeps the integers in range.
-    left = torch.minimum(left.clamp(min=-2), width.to(left.dtype)).long()
-    top = torch.minimum(top.clamp(min=-2), height.to(top.dtype)).long()
+    options = {"device": points.device, "dtype": points.dtype}
+    rows = [w + 2 for _, w in sizes]
+    starts = [0]
+    for (h, _), row in zip(sizes[:-1], rows):
+        starts.append(starts[-1] + (h + 2) * row)
+    last = torch.tensor([(w, h) for h, w in sizes], **options).view(-1, 1, 2)
+    row = torch.tensor(rows, **options).view(-1, 1)
+    first = torch.tensor([start + width + 1 for start, width in zip(starts, rows)], **options).view(-1, 1)
 
-    cells, shares = [], []
-    for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
-        for column, column_share in ((left, 1 - right_share), (left + 1, right_share)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            cell = torch.minimum(row.clamp(min=0), height - 1) * width + torch.minimum(column.clamp(min=0), width - 1)
-            cells.append(cell + start)
-            shares.append(row_share * column_share * inside)
-    return torch.stack(cells, -1), torch.stack(shares, -1) * weights.unsqueeze(-1)
+    # A point outside is moved onto the border, where everything is zero.
+    points = torch.minimum(points.clamp(min=-1), last)
+    low = torch.minimum(points.detach().floor(), last - 1)
+    share = (points - low).to(weights.dtype)
+    cell = (low[..., 1] * row + low[..., 0] + first).long()  # whole numbers below 2^24, so exact
+    cell = cell.clamp_(0, starts[-1] + (sizes[-1][0] + 1) * rows[-1] - 2)  # a NaN has a place too
+    row = row.long()
+    cells = torch.stack([cell, cell + 1, cell + row, cell + row + 1], -1)
+    right = weights * share[..., 0]
+    left = weights - right
+    bottom_left, bottom_right = left * share[..., 1], right * share[..., 1]
+    return cells, torch.stack([left - bottom_left, right - bottom_right, bottom_left, bottom_right], -1)

@@ -7,6 +7,7 @@ folder: the pictures, a folder a stage with its log, curves, samples and weights
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from .. import checkpoint
+from ..checkpoint import diffusers_model
 from ..config import Config
 from ..drawing import decode_latents, encode_latents
 from ..errors import CheckpointError, MMInterleavedError
@@ -28,6 +30,7 @@ from .data import Batches, Book
 from .learn import LearnStories, LearnVAE
 from .loop import Stage, train
 from .recipe import make_tokenizer, starter
+from .thin import thin_autoencoder, widened
 
 STAGES = ("vae", "language", "decoder", "joint")
 HELD_OUT_STORIES = 200
@@ -70,21 +73,20 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
     folder = out / stage.name
     common = {"precision": precision, "minutes": minutes}
     if stage.name == "vae":
-        learner = LearnVAE(blocks["vae"])
+        vae = thin_autoencoder(diffusers_model(config.vae))
+        learner = LearnVAE(vae)
 
         def pictures(seed: int) -> tuple:
             return (book.random_pictures(stage.batch, random.Random(f"pictures {seed}")).to(device_of(learner)),)
 
         validation = [(held_out.pictures(range(i * 16, i * 16 + 16)),) for i in range(4)]
         done = train(
-            stage, learner, trained, folder, pictures, validation, on_sample=lambda step: vae_sheet(
-                blocks["vae"], held_out.pictures(range(0, 240, 15)), folder / f"samples-{step:06d}.png"
+            stage, learner, {"thin": vae}, folder, pictures, validation, on_sample=lambda step: vae_sheet(
+                vae, held_out.pictures(range(0, 240, 15)), folder / f"samples-{step:06d}.png"
             ), **common,
         )  # fmt: skip
         if done:
-            scale = 1 / float(torch.cat([blocks["vae"].encode(p * 2 - 1).latents for (p,) in validation]).std())
-            config = replace(config, vae={**config.vae, "scaling_factor": round(scale, 4)})
-            write_json(out / "config.json", config.to_dict())
+            finish_vae(out, config, torch.cat([pictures for (pictures,) in validation]).cpu())
         return
 
     tokenizer = tokenizer_of(out)
@@ -114,6 +116,20 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
         stage, learner, trained, folder, lambda seed: arguments(batches.make(seed), latents),
         [arguments(seen.make(seed), seen_latents) for seed in range(8)], on_sample=sample, **common,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def finish_vae(out: Path, config: Config, pictures: torch.Tensor) -> None:
+    """Widens the trained VAE to its stock layout, and sets the factor by which its latents of `pictures` have size 1."""
+    from safetensors.torch import save_file
+
+    vae = diffusers_model(config.vae)
+    vae.load_state_dict(widened(vae, checkpoint.read_tensors(out / "vae" / "thin.safetensors")))
+    scale = 1 / float(vae.encode(pictures * 2 - 1).latents.std())
+    config = replace(config, vae={**config.vae, "scaling_factor": round(scale, 4)})
+    write_json(out / "config.json", config.to_dict())
+    save_file(vae.state_dict(), out / "vae" / "vae.safetensors.part")
+    os.replace(out / "vae" / "vae.safetensors.part", out / "vae" / "vae.safetensors")
 
 
 # ---- what a run keeps ----

@@ -84,7 +84,7 @@ class LearnStories(nn.Module):
         if self.training:
             dropped = torch.rand(len(states), 1, 1, device=states.device) < UNCONDITIONAL
             states = torch.where(dropped, self.decoder.negative.to(states), states)
-        prepared = self.decoder.prepare(maps, self._look_back(n, p, batch.ids.device))
+        prepared = self.decoder.prepare(*self.seen(maps))
         wanted = latents.transpose(0, 1).flatten(0, 1)
         noise = torch.randn_like(wanted)
         times = torch.randint(0, self.noise.config.num_train_timesteps, (len(wanted),), device=wanted.device)
@@ -93,9 +93,21 @@ class LearnStories(nn.Module):
             found = self.unet(noisy, times, encoder_hidden_states=states).sample
         return F.mse_loss(found.float(), noise.float())
 
-    def _look_back(self, n: int, p: int, device) -> torch.Tensor:
-        """Which pictures each drawing looks at: bool (P, N, P), of those before it the last few, at random how many."""
-        most = self.decoder.config.look_back
-        back = torch.randint(1, most + 1, (1, n, 1)) if self.training else torch.full((1, n, 1), most)
-        drawn, seen = torch.arange(p).view(p, 1, 1), torch.arange(p).view(1, 1, p)
-        return ((seen < drawn) & (seen >= drawn - back)).to(device)
+    def seen(self, maps) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The pictures that each drawing looks at: of those before it the last few, in training at random how many.
+
+        Args:
+            maps: the encoder's, each (N, P, C, h, w).
+
+        Returns:
+            Maps (P * N, most, C, h, w), picture by picture, and which of them count: bool (P * N, most).
+        """
+        n, p = maps[0].shape[:2]
+        most = min(self.decoder.config.look_back, p - 1)
+        if self.training and most > 1:
+            most = int(torch.multinomial(torch.tensor([4.0, 3, 2, 1][:most]), 1)) + 1
+        before = torch.arange(p).view(p, 1) - torch.arange(most, 0, -1)  # (P, most), oldest first
+        shown = (before >= 0).to(maps[0].device)
+        before = before.clamp(min=0).to(maps[0].device)
+        taken = [m[:, before].transpose(0, 1).flatten(0, 1) for m in maps]
+        return taken, shown.repeat_interleave(n, dim=0)

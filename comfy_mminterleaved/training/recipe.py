@@ -29,7 +29,7 @@ def starter() -> Config:
         ),
         decoder=DecoderConfig(
             width, ResamplerConfig(16, context, width, 2, 6, 2 * context), site_widths, site_grids, picture_size=128,
-            position_grid=16, feature_width=feature, levels=(32, 16, 8, 4), sync_heads=4, sync_points=8,
+            position_grid=16, feature_width=feature, levels=(16, 8, 4), sync_heads=4, sync_points=4,
             sync_width=feature, max_pictures=9, look_back=4,
         ),
         unet={
