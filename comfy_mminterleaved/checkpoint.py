@@ -19,6 +19,7 @@ import torch
 from .config import Config, from_reference, to_reference
 from .errors import CheckpointError
 from .files import new_folder, write_json
+from .synchronizer import fold
 
 BLOCKS = ("encoder", "llm", "synchronizer", "unet", "vae")
 
@@ -315,12 +316,16 @@ def read_blocks(folder: str | Path, blocks=BLOCKS) -> tuple[Config, dict[str, di
 
 
 def load_blocks(folder, dtype=torch.float32, device="cpu", blocks=BLOCKS) -> tuple[Config, dict[str, torch.nn.Module]]:
-    """The blocks of a checkpoint of either layout, in `dtype`; the VAE always in float32, as the reference runs it."""
+    """The blocks of a checkpoint of either layout, in `dtype`; the VAE always in float32, as the reference runs it.
+
+    Their synchronizers are in their form for running (`synchronizer.fold`): they have other parameters than the files.
+    """
     config, tensors = read_blocks(folder, blocks)
     modules = build(config, blocks)
     for name, module in modules.items():
         to = torch.float32 if name == "vae" else dtype
         module.load_state_dict({key: t.to(device, to) for key, t in tensors.pop(name).items()}, assign=True)
+        fold(module)
     return config, modules
 
 

@@ -46,6 +46,12 @@ class Site(nn.Module):
         )  # fmt: skip
         self.conv = operations.Conv2d(width, width, 1)
 
+    def fold(self) -> None:
+        """Takes the form for running: the convolution becomes part of the synchronizer's last projection."""
+        if not self.mmfs.folded:
+            self.mmfs.fold(self.conv)
+            self.conv = nn.Identity()
+
     def forward(self, x, pictures: PreparedPictures, visible, positions, reference):
         """x (R * N, C, h, w), R drawings (or halves of guidance) for each of N rows of pictures -> the same shape."""
         n = visible.shape[-2]

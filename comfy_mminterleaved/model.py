@@ -17,6 +17,7 @@ from .pictures import preprocess
 from .reading import Reading, read
 from .story import Picture, Story, Text, TokenLayout, layout, require
 from .storyboard import plan_panels
+from .synchronizer import fold
 from .writing import Sampling, Written, score, write
 
 
@@ -397,4 +398,4 @@ def untrained(seed: int = 0) -> MMInterleaved:
     last = [layer for layer in blocks["vae"].decoder.modules() if isinstance(layer, torch.nn.Conv2d)][-1]
     last.weight.mul_(8.0)
     last.bias.fill_(0.5)
-    return MMInterleaved(config, blocks, tokenizer)
+    return MMInterleaved(config, {name: fold(block) for name, block in blocks.items()}, tokenizer)

@@ -11,21 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .sampling import bordered, gather
+from .sampling import attend, bordered
 
 
 @dataclass(frozen=True)
 class PreparedPictures:
     """Pictures as one synchronizer reads them.
 
-    values: (N, P, S', H, D), with borders (`sampling.bordered`). sizes: the levels' (h, w), without. offset_table, logit_table: what each relative position adds to
-    the offsets and the logits, one row a position.
+    values: (N, P, S', H, D), with borders (`sampling.bordered`). sizes: the levels' (h, w), without.
     """
 
     values: torch.Tensor
     sizes: tuple[tuple[int, int], ...]
-    offset_table: torch.Tensor
-    logit_table: torch.Tensor
 
     @property
     def count(self) -> int:
@@ -33,7 +30,10 @@ class PreparedPictures:
 
 
 class Synchronizer(nn.Module):
-    """MMFS.
+    """MMFS, in one of two forms that compute the same.
+
+    As in checkpoints: a projection of the query plus a relative position, and offsets and logits linear in their sum. To
+    run it, `fold` makes one small matrix of all that is linear in the query, and a table of what positions add.
 
     Args:
         query_width, feature_width, out_width: channels of the query, the features and the result.
@@ -48,7 +48,7 @@ class Synchronizer(nn.Module):
         operations=nn,
     ):  # fmt: skip
         super().__init__()
-        self.heads, self.points, self.max_pictures = heads, points, max_pictures
+        self.heads, self.points, self.operations = heads, points, operations
         self.scales = tuple(level / base for level in levels)
         self.query_proj = operations.Linear(query_width, query_width)
         self.relative_position = operations.Embedding(max_pictures, query_width)
@@ -71,6 +71,39 @@ class Synchronizer(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
+    @torch.no_grad()
+    def fold(self, after: nn.Conv2d | None = None) -> None:
+        """Takes, for good, the form for running; `after` is a 1 x 1 convolution that follows, and is taken in too."""
+        if self.folded:
+            return
+        weight, bias, tables = self._linear_in_query()
+        self.from_query = _linear(self.operations, weight, bias)
+        self.tables = nn.Parameter(tables, requires_grad=False)
+        del self.query_proj, self.relative_position, self.offsets, self.logits
+        if after is not None:
+            precise = torch.promote_types(after.weight.dtype, torch.float32)
+            last = after.weight.to(precise).flatten(1)  # (C, C)
+            bias = last @ self.out_proj.bias.to(precise) + after.bias.to(precise)
+            weight = last @ self.out_proj.weight.to(precise)
+            self.out_proj = _linear(self.operations, weight.to(after.weight), bias.to(after.weight))
+
+    @property
+    def folded(self) -> bool:
+        return hasattr(self, "from_query")
+
+    def _linear_in_query(self):
+        """(E, query_width), (E,), (max_pictures, E): offsets and logits of a query, and what each position adds."""
+        dtype = self.offsets.weight.dtype
+        precise = torch.promote_types(dtype, torch.float32)
+        # Of each level's points + 1 logits the last is never used.
+        logits = (self.logits.weight, self.logits.bias)
+        used = [t.unflatten(0, (-1, self.points + 1))[:, :-1].flatten(0, 1) for t in logits]
+        heads = torch.cat([self.offsets.weight, used[0]]).to(precise)
+        bias = torch.cat([self.offsets.bias, used[1]]).to(precise)
+        bias = bias + heads @ self.query_proj.bias.to(precise)
+        tables = self.relative_position.weight.to(precise) @ heads.T
+        return (heads @ self.query_proj.weight.to(precise)).to(dtype), bias.to(dtype), tables.to(dtype)
+
     def prepare(self, features: torch.Tensor, sizes) -> PreparedPictures:
         """Projects the values of pictures, once for all queries.
 
@@ -79,10 +112,7 @@ class Synchronizer(nn.Module):
             sizes: the levels' (h, w).
         """
         values = self.value_proj(features).unflatten(-1, (self.heads, -1))
-        table = self.relative_position(torch.arange(self.max_pictures, device=features.device)).to(features)
-        # Both heads are linear: that of query + position is the sum of theirs, and the positions' part is known here.
-        tables = (nn.functional.linear(table, head.weight.to(table)) for head in (self.offsets, self.logits))
-        return PreparedPictures(bordered(values, sizes), tuple(map(tuple, sizes)), *tables)
+        return PreparedPictures(bordered(values, sizes), tuple(map(tuple, sizes)))
 
     def forward(self, query, pictures: PreparedPictures, visible, reference) -> torch.Tensor:
         """What the query finds in the pictures it may see.
@@ -97,30 +127,31 @@ class Synchronizer(nn.Module):
             (N, Q, out_width).
         """
         n, q, _ = query.shape
-        heads, points, levels = self.heads, self.points, len(self.scales)
-        visible = visible.unsqueeze(1) if visible.ndim == 2 else visible  # (N, 1 or Q, P)
-        p = visible.shape[-1]
-        sink = self.sink.to(query).view(heads, -1)
-        if not p:  # the sinks have all the weight
+        sink = self.sink.to(query).view(self.heads, -1)
+        if not pictures.count:  # the sinks have all the weight
             return self.out_proj(sink.flatten()).expand(n, q, -1)
-
+        if self.folded:
+            said, tables = self.from_query(query), self.tables.to(query)
+        else:
+            weight, bias, tables = self._linear_in_query()
+            said = nn.functional.linear(query, weight, bias)
+        visible = visible.unsqueeze(1) if visible.ndim == 2 else visible  # (N, 1 or Q, P)
         shown = visible.long()
         newest_first = (shown.sum(-1, keepdim=True) + 1 - shown.cumsum(-1)) * shown  # 1 is the newest, 0 not visible
-        projected = self.query_proj(query)
-        offsets = self.offsets(projected).unsqueeze(2) + pictures.offset_table[newest_first]  # (N, Q, P, H * K * 2)
-        logits = self.logits(projected).unsqueeze(2) + pictures.logit_table[newest_first]
-        offsets = offsets.view(n, q, p, heads, 1, points, 2).transpose(2, 3)  # (N, Q, H, P, 1, K, 2)
-        logits = logits.view(n, q, p, heads, levels, points + 1)[..., :points].transpose(2, 3)  # (N, Q, H, P, L, K)
-        logits = logits.masked_fill(~visible[:, :, None, :, None, None], float("-inf"))
+        found = attend(pictures.values, pictures.sizes, self.scales, said, tables, newest_first, reference, sink)
+        return self.out_proj(found)
 
-        # The sinks have the constant logit -log(P * L) each: together they weigh like one with logit 0.
-        logits = torch.cat([logits.flatten(3), logits.new_zeros(n, q, heads, 1)], dim=-1)
-        precise = torch.promote_types(query.dtype, torch.float32)  # half precision is too coarse for positions
-        weights = logits.to(precise).softmax(-1).to(query.dtype)
-        weights, sink_weight = weights[..., :-1].view(n, q, heads, p, levels, points), weights[..., -1:]
 
-        side = torch.tensor([(w, h) for h, w in pictures.sizes], device=query.device, dtype=precise).view(-1, 1, 2)
-        scale = torch.tensor(self.scales, device=query.device, dtype=precise).view(-1, 1, 1)
-        centre = reference.to(precise).view(-1, 1, 1, 1, 1, 2) * side - 0.5  # (1 or Q, 1, 1, L, 1, 2), in cells
-        found = gather(pictures.values, pictures.sizes, centre + offsets.to(precise) * scale, weights)
-        return self.out_proj(found + (sink_weight * sink).flatten(2))
+def fold(block: nn.Module) -> nn.Module:
+    """Brings all synchronizers of a block into their form for running, in place; returns the block."""
+    for part in list(block.modules()):
+        if hasattr(part, "fold"):
+            part.fold()
+    return block
+
+
+def _linear(operations, weight, bias) -> nn.Linear:
+    layer = operations.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer

@@ -46,14 +46,31 @@ def by_the_book(module, query, values, sizes, visible, reference):
 @pytest.mark.parametrize("levels", [(8,), (8, 4), (8, 4, 2)])
 @pytest.mark.parametrize("heads, points", [(1, 1), (4, 3), (2, 8)])
 @pytest.mark.parametrize("pictures", [1, 3, 8])
-def test_equals_the_definition(levels, heads, points, pictures):
+@pytest.mark.parametrize("folded", [False, True])
+def test_equals_the_definition(levels, heads, points, pictures, folded):
     module = make(levels, heads, points)
     sizes = [(side, side) for side in levels]
     values, query = features(pictures, levels), torch.randn(2, 5, 12, dtype=torch.float64)
     visible = torch.rand(2, 5, pictures, generator=torch.Generator().manual_seed(2)) < 0.6
     reference = torch.rand(5, 2, dtype=torch.float64)
+    want = by_the_book(module, query, values, sizes, visible, reference)
+    if folded:
+        module.fold()
     found = module(query, module.prepare(values, sizes), visible, reference)
-    assert torch.allclose(found, by_the_book(module, query, values, sizes, visible, reference), atol=1e-12)
+    assert torch.allclose(found, want, atol=1e-12)
+
+
+def test_folding_takes_in_the_convolution_behind():
+    module, sizes = make(), [(8, 8), (4, 4)]
+    conv = torch.nn.Conv2d(12, 12, 1, dtype=torch.float64).requires_grad_(False)
+    query, visible = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool)
+    prepared = module.prepare(features(3), sizes)
+    want = conv(module(query, prepared, visible, CENTRE).transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+    module.fold(conv)
+    assert torch.allclose(module(query, prepared, visible, CENTRE), want, atol=1e-12)
+    assert module.folded and not hasattr(module, "query_proj")
+    module.fold(conv)  # once is enough
+    assert torch.allclose(module(query, prepared, visible, CENTRE), want, atol=1e-12)
 
 
 @pytest.mark.parametrize("pictures", [1, 3, 8])

@@ -80,11 +80,17 @@ def test_targets_are_the_next_tokens_but_never_a_picture_slot(batches, config):
 def test_drawings_look_at_pictures_before_them_only(config):
     learner = LearnStories(new_blocks(config), config.scheduler)
     learner.train()
-    looked = torch.stack([learner._look_back(3, 5, "cpu") for _ in range(50)])
-    drawn, seen = torch.meshgrid(torch.arange(5), torch.arange(5), indexing="ij")
-    assert looked.shape == (50, 5, 3, 5)
-    assert not looked[..., (seen >= drawn)[:, None].expand(5, 3, 5)].any()
-    assert looked[:, 1:, :, 0].any() and looked[:, 4, :, 3].all()  # the one before always
+    # Maps that say which story and picture they are of.
+    numbered = (torch.arange(3).view(3, 1) * 10 + torch.arange(5)).view(3, 5, 1, 1, 1).float()
+    depths = set()
+    for _ in range(50):
+        (maps,), shown = learner.seen([numbered])
+        depths.add(shown.shape[1])
+        for drawing, (seen, counts) in enumerate(zip(maps.flatten(1).tolist(), shown)):
+            story, picture = drawing % 3, drawing // 3
+            before = [story * 10 + p for p in range(max(0, picture - shown.shape[1]), picture)]
+            assert [int(p) for p, count in zip(seen, counts) if count] == before
+    assert depths == set(range(1, min(4, config.decoder.look_back) + 1))
 
 
 def test_each_drawing_has_its_own_visibility(untrained, pictures):

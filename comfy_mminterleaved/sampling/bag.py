@@ -9,14 +9,14 @@ from .corners import corners
 def gather(values, sizes, points, weights):
     n, p, s, h, d = values.shape
     q = points.shape[1]
-    cells, shares = corners(sizes, points, weights)
-    # A row of the table is one head of one cell: ((n * P + p) * S + cell) * H + h.
-    batch = torch.arange(n, device=cells.device).view(n, 1, 1, 1, 1, 1, 1)
-    picture = torch.arange(p, device=cells.device).view(p, 1, 1, 1)
-    head = torch.arange(h, device=cells.device).view(h, 1, 1, 1, 1)
-    rows = ((batch * p + picture) * s + cells) * h + head
-    table = values.reshape(n * p * s * h, d)
+    cells, shares = corners(sizes, points, weights, torch.int32 if values.numel() // d < 2**31 else torch.int64)
+    # A row of the table is one head of one cell: ((n * P + p) * S' + cell) * H + h.
+    device = cells.device
+    map_of = torch.arange(n * p, device=device, dtype=cells.dtype).view(n, 1, 1, p, 1, 1, 1)
+    head = torch.arange(h, device=device, dtype=cells.dtype).view(h, 1, 1, 1, 1)
+    rows = cells.mul_(h).add_(map_of * (s * h) + head)
     out = F.embedding_bag(
-        rows.view(n * q * h, -1), table, per_sample_weights=shares.reshape(n * q * h, -1).to(table.dtype), mode="sum"
-    )
+        rows.view(n * q * h, -1), values.reshape(n * p * s * h, d),
+        per_sample_weights=shares.reshape(n * q * h, -1).to(values.dtype), mode="sum",
+    )  # fmt: skip
     return out.view(n, q, h * d)

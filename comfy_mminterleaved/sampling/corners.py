@@ -20,7 +20,7 @@ def bordered(values, sizes):
     return torch.cat(levels, dim=2)
 
 
-def corners(sizes, points, weights):
+def corners(sizes, points, weights, dtype=torch.int64):
     """Cells and weights of the four corners of every point.
 
     Args:
@@ -28,7 +28,7 @@ def corners(sizes, points, weights):
         points: (..., P, L, K, 2), weights: (..., P, L, K), as in `gather`.
 
     Returns:
-        cells: int64 (..., P, L, K, 4), within one picture's bordered cells.
+        cells: integers of `dtype` (..., P, L, K, 4), within one picture's bordered cells.
         weights: (..., P, L, K, 4), of the dtype of `weights`.
     """
     options = {"device": points.device, "dtype": points.dtype}
@@ -44,9 +44,9 @@ def corners(sizes, points, weights):
     points = torch.minimum(points.clamp(min=-1), last)
     low = torch.minimum(points.detach().floor(), last - 1)
     share = (points - low).to(weights.dtype)
-    cell = (low[..., 1] * row + low[..., 0] + first).long()  # whole numbers below 2^24, so exact
+    cell = (low[..., 1] * row + low[..., 0] + first).to(dtype)  # whole numbers below 2^24, so exact
     cell = cell.clamp_(0, starts[-1] + (sizes[-1][0] + 1) * rows[-1] - 2)  # a NaN has a place too
-    row = row.long()
+    row = row.to(dtype)
     cells = torch.stack([cell, cell + 1, cell + row, cell + row + 1], -1)
     right = weights * share[..., 0]
     left = weights - right

@@ -16,7 +16,7 @@ UNCONDITIONAL = 0.1
 class LearnVAE(nn.Module):
     """Reconstruction of pictures through AutoencoderTiny's latents.
 
-    L1 on pixels and on their differences, so that edges stay edges; noise on the latents, so that near latents mean
+    L1 and L2 on pixels, L1 on their differences, so that edges stay edges; noise on the latents, so that near latents mean
     near pictures; a pull to unit size, so that a diffusion model finds them as it expects them.
     """
 
@@ -31,10 +31,11 @@ class LearnVAE(nn.Module):
         noise = torch.randn_like(latents) * 0.05 if self.training else 0
         found = self.vae.decode(latents + noise).sample
         pixels = (found - wanted).abs().mean()
+        squares = (found - wanted).pow(2).mean()
         edges = sum((found.diff(dim=d) - wanted.diff(dim=d)).abs().mean() for d in (-1, -2))
         size = latents.float().pow(2).mean()
         return {
-            "loss": pixels + edges + 0.01 * (size - 1).pow(2),
+            "loss": pixels + squares + edges + 0.01 * (size - 1).pow(2),
             "pixels": pixels,
             "edges": edges,
             "latent_size": size,

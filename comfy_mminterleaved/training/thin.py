@@ -50,7 +50,12 @@ def _thin_block(block: nn.Module, width: int) -> None:
     for at, layer in enumerate(block.conv):
         if isinstance(layer, nn.Conv2d):
             block.conv[at] = _convolution(layer, width, width)
+    nn.init.zeros_(block.conv[-1].weight)  # it starts as the identity, and a deep net without norms learns at once
 
 
 def _convolution(stock: nn.Conv2d, channels: int, out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, out, 3, stride=stock.stride, padding=1, bias=stock.bias is not None)
+    layer = nn.Conv2d(channels, out, 3, stride=stock.stride, padding=1, bias=stock.bias is not None)
+    nn.init.kaiming_normal_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
