@@ -99,14 +99,14 @@ class DeformableAttention(nn.Module):
     def forward(self, query, reference, feature, sizes):
         """query (N, Q, C), reference (Q, 2) in [0, 1], feature (N, S, C) of levels with `sizes` -> (N, Q, C)."""
         n, q, _ = query.shape
-        values = bordered(self.value_proj(feature).unflatten(-1, (self.heads, -1)).unsqueeze(1), sizes)  # (N, 1, S', H, D)
+        values = self.value_proj(feature).unflatten(-1, (self.heads, -1)).unsqueeze(1)  # (N, 1, S, H, D)
         offsets = self.offsets(query).view(n, q, self.heads, 1, self.levels, self.points, 2)
         precise = torch.promote_types(query.dtype, torch.float32)
         weights = self.weights(query).view(n, q, self.heads, -1).to(precise).softmax(-1).to(query.dtype)
         side = torch.tensor([(w, h) for h, w in sizes], device=query.device, dtype=precise).view(-1, 1, 2)
         centre = reference.view(q, 1, 1, 1, 1, 2) * side - 0.5
         weights = weights.view(n, q, self.heads, 1, self.levels, self.points)
-        return self.out_proj(gather(values, sizes, centre + offsets.to(precise), weights))
+        return self.out_proj(gather(bordered(values, sizes), sizes, centre + offsets.to(precise), weights))
 
 
 class Injector(nn.Module):

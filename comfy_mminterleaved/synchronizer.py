@@ -18,7 +18,7 @@ from .sampling import attend, bordered
 class PreparedPictures:
     """Pictures as one synchronizer reads them.
 
-    values: (N, P, S', H, D), with borders (`sampling.bordered`). sizes: the levels' (h, w), without.
+    values: (N, P, H, S', D), with borders (`sampling.bordered`). sizes: the levels' (h, w), without.
     """
 
     values: torch.Tensor
@@ -32,8 +32,8 @@ class PreparedPictures:
 class Synchronizer(nn.Module):
     """MMFS, in one of two forms that compute the same.
 
-    As in checkpoints: a projection of the query plus a relative position, and offsets and logits linear in their sum. To
-    run it, `fold` makes one small matrix of all that is linear in the query, and a table of what positions add.
+    As in checkpoints: a projection of the query plus a relative position, and offsets and logits linear in their sum.
+    To run it, `fold` makes one small matrix of all that is linear in the query, and a table of what positions add.
 
     Args:
         query_width, feature_width, out_width: channels of the query, the features and the result.

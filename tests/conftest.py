@@ -25,7 +25,7 @@ def untrained():
         generator = torch.Generator().manual_seed(1)
         for block in (model.encoder, model.llm, model.decoder):
             for name, parameter in block.named_parameters():
-                if name.endswith(("gate", "gamma", "site.mmfs.out_proj.weight")) or "skip_sites" in name and "out" in name:
+                if name.endswith(("gate", "gamma")) or ("site" in name and name.endswith("out_proj.weight")):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
 

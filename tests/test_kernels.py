@@ -1,4 +1,4 @@
-"""The Triton kernels against the plain gather: run by Triton's interpreter on the CPU, compiled for CUDA all the same."""
+"""The Triton kernels against the plain gather: run by Triton's interpreter on the CPU, and compiled for CUDA."""
 
 import subprocess
 import sys
@@ -73,8 +73,8 @@ from triton.compiler import ASTSource
 from comfy_mminterleaved.sampling import kernels
 shared = dict(H=16, L=4, K=8, D=64, BLOCK_M=32, BLOCK_D=64)
 for kernel, integers in (
-    (kernels._attend, "Q P n_stride p_stride cell_stride order_n order_q reference_q"),
-    (kernels._gather, "Q P n_stride p_stride cell_stride"),
+    (kernels._attend, "Q P n_stride p_stride h_stride cell_stride order_n order_q reference_q"),
+    (kernels._gather, "Q P n_stride p_stride h_stride cell_stride"),
 ):
     types = dict.fromkeys(shared, "constexpr") | dict.fromkeys(integers.split(), "i32")
     types |= {{"order": "*i64", "reference": "*fp32", "levels": "*fp32", "points": "*fp32"}}

@@ -23,7 +23,7 @@ def gather(values, sizes, points, weights, backend: str | None = None):
     """Sums bilinear samples of feature maps: sum over p, l, k of weights * values[p, l] at points.
 
     Args:
-        values: (N, P, S', H, D), from `bordered`.
+        values: (N, P, H, S', D), from `bordered`.
         sizes: the levels' (h, w), without borders.
         points: (N, Q, H, P, L, K, 2), x then y, in cells of the level; cell centres are whole numbers.
         weights: (N, Q, H, P, L, K).
@@ -39,7 +39,7 @@ def attend(values, sizes, scales, said, tables, order, reference, sink, backend:
     """MMFS between its projections: where to look in each picture, how much it weighs, and what is found.
 
     Args:
-        values: (N, P, S', H, D), from `bordered`.
+        values: (N, P, H, S', D), from `bordered`.
         sizes: the levels' (h, w), without borders.
         scales: cells of each level that an offset of 1 is.
         said: (N, Q, E), linear in the queries: H * K offsets (x, y), then H * L * K logits.
@@ -80,13 +80,14 @@ def choose(values, queries) -> str:
 def _through(gathered):
     def find(values, sizes, scales, said, tables, order, reference, sink):
         points, weights, left = weigh(sizes, scales, said, tables, order, reference, len(sink))
-        return gathered(values, sizes, points, weights) + (left * sink).flatten(2)
+        found = gathered(values, sizes, points, weights)
+        return torch.addcmul(found.view(*left.shape[:3], -1), left, sink).flatten(2)
 
     return find
 
 
 def _queries_at_once(values, sizes, scales, said) -> int:
-    n, p, _, heads, _ = values.shape
+    n, p, heads = values.shape[:3]
     points = said.shape[-1] // (2 + len(scales)) * len(scales)  # of one query in one picture, all heads
     if values.device.type == "cpu":
         return max(1, AT_ONCE // max(1, n * p * points))

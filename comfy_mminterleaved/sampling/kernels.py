@@ -34,7 +34,7 @@ def _bilinear(values, cell_stride, x, y, width, height, start, weight, depth, sh
 @triton.jit
 def _attend(
     values, said, tables, order, reference, sink, levels, found,
-    Q, P, n_stride, p_stride, cell_stride, order_n, order_q, reference_q,
+    Q, P, n_stride, p_stride, h_stride, cell_stride, order_n, order_q, reference_q,
     H: tl.constexpr, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -75,7 +75,7 @@ def _attend(
             larger = tl.maximum(most, tl.max(here, axis=0))
             rescale = tl.exp(most - larger)
             weight = tl.exp(here - larger)
-            base = values + n * n_stride + picture * p_stride + head * D
+            base = values + n * n_stride + picture * p_stride + head * h_stride
             sampled = _bilinear(base, cell_stride, x, y, width, height, start, weight, depth, shown, D)
             sums = sums * rescale + sampled
             total = total * rescale + tl.sum(weight, axis=0)
@@ -85,7 +85,7 @@ def _attend(
 
 @triton.jit
 def _gather(
-    values, points, weights, levels, found, Q, P, n_stride, p_stride, cell_stride,
+    values, points, weights, levels, found, Q, P, n_stride, p_stride, h_stride, cell_stride,
     H: tl.constexpr, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -104,7 +104,7 @@ def _gather(
         x = tl.load(points + at * 2, shown, 0.0).to(tl.float32)
         y = tl.load(points + at * 2 + 1, shown, 0.0).to(tl.float32)
         weight = tl.load(weights + at, shown, 0.0).to(tl.float32)
-        base = values + n * n_stride + picture * p_stride + head * D
+        base = values + n * n_stride + picture * p_stride + head * h_stride
         sums += _bilinear(base, cell_stride, x, y, width, height, start, weight, depth, shown, D)
     tl.store(found + program * D + depth, sums.to(found.dtype.element_ty), depth < D)
 
@@ -123,20 +123,20 @@ def _blocks(samples: int, depth: int) -> dict[str, int]:
 
 
 def gather(values, sizes, points, weights):
-    n, p, s, h, d = values.shape
+    n, p, h, s, d = values.shape
     q, levels, k = points.shape[1], *points.shape[4:6]
     values = values.contiguous()
     found = values.new_empty(n, q, h * d)
     _gather[(n * q * h,)](
         values, points.contiguous(), weights.contiguous(), _levels(sizes, [1.0] * levels, values.device), found,
-        q, p, values.stride(0), values.stride(1), values.stride(2),
+        q, p, *values.stride()[:4],
         H=h, L=levels, K=k, D=d, **_blocks(levels * k, d), num_warps=4,
     )  # fmt: skip
     return found
 
 
 def attend(values, sizes, scales, said, tables, order, reference, sink):
-    n, p, s, h, d = values.shape
+    n, p, h, s, d = values.shape
     q, levels = said.shape[1], len(scales)
     k = said.shape[-1] // (h * (2 + levels))
     values = values.contiguous()
@@ -144,7 +144,7 @@ def attend(values, sizes, scales, said, tables, order, reference, sink):
     order, reference = order.contiguous(), reference.float().contiguous()
     _attend[(n * q * h,)](
         values, said.contiguous(), tables.contiguous(), order, reference, sink.contiguous(),
-        _levels(sizes, scales, values.device), found, q, p, values.stride(0), values.stride(1), values.stride(2),
+        _levels(sizes, scales, values.device), found, q, p, *values.stride()[:4],
         order.stride(0), order.stride(1) if order.shape[1] > 1 else 0, 2 if len(reference) > 1 else 0,
         H=h, L=levels, K=k, D=d, **_blocks(levels * k, d), num_warps=4,
     )  # fmt: skip

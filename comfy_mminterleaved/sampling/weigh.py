@@ -38,6 +38,7 @@ def points_and_logits(sizes, scales, said, tables, order, reference, heads: int)
 
     options = {"device": said.device, "dtype": precise}
     side = torch.tensor([(w, h) for h, w in sizes], **options).view(-1, 1, 2)
-    scale = torch.tensor(scales, **options).view(-1, 1, 1)
-    centre = reference.to(precise).view(-1, 1, 1, 1, 1, 2) * side - 0.5  # (1 or Q, 1, 1, L, 1, 2)
+    scale = torch.tensor(scales, **options).view(-1, 1, 1).repeat(1, k, 2)
+    centre = reference.to(precise).view(-1, 1, 1, 1, 1, 2) * side - 0.5
+    centre = centre.repeat(1, 1, 1, 1, k, 1)  # (1 or Q, 1, 1, L, K, 2): with whole rows the sum below is vectorized
     return torch.addcmul(centre, offsets.to(precise), scale), logits

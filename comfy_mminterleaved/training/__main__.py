@@ -120,7 +120,7 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
 
 @torch.no_grad()
 def finish_vae(out: Path, config: Config, pictures: torch.Tensor) -> None:
-    """Widens the trained VAE to its stock layout, and sets the factor by which its latents of `pictures` have size 1."""
+    """Widens the trained VAE to its stock layout; sets the factor that brings its latents of `pictures` to size 1."""
     from safetensors.torch import save_file
 
     vae = diffusers_model(config.vae)

@@ -16,8 +16,8 @@ UNCONDITIONAL = 0.1
 class LearnVAE(nn.Module):
     """Reconstruction of pictures through AutoencoderTiny's latents.
 
-    L1 and L2 on pixels, L1 on their differences, so that edges stay edges; noise on the latents, so that near latents mean
-    near pictures; a pull to unit size, so that a diffusion model finds them as it expects them.
+    L1 and L2 on pixels, L1 on their differences, so that edges stay edges; noise on the latents, so that near latents
+    mean near pictures; a pull to unit size, so that a diffusion model finds them as it expects them.
     """
 
     def __init__(self, vae):

@@ -1,0 +1,54 @@
+"""Random weights at real widths: what a benchmark needs of a model, made in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from comfy_mminterleaved import checkpoint
+from comfy_mminterleaved.config import Config, from_reference
+from comfy_mminterleaved.encoder import Features
+from comfy_mminterleaved.synchronizer import fold
+
+
+def official(layers: int | None = None) -> Config:
+    """The released 13B model's config; `layers` of its LLM."""
+    config = from_reference({})
+    return config if layers is None else replace(config, llm=replace(config.llm, layers=layers))
+
+
+@torch.no_grad()
+def random_blocks(config: Config, blocks, device="cpu", dtype=torch.float32) -> dict[str, torch.nn.Module]:
+    """Blocks of a config with small random weights: no gate closed, nothing zero, no care for what comes out."""
+    made = checkpoint.build(config, blocks)
+    for name, block in made.items():
+        block.to_empty(device=device).to(dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        for part in block.modules():
+            for parameter in part.parameters(recurse=False):
+                if isinstance(part, (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm)):
+                    parameter.fill_(1.0)
+                elif parameter.ndim > 1:
+                    width = max(1, parameter[0].numel())
+                    parameter.normal_(std=min(0.5, width**-0.5), generator=generator)
+                else:
+                    parameter.uniform_(-0.1, 0.1, generator=generator)
+        for buffer in block.buffers():
+            buffer.zero_()
+        made[name] = fold(block)
+    return made
+
+
+def random_maps(config: Config, pictures: int, device="cpu", dtype=torch.float32) -> list[torch.Tensor]:
+    """The encoder's four maps of `pictures` pictures: (1, P, C, side, side)."""
+    generator = torch.Generator().manual_seed(1)
+    width = config.decoder.feature_width
+    return [
+        torch.randn(1, pictures, width, side, side, generator=generator).to(device, dtype)
+        for side in config.decoder.levels
+    ]
+
+
+def features_of(maps) -> Features:
+    return Features(tokens=None, maps=tuple(m[0, 0] for m in maps))
