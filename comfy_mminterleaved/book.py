@@ -17,12 +17,15 @@ from .story import Story
 METADATA_KEY = "mm-interleaved"
 
 
-def save_story(folder: str | Path, story: Story, title: str = "", settings: dict | None = None) -> list[Path]:
+def save_story(
+    folder: str | Path, story: Story, title: str = "", settings: dict | None = None, metadata: dict | None = None
+) -> list[Path]:
     """Writes a story into a folder that is there; each file appears whole or not at all. Raises OutputError.
 
     Args:
         folder: a story saved there before is replaced, pictures and all.
         settings: JSON-ready; kept in story.json and in the pictures' metadata with the story's text.
+        metadata: more text chunks for every picture, by keyword.
 
     Returns:
         The files: 01.png, 02.png, ..., story.json, story.html.
@@ -35,6 +38,8 @@ def save_story(folder: str | Path, story: Story, title: str = "", settings: dict
     for name, picture in zip(names, story.pictures):
         info = PngInfo()
         info.add_itxt(METADATA_KEY, json.dumps({"picture": name, **data}, ensure_ascii=False))
+        for keyword, text in (metadata or {}).items():
+            info.add_text(keyword, text)
         write_bytes(folder / name, encode_png(picture.pixels, info))
         files.append(folder / name)
     write_json(folder / "story.json", data)

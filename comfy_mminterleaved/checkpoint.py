@@ -18,10 +18,12 @@ import torch
 
 from .config import Config, from_reference, to_reference
 from .errors import CheckpointError
-from .files import new_folder, write_json
+from .files import new_folder, readable, write_json
 from .synchronizer import fold
 
 BLOCKS = ("encoder", "llm", "synchronizer", "unet", "vae")
+METADATA = "mm-interleaved"  # of the safetensors files: the block's name, the config, the LLM's tokenizer
+STARTER = Path(__file__).parent / "starter"
 
 # Reference name -> (block, own name). A {} stands for what both have in common there; the first match counts.
 _VIT = "visual_tokenizer.encoder.vision_model."
@@ -144,16 +146,20 @@ def reference_name(block: str, name: str) -> str:
 # ---- building and checking ----
 
 
-def build(config: Config, blocks=BLOCKS) -> dict[str, torch.nn.Module]:
-    """The blocks of a config, without weights: on the meta device, to be filled by `fill`."""
+def build(config: Config, blocks=BLOCKS, **host) -> dict[str, torch.nn.Module]:
+    """The blocks of a config, without weights: on the meta device.
+
+    Args:
+        host: `operations` and `attention` of whoever runs them, for encoder, llm and synchronizer.
+    """
     from .decoder import Decoder
     from .encoder import Encoder
     from .llm import StoryLLM
 
     makers = {
-        "encoder": lambda: Encoder(config.encoder),
-        "llm": lambda: StoryLLM(config.llm),
-        "synchronizer": lambda: Decoder(config.decoder),
+        "encoder": lambda: Encoder(config.encoder, **host),
+        "llm": lambda: StoryLLM(config.llm, **host),
+        "synchronizer": lambda: Decoder(config.decoder, **host),
         "unet": lambda: diffusers_model(config.unet),
         "vae": lambda: diffusers_model(config.vae),
     }
@@ -315,6 +321,26 @@ def read_blocks(folder: str | Path, blocks=BLOCKS) -> tuple[Config, dict[str, di
     return config, tensors
 
 
+def about_block(metadata: dict | None, block: str, what: str) -> tuple[Config, str | None]:
+    """Config and tokenizer (JSON) that a block's own file carries, so that it can be loaded alone.
+
+    Args:
+        metadata: the safetensors file's.
+        block: the name of the block that is wanted.
+        what: how to call the file in an error.
+    """
+    try:
+        about = json.loads((metadata or {})[METADATA])
+        found, config, tokenizer = about["block"], about["config"], about.get("tokenizer")
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{what} is no block of MM-Interleaved; it must be a file written by `convert` or the training's `export`."
+        ) from None
+    if found != block:
+        raise CheckpointError(f"{what} holds the block {found!r}, not {block!r}.")
+    return Config.from_dict(config), tokenizer
+
+
 def load_blocks(folder, dtype=torch.float32, device="cpu", blocks=BLOCKS) -> tuple[Config, dict[str, torch.nn.Module]]:
     """The blocks of a checkpoint of either layout, in `dtype`; the VAE always in float32, as the reference runs it.
 
@@ -363,7 +389,10 @@ def save(
         if tokenizer is not None:
             tokenizer.save(aside / "tokenizer.json")
         for name, tensors in blocks.items():
-            _write_tensors(aside / f"{name}.safetensors", tensors, dtype)
+            about = {"block": name, "config": config.to_dict()}
+            if name == "llm" and tokenizer is not None:
+                about["tokenizer"] = tokenizer.to_text()
+            _write_tensors(aside / f"{name}.safetensors", tensors, dtype, {METADATA: json.dumps(about)})
 
 
 def save_reference(folder: str | Path, config: Config, blocks: dict[str, dict], tokenizer=None, dtype=None) -> None:
@@ -384,7 +413,7 @@ def save_reference(folder: str | Path, config: Config, blocks: dict[str, dict], 
         _write_tensors(aside / "model.safetensors", named, dtype)
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype) -> None:
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype, metadata: dict[str, str] | None = None) -> None:
     from safetensors.torch import save_file
 
     seen, whole = set(), {}
@@ -394,4 +423,5 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype) -> None:
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         whole[key] = tensor
-    save_file(whole, path, {"format": "pt"})
+    save_file(whole, path, {"format": "pt", **(metadata or {})})
+    readable(path)

@@ -29,12 +29,17 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
-            os.chmod(aside, 0o666 & ~_umask())
+            readable(aside)
             os.replace(aside, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(aside)
             raise
+
+
+def readable(path: str | Path) -> None:
+    """Gives a file the rights of any new file; what is written aside has its owner's only."""
+    os.chmod(path, 0o666 & ~_umask())
 
 
 def write_json(path: str | Path, data) -> None:

@@ -145,13 +145,22 @@ class StoryLLM(nn.Module):
 
     def __init__(self, c: LLMConfig, operations=nn, attention=default_attention):
         super().__init__()
-        self.config = c
+        self.config, self._device = c, None
         self.embed_tokens = operations.Embedding(c.vocab_size, c.width)
         self.soi = nn.Parameter(torch.zeros(1, c.width))
         self.layers = nn.ModuleList(Layer(c, i % c.sync_every == 0, operations, attention) for i in range(c.layers))
         self.norm = operations.RMSNorm(c.width, eps=c.eps)
         self.head = operations.Linear(c.width, c.vocab_size)
         self.head_new = operations.Linear(c.width, c.new_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; a host that keeps part of the weights elsewhere says so by setting it."""
+        return self._device or self.soi.device
+
+    @device.setter
+    def device(self, device) -> None:
+        self._device = device
 
     def embed(self, ids, tokens=None) -> torch.Tensor:
         """Embeds token ids, with visual tokens in the picture slots.
@@ -234,5 +243,8 @@ class StoryLLM(nn.Module):
     def prepare_none(self, n: int) -> Pictures:
         """`prepare` for n stories without any picture."""
         return self.prepare(
-            [self.soi.new_zeros(n, 0, self.config.feature_width, side, side) for side in self.config.sync_levels]
+            [
+                torch.zeros(n, 0, self.config.feature_width, side, side, device=self.device, dtype=self.soi.dtype)
+                for side in self.config.sync_levels
+            ]
         )

@@ -37,8 +37,7 @@ class MMInterleaved:
 
     def __init__(self, config: Config, blocks: dict[str, torch.nn.Module], tokenizer=None):
         self.config, self.tokenizer = config, tokenizer
-        self.encoder, self.llm, self.decoder = blocks["encoder"], blocks["llm"], blocks["synchronizer"]
-        self.unet, self.vae = blocks["unet"], blocks["vae"]
+        self.encoder, self.llm, self.decoder, self.unet, self.vae = (blocks.get(name) for name in checkpoint.BLOCKS)
         self._read: Reading | None = None
 
     @classmethod
@@ -69,7 +68,7 @@ class MMInterleaved:
 
     @property
     def device(self) -> torch.device:
-        return self.llm.soi.device
+        return self.llm.device
 
     def forget(self) -> None:
         """Frees what was kept of the story read last."""
@@ -305,11 +304,15 @@ class MMInterleaved:
         """Raises what `follow` would, before any work: settings that do not fit, or a story that may not."""
         if max(sampling.seed, drawing.seed) + len(plan) >= 2**63:
             raise SettingError(f"The seed {max(sampling.seed, drawing.seed)} is too large for {len(plan)} panels.")
+        self._check_drawing(drawing)
+        self.check_room(story, plan, sampling, drop_oldest)
+
+    def check_room(self, story: Story, plan, sampling: Sampling = Sampling(), drop_oldest: bool = False) -> None:
+        """Raises StoryTooLong if the LLM cannot hold a story that is gone on with as planned."""
         steps = [step for panel in plan for step in panel]
         unknown = set(steps) - {"write", "draw"}
         if unknown:
             raise SettingError(f"A step must be 'write' or 'draw', not {unknown.pop()!r}.")
-        self._check_drawing(drawing)
         writes, draws = steps.count("write"), steps.count("draw")
         room = writes * sampling.max_new_tokens + draws * (self.config.llm.slots + 1)
         if drop_oldest:  # each step makes its own room; one alone must fit

@@ -42,7 +42,7 @@ class Reading:
     @torch.no_grad()
     def feed(self, llm: StoryLLM, tokens: list[list[int]]) -> list[torch.Tensor]:
         """Reads text tokens behind each story; returns their hidden states (len(tokens[i]), width)."""
-        device = llm.soi.device
+        device = llm.device
         longest, counts = max(map(len, tokens)), [len(t) for t in tokens]
         ids = torch.tensor([t + [llm.config.tokens.pad] * (longest - len(t)) for t in tokens], device=device)
         visible = torch.zeros(len(tokens), self.pictures.count, dtype=torch.bool)
@@ -80,9 +80,9 @@ def read(llm: StoryLLM, layouts: list[TokenLayout], before: Reading | None = Non
         A Reading; its `reused` counts the tokens taken over.
     """
     c, n = llm.config, len(layouts)
-    device, dtype = llm.soi.device, llm.soi.dtype
+    device, dtype = llm.device, llm.soi.dtype
     if before is None or len(before.ids) != n:
-        nothing = [llm.soi.new_zeros(0, c.width)] * n
+        nothing = [torch.zeros(0, c.width, device=device, dtype=dtype)] * n
         before = Reading([[]] * n, [[]] * n, [[]] * n, nothing, KVCache(n), None)
     shared = [_shared(layout, ids, keys, c.slots) for layout, ids, keys in zip(layouts, before.ids, before.keys)]
     starts = [tokens for tokens, _ in shared]
@@ -113,7 +113,7 @@ def read(llm: StoryLLM, layouts: list[TokenLayout], before: Reading | None = Non
 
 def _pictures(llm: StoryLLM, layouts, before: Pictures | None, kept: list[int]) -> Pictures:
     """The stories' pictures for the synchronizer layers; the first kept[i] of each are taken from `before`."""
-    device, dtype = llm.soi.device, llm.soi.dtype
+    device, dtype = llm.device, llm.soi.dtype
     n, most = len(layouts), max(len(layout.pictures) for layout in layouts)
     new = [p.features.maps for layout, k in zip(layouts, kept) for p in layout.pictures[k:]]
     if not new and before is not None and before.count == most:

@@ -27,13 +27,25 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path, special: SpecialTokens, vocab_size: int) -> Tokenizer:
         """Reads a tokenizer.json; raises CheckpointError."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"The tokenizer {str(path)!r} cannot be read: {error}.") from None
+        return cls.of_text(text, special, vocab_size, str(path))
+
+    @classmethod
+    def of_text(cls, text: str, special: SpecialTokens, vocab_size: int, path: str = "") -> Tokenizer:
+        """Reads the text of a tokenizer.json; raises CheckpointError."""
         from tokenizers import Tokenizer as Backend
 
         try:
-            backend = Backend.from_str(Path(path).read_text(encoding="utf-8"))
+            backend = Backend.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"The tokenizer {str(path)!r} cannot be read: {error}.") from None
+            raise CheckpointError(f"The tokenizer {path!r} cannot be read: {error}.") from None
         return cls(backend, special, vocab_size)
+
+    def to_text(self) -> str:
+        return self.tokenizer.to_str()
 
     def encode(self, text: str, after_text: bool = False) -> list[int]:
         """Ids of a stretch of text; `after_text` separates it by a space from text before it."""

@@ -166,7 +166,7 @@ def _beam_search(llm: StoryLLM, reading: Reading, s: Sampling, count: int, story
     if count > s.beams:
         raise SettingError(f"With {s.beams} beams at most {s.beams} texts can be returned, not {count}.")
     stops, process = _stops(llm), _processors(llm, s, warp=False)
-    device = llm.soi.device
+    device = llm.device
     reading = reading.fork([0] * s.beams)
     ids = torch.full((s.beams, 1), llm.config.tokens.bos)
     totals = torch.full((s.beams,), -1e9)

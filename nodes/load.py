@@ -1,0 +1,142 @@
+"""Loading: a whole model, or one block's file from ComfyUI's own folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+
+from ..comfy_mminterleaved import checkpoint
+from ..comfy_mminterleaved.errors import CheckpointError
+from .blocks import EncoderBlock, LLMBlock, SynchronizerBlock
+from .native import load_unet, load_vae
+from .sockets import CATEGORY, EncoderSocket, LLMSocket, SynchronizerSocket
+
+STARTER = "starter"
+FOLDER = "mm_interleaved"
+folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+
+
+def models() -> list[str]:
+    """The starter, and every folder in models/mm_interleaved that holds a checkpoint."""
+    found = []
+    for folder in map(Path, folder_paths.get_folder_paths(FOLDER)):
+        if folder.is_dir():
+            found += [path.parent.relative_to(folder).as_posix() for path in sorted(folder.glob("**/config.json"))
+                      if (path.parent / "llm.safetensors").is_file()]  # fmt: skip
+    return [STARTER, *dict.fromkeys(found)]
+
+
+def model_folder(name: str) -> Path:
+    if name == STARTER:
+        return checkpoint.STARTER
+    if name in models():
+        for folder in map(Path, folder_paths.get_folder_paths(FOLDER)):
+            if (folder / name / "config.json").is_file():
+                return folder / name
+    raise CheckpointError(f"The model {name!r} is not in models/{FOLDER}; it must be {STARTER!r} or a folder there.")
+
+
+def read(path: str | Path) -> tuple[dict, dict | None]:
+    """Tensors and metadata of a safetensors file; raises CheckpointError."""
+    try:
+        return comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    except Exception as error:  # ComfyUI and safetensors raise what they like for a file that is cut off
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise CheckpointError(f"The file {str(path)!r} cannot be read as safetensors: {reason}.") from None
+
+
+def load_block(kind, path: str | Path):
+    """One block from its own file."""
+    what = repr(Path(path).name)
+    tensors, metadata = read(path)
+    config, tokenizer = checkpoint.about_block(metadata, kind.name, what)
+    return kind(config, tensors, what, tokenizer) if kind is LLMBlock else kind(config, tensors, what)
+
+
+def native_path(category: str, name: str) -> str:
+    """A file of one of ComfyUI's model folders, by the name that its list shows; raises CheckpointError."""
+    path = folder_paths.get_full_path(category, name) if name in folder_paths.get_filename_list(category) else None
+    if path is None:
+        raise CheckpointError(f"The file {name!r} is not in models/{category}.")
+    return path
+
+
+class LoadMMInterleaved(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedLoad",
+            display_name="Load MM-Interleaved",
+            category=CATEGORY,
+            description="Loads all blocks of a model: the starter that comes with the package, or a folder of your own.",
+            inputs=[
+                io.Combo.Input("model", options=models(), default=STARTER,
+                               tooltip="'starter' comes with the package and knows one picture-book world; your own "
+                               f"models are folders in models/{FOLDER}."),
+            ],
+            outputs=[
+                EncoderSocket.Output("encoder_out", display_name="encoder", tooltip="Sees pictures."),
+                LLMSocket.Output("llm_out", display_name="LLM", tooltip="Reads and writes the story."),
+                SynchronizerSocket.Output("synchronizer_out", display_name="synchronizer",
+                                          tooltip="Shows the earlier pictures to the U-Net."),
+                io.Model.Output("model_out", display_name="MODEL", tooltip="The U-Net, ready for Synchronize."),
+                io.Vae.Output("vae_out", display_name="VAE", tooltip="For VAE Decode."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, model):
+        return True  # a folder that is gone gets its own sentence in `execute`
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        folder = model_folder(model)
+        config = checkpoint.read_config(folder)
+        blocks = [load_block(kind, folder / f"{kind.name}.safetensors") for kind in (EncoderBlock, LLMBlock, SynchronizerBlock)]
+        unet, vae = (read(folder / f"{name}.safetensors")[0] for name in ("unet", "vae"))
+        return io.NodeOutput(*blocks, load_unet(config, unet), load_vae(config, vae))
+
+
+def _one_block(node_id, title, kind, category, socket, output, what):
+    class LoadBlock(io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            return io.Schema(
+                node_id=node_id,
+                display_name=title,
+                category=CATEGORY,
+                description=f"Loads {what} from its own file, to be mixed with other loaders.",
+                inputs=[
+                    io.Combo.Input("file", options=folder_paths.get_filename_list(category),
+                                   tooltip=f"A safetensors file in models/{category}, written by this project's converter."),
+                ],
+                outputs=[socket.Output(f"{output}_out", display_name=output)],
+            )  # fmt: skip
+
+        @classmethod
+        def validate_inputs(cls, file):
+            return True
+
+        @classmethod
+        def execute(cls, file) -> io.NodeOutput:
+            return io.NodeOutput(load_block(kind, native_path(category, file)))
+
+    LoadBlock.__name__ = LoadBlock.__qualname__ = node_id
+    return LoadBlock
+
+
+LoadEncoder = _one_block(
+    "MMInterleavedLoadEncoder", "Load Encoder (MM-Interleaved)", EncoderBlock, "clip_vision", EncoderSocket, "encoder",
+    "the encoder",
+)  # fmt: skip
+LoadStoryLLM = _one_block(
+    "MMInterleavedLoadLLM", "Load Story LLM", LLMBlock, "text_encoders", LLMSocket, "LLM", "the story's LLM"
+)
+LoadSynchronizer = _one_block(
+    "MMInterleavedLoadSynchronizer", "Load Synchronizer", SynchronizerBlock,
+    "model_patches" if "model_patches" in folder_paths.folder_names_and_paths else "diffusion_models",
+    SynchronizerSocket, "synchronizer", "the synchronizer",
+)  # fmt: skip

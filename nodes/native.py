@@ -1,0 +1,101 @@
+"""The diffusion decoder as ComfyUI's own MODEL and VAE, from diffusers' weights of any width."""
+
+from __future__ import annotations
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+
+from ..comfy_mminterleaved.config import Config
+from ..comfy_mminterleaved.errors import CheckpointError
+
+
+def unet_settings(unet: dict) -> dict:
+    """ComfyUI's settings of a diffusers UNet2DConditionModel; raises CheckpointError for one that it cannot hold."""
+    widths, heads = unet["block_out_channels"], unet.get("attention_head_dim", 8)
+    heads = [heads] * len(widths) if isinstance(heads, int) else heads
+    head_widths = {width // count for width, count in zip(widths, heads)}
+    per_block = unet.get("layers_per_block", 2)
+    per_block = [per_block] * len(widths) if isinstance(per_block, int) else list(per_block)
+    if len(head_widths) != 1 or unet.get("norm_num_groups", 32) != 32 or any(w % widths[0] for w in widths):
+        raise CheckpointError(
+            "ComfyUI's U-Net has 32 norm groups, one head width and widths that are multiples of the first; this has "
+            f"{unet.get('norm_num_groups', 32)} groups, head widths {sorted(head_widths)} and widths {list(widths)}."
+        )
+    down = [int("CrossAttn" in kind) for kind in unet["down_block_types"]]
+    up = [int("CrossAttn" in kind) for kind in reversed(unet["up_block_types"])]
+    return {
+        "use_checkpoint": False, "image_size": 32, "use_spatial_transformer": True, "legacy": False,
+        "in_channels": unet.get("in_channels", 4), "out_channels": unet.get("out_channels", 4),
+        "model_channels": widths[0], "num_res_blocks": per_block, "channel_mult": [w // widths[0] for w in widths],
+        "transformer_depth": [depth for depth, count in zip(down, per_block) for _ in range(count)],
+        "transformer_depth_output": [depth for depth, count in zip(up, per_block) for _ in range(count + 1)],
+        "transformer_depth_middle": 1, "context_dim": unet["cross_attention_dim"], "adm_in_channels": None,
+        "use_linear_in_transformer": unet.get("use_linear_projection", False), "use_temporal_attention": False,
+        "num_heads": -1, "num_head_channels": head_widths.pop(),
+    }  # fmt: skip
+
+
+def load_unet(config: Config, tensors: dict[str, torch.Tensor]):
+    """A MODEL of the config's U-Net."""
+    management = comfy.model_management
+    settings = unet_settings(config.unet)
+    scale = config.vae.get("scaling_factor", 0.18215)
+
+    class Settings(comfy.supported_models.SD20):
+        unet_config = {}
+        unet_extra_config = {"attn_precision": torch.float32}
+
+    # Noise schedule and latents of its own; the rest is Stable Diffusion 2.
+    model_config = Settings(settings)
+    model_config.latent_format = comfy.latent_formats.SD15(scale)
+    model_config.sampling_settings = {
+        "linear_start": config.scheduler.get("beta_start", 0.00085),
+        "linear_end": config.scheduler.get("beta_end", 0.012),
+    }
+    device = management.get_torch_device()
+    parameters = comfy.utils.calculate_parameters(tensors)
+    dtype = management.unet_dtype(model_params=parameters, supported_dtypes=model_config.supported_inference_dtypes)
+    cast = management.unet_manual_cast(dtype, device, model_config.supported_inference_dtypes)
+    model_config.set_inference_dtype(dtype, cast)
+    names = comfy.utils.unet_to_diffusers(settings)
+    missing = sorted(set(tensors) - set(names))
+    if missing:
+        raise CheckpointError(f"ComfyUI's U-Net has no place for {len(missing)} weights, the first {missing[0]!r}.")
+    model = comfy.model_base.BaseModel(model_config, comfy.model_base.ModelType.EPS, device=None)
+    model.diffusion_model.load_state_dict({names[k]: t.to(dtype) for k, t in tensors.items()}, strict=True)
+    offload = management.unet_offload_device()
+    make = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return make(model.to(offload).eval(), load_device=device, offload_device=offload)
+
+
+def load_vae(config: Config, tensors: dict[str, torch.Tensor]):
+    """A VAE of the config's kind: AutoencoderKL, or AutoencoderTiny as ComfyUI's TAESD."""
+    if config.vae.get("_class_name") == "AutoencoderTiny":
+        # TAESD's decoder has one layer more in front, the clamp.
+        tensors = {_taesd_name(name): tensor for name, tensor in tensors.items()}
+    vae = comfy.sd.VAE(sd={name: tensor.float() for name, tensor in tensors.items()})
+    vae.throw_exception_if_invalid()
+    return vae
+
+
+def _taesd_name(name: str) -> str:
+    side, _, number, rest = name.split(".", 3)
+    return f"taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"
+
+
+def skip_widths(model) -> list[int] | None:
+    """Channels of the skips of a MODEL's U-Net, in the order they are made, and of its mid output; None if it has none."""
+    settings = getattr(model.model.model_config, "unet_config", {})
+    if not hasattr(model.model.diffusion_model, "output_blocks") or "channel_mult" not in settings:
+        return None
+    first = settings["model_channels"]
+    widths = [first]
+    for level, (multiple, count) in enumerate(zip(settings["channel_mult"], settings["num_res_blocks"])):
+        widths += [first * multiple] * (count + (level < len(settings["channel_mult"]) - 1))
+    return [*widths, first * settings["channel_mult"][-1]]

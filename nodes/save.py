@@ -1,0 +1,69 @@
+"""Save Story: a folder with numbered pictures, story.json and story.html."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy.cli_args import args
+from comfy_api.latest import io
+
+from ..comfy_mminterleaved.book import save_story
+from ..comfy_mminterleaved.errors import OutputError, StoryError
+from ..comfy_mminterleaved.files import new_folder
+from .sockets import CATEGORY, StorySocket
+
+
+def story_folder(prefix: str) -> Path:
+    """A new folder's path below ComfyUI's output folder: PREFIX_00001, PREFIX_00002, ...; raises OutputError."""
+    output = Path(folder_paths.get_output_directory())
+    normal = os.path.normpath(prefix.replace("\\", "/"))
+    inside = (output / normal).resolve()
+    if not prefix.strip() or prefix.strip().endswith(("/", "\\")) or not inside.is_relative_to(output.resolve()) \
+            or inside == output.resolve():  # fmt: skip
+        raise OutputError(f"The prefix {prefix!r} must name something below ComfyUI's output folder, as 'stories/mia'.")
+    parent, name, counter, _, _ = folder_paths.get_save_image_path(normal, str(output))
+    while (Path(parent) / f"{name}_{counter:05d}").exists():
+        counter += 1
+    return Path(parent) / f"{name}_{counter:05d}"
+
+
+class SaveStory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedSaveStory",
+            display_name="Save Story",
+            category=CATEGORY,
+            description="Saves a story as a folder: numbered pictures with the workflow in them, story.json, and "
+            "story.html, one page that holds everything.",
+            is_output_node=True,
+            inputs=[
+                StorySocket.Input("story", tooltip="The story to save."),
+                io.String.Input("filename_prefix", default="stories/story",
+                                tooltip="Where in ComfyUI's output folder; a number is put behind it."),
+                io.String.Input("title", default="", tooltip="Stands over the story on its page."),
+            ],
+            outputs=[],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, story, filename_prefix, title) -> io.NodeOutput:
+        if not story.segments:
+            raise StoryError("The story is empty; there is nothing to save.")
+        folder = story_folder(filename_prefix)
+        metadata = {}
+        if not args.disable_metadata:
+            if cls.hidden.prompt is not None:
+                metadata["prompt"] = json.dumps(cls.hidden.prompt)
+            for key, value in (cls.hidden.extra_pnginfo or {}).items():
+                metadata[key] = json.dumps(value)
+        with new_folder(folder) as aside:
+            save_story(aside, story, title, metadata=metadata)
+        subfolder = folder.relative_to(folder_paths.get_output_directory()).as_posix()
+        names = [f"{number:02d}.png" for number in range(1, len(story.pictures) + 1)]
+        shown = [{"filename": name, "subfolder": subfolder, "type": "output"} for name in names]
+        return io.NodeOutput(ui={"images": shown, "text": (story.text,)})

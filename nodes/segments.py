@@ -1,0 +1,70 @@
+"""Adding to a story: text, and pictures that the encoder has seen."""
+
+from __future__ import annotations
+
+import comfy.utils
+from comfy_api.latest import io
+
+from ..comfy_mminterleaved.errors import StoryError
+from ..comfy_mminterleaved.story import Picture, Story, Text
+from .blocks import EncoderBlock
+from .sockets import CATEGORY, EncoderSocket, StorySocket
+
+
+def pictures_of(image) -> list[Picture]:
+    """A ComfyUI IMAGE (B, H, W, 3 or more channels) in [0, 1] as pictures."""
+    return [Picture.of(pixels.movedim(-1, 0)[:3].float().clamp(0, 1).cpu()) for pixels in image]
+
+
+def with_features(encoder: EncoderBlock | None, story: Story) -> Story:
+    """The story with the encoder's features; raises StoryError if it has pictures and there is no encoder."""
+    if not story.pictures:
+        return story
+    if encoder is None:
+        raise StoryError("The story has pictures, but no encoder is connected; connect one.")
+    bar = comfy.utils.ProgressBar(len(story.pictures))
+    return encoder.encode_all(story, bar.update_absolute)
+
+
+class StoryText(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedStoryText",
+            display_name="Story Text",
+            category=CATEGORY,
+            description="Adds text to a story, or begins one.",
+            inputs=[
+                StorySocket.Input("story", optional=True, tooltip="The story to go on with; without it a new one begins."),
+                io.String.Input("text", multiline=True, default="", dynamic_prompts=False,
+                                tooltip="One or two sentences, as they are to stand on the page."),
+            ],
+            outputs=[StorySocket.Output("story_out", display_name="story")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, text, story=None) -> io.NodeOutput:
+        if not text.strip():
+            raise StoryError("The text is empty; write what the story says here.")
+        return io.NodeOutput((story or Story()).add(Text(text.strip())))
+
+
+class StoryPicture(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedStoryPicture",
+            display_name="Story Picture",
+            category=CATEGORY,
+            description="Adds a picture to a story; a batch adds all its pictures, one after the other.",
+            inputs=[
+                StorySocket.Input("story", optional=True, tooltip="The story to go on with; without it a new one begins."),
+                EncoderSocket.Input("encoder", tooltip="Sees the picture, so that what comes after can look at it."),
+                io.Image.Input("image", tooltip="Any picture: drawn by the model, or your own."),
+            ],
+            outputs=[StorySocket.Output("story_out", display_name="story")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, encoder, image, story=None) -> io.NodeOutput:
+        return io.NodeOutput(with_features(encoder, (story or Story()).add(*pictures_of(image))))

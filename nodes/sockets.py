@@ -1,0 +1,35 @@
+"""The types of the wires, and inputs that several nodes share."""
+
+from comfy_api.latest import io
+
+CATEGORY = "MM-Interleaved"
+
+StorySocket = io.Custom("STORY")
+EncoderSocket = io.Custom("MMI_ENCODER")
+LLMSocket = io.Custom("MMI_LLM")
+SynchronizerSocket = io.Custom("MMI_SYNCHRONIZER")
+
+
+def seed_input(what: str, name: str = "seed"):
+    return io.Int.Input(
+        name, default=0, min=0, max=2**63 - 1, control_after_generate=True,
+        tooltip=f"The seed of {what}. The same seed gives the same result.",
+    )  # fmt: skip
+
+
+def sampling_inputs():
+    """Settings of writing; the defaults are those of the reference."""
+    return [
+        io.Int.Input("max_tokens", default=40, min=1, max=4096,
+                     tooltip="At most so many tokens (about three quarters of a word each) are written."),
+        io.Int.Input("min_tokens", default=4, min=0, max=4096,
+                     tooltip="The text does not end before so many tokens."),
+        io.Float.Input("temperature", default=0.7, min=0.0, max=5.0, step=0.05,
+                       tooltip="How freely words are chosen: 0 takes the likeliest always, 1 as the model learned it."),
+        io.Int.Input("top_k", default=50, min=0, max=100000,
+                     tooltip="Choose among so many of the likeliest tokens; 0 for all."),
+        io.Float.Input("top_p", default=0.9, min=0.01, max=1.0, step=0.01,
+                       tooltip="Choose among the likeliest tokens that together have this probability."),
+        io.Float.Input("repetition_penalty", default=1.0, min=0.5, max=3.0, step=0.05,
+                       tooltip="Over 1 makes words less likely that the new text has already."),
+    ]  # fmt: skip

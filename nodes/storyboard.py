@@ -1,0 +1,70 @@
+"""Load Storyboard: one story of a storyboard file, to be told over night."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..comfy_mminterleaved.errors import SettingError, StoryError
+from ..comfy_mminterleaved.storyboard import load_storyboard
+from .segments import with_features
+from .sockets import CATEGORY, EncoderSocket, StorySocket
+
+
+def storyboards() -> list[str]:
+    """The JSON files of ComfyUI's input folder and the folders in it."""
+    folder = Path(folder_paths.get_input_directory())
+    return sorted(path.relative_to(folder).as_posix() for path in folder.glob("**/*.json"))
+
+
+def storyboard_path(name: str) -> Path:
+    folder = Path(folder_paths.get_input_directory()).resolve()
+    path = (folder / name).resolve()
+    if os.path.isabs(name) or not path.is_relative_to(folder):
+        raise StoryError(f"The storyboard {name!r} must be a file in ComfyUI's input folder.")
+    if not path.is_file():
+        raise StoryError(f"The storyboard {name!r} is not in ComfyUI's input folder.")
+    return path
+
+
+class LoadStoryboard(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedLoadStoryboard",
+            display_name="Load Storyboard",
+            category=CATEGORY,
+            description="Reads one story of a storyboard file, in the project's format or the reference's.",
+            inputs=[
+                io.Combo.Input("storyboard", options=storyboards(), tooltip="A JSON file in ComfyUI's input folder."),
+                io.Int.Input("index", default=0, min=0, max=100000, control_after_generate=True,
+                             tooltip="Which story of the file, from 0; 'increment' and a batch count queue them all."),
+                EncoderSocket.Input("encoder", optional=True, tooltip="Needed if the story opens with pictures."),
+            ],
+            outputs=[
+                StorySocket.Output("story_out", display_name="story", tooltip="What the story opens with."),
+                io.Int.Output("panels_out", display_name="panels", tooltip="How many panels are wanted."),
+                io.Int.Output("seed_out", display_name="seed"),
+                io.String.Output("title_out", display_name="title"),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, storyboard):
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, storyboard, index, encoder=None):
+        path = storyboard_path(storyboard)
+        return f"{path.stat().st_mtime_ns} {path.stat().st_size} {index}"
+
+    @classmethod
+    def execute(cls, storyboard, index, encoder=None) -> io.NodeOutput:
+        plans = load_storyboard(storyboard_path(storyboard))
+        if index >= len(plans):
+            raise SettingError(f"The storyboard {storyboard!r} has {len(plans)} stories, 0 to {len(plans) - 1}, not {index}.")
+        plan = plans[index]
+        return io.NodeOutput(with_features(encoder, plan.opening), len(plan.panels), plan.seed, plan.title)
