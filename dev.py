@@ -58,6 +58,8 @@ def test(args: list[str]) -> int:
     else:
         python = environment(".venv-test", "tests/constraints.txt", "[test]")
     lint = subprocess.run([python, "-m", "ruff", "check", HERE], cwd=HERE)
+    if not any((HERE / arg.split("::")[0]).exists() for arg in args if not arg.startswith("-")):
+        args = ["tests", *args]
     tests = subprocess.run([python, "-m", "pytest", *args], cwd=HERE)
     return lint.returncode or tests.returncode
 

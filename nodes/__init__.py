@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from .ask import AskStory, CaptionPicture, ChooseOption
 from .load import LoadEncoder, LoadMMInterleaved, LoadStoryLLM, LoadSynchronizer
-from .panels import PanelsToStory, StoryToPanels
+from .panels import PanelsInside, PanelsToStory, StoryToPanels
 from .save import SaveStory
 from .segments import StoryPicture, StoryText
 from .storyboard import LoadStoryboard
@@ -14,7 +14,7 @@ from .write import WriteText
 
 NODES = [
     LoadMMInterleaved, LoadEncoder, LoadStoryLLM, LoadSynchronizer, StoryText, StoryPicture, WriteText, AskStory,
-    CaptionPicture, ChooseOption, Synchronize, TellStory, StoryToPanels, PanelsToStory, SaveStory, LoadStoryboard,
+    CaptionPicture, ChooseOption, Synchronize, TellStory, StoryToPanels, PanelsToStory, PanelsInside, SaveStory, LoadStoryboard,
 ]  # fmt: skip
 
 

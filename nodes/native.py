@@ -79,6 +79,7 @@ def load_vae(config: Config, tensors: dict[str, torch.Tensor]):
     if config.vae.get("_class_name") == "AutoencoderTiny":
         # TAESD's decoder has one layer more in front, the clamp.
         tensors = {_taesd_name(name): tensor for name, tensor in tensors.items()}
+        tensors |= {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
     vae = comfy.sd.VAE(sd={name: tensor.float() for name, tensor in tensors.items()})
     vae.throw_exception_if_invalid()
     return vae

@@ -29,11 +29,35 @@ class StoryToPanels(io.ComfyNode):
 
     @classmethod
     def execute(cls, story) -> io.NodeOutput:
-        panels = [panel for panel in story.panels() if panel.picture is not None]
-        if not panels:
-            raise StoryError("The story has no pictures to take out.")
-        images = [panel.picture.pixels.movedim(0, -1).unsqueeze(0) for panel in panels]
-        return io.NodeOutput(images, [panel.text for panel in panels])
+        return io.NodeOutput(*_taken_apart(story))
+
+
+class PanelsInside(io.ComfyNode):
+    """What Tell Story unfolds to at its end: ComfyUI makes a list output of a value that is a list, not of a list."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedPanelsInside",
+            display_name="Panels (inside Tell Story)",
+            category=f"{CATEGORY}/inside",
+            description="A part of Tell Story; on the canvas use Story to Panels.",
+            inputs=[StorySocket.Input("story", tooltip="The story to take apart.")],
+            outputs=[
+                io.Image.Output("images_out", display_name="images"), io.String.Output("texts_out", display_name="texts"),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, story) -> io.NodeOutput:
+        return io.NodeOutput(*_taken_apart(story))
+
+
+def _taken_apart(story: Story):
+    panels = [panel for panel in story.panels() if panel.picture is not None]
+    if not panels:
+        raise StoryError("The story has no pictures to take out.")
+    return [p.picture.pixels.movedim(0, -1).unsqueeze(0) for p in panels], [p.text for p in panels]
 
 
 class PanelsToStory(io.ComfyNode):

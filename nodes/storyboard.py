@@ -13,14 +13,19 @@ from ..comfy_mminterleaved.storyboard import load_storyboard
 from .segments import with_features
 from .sockets import CATEGORY, EncoderSocket, StorySocket
 
+EXAMPLE = "example (three stories)"
+EXAMPLE_PATH = Path(__file__).parents[1] / "workflows" / "example storyboard" / "storyboard.json"
+
 
 def storyboards() -> list[str]:
-    """The JSON files of ComfyUI's input folder and the folders in it."""
+    """The JSON files of ComfyUI's input folder and the folders in it, and the package's example."""
     folder = Path(folder_paths.get_input_directory())
-    return sorted(path.relative_to(folder).as_posix() for path in folder.glob("**/*.json"))
+    return [EXAMPLE, *sorted(path.relative_to(folder).as_posix() for path in folder.glob("**/*.json"))]
 
 
 def storyboard_path(name: str) -> Path:
+    if name == EXAMPLE:
+        return EXAMPLE_PATH
     folder = Path(folder_paths.get_input_directory()).resolve()
     path = (folder / name).resolve()
     if os.path.isabs(name) or not path.is_relative_to(folder):

@@ -136,7 +136,7 @@ class TellStory(io.ComfyNode):
                     "MMInterleavedStoryPicture", f"add {number}", encoder=wires["encoder"], image=image.out(0),
                     **_maybe(story=told),
                 ).out(0)
-        taken = graph.node("MMInterleavedStoryToPanels", "panels", story=told)
+        taken = graph.node("MMInterleavedPanelsInside", "panels", story=told)
         return io.NodeOutput(told, taken.out(0), taken.out(1), expand=graph.finalize())
 
 

@@ -1,0 +1,106 @@
+"""Runs inside ComfyUI's Python: the native route against drawing.py, and MODELs that do not fit. Prints one JSON."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def package():
+    """This project as ComfyUI imports it: a package under a name of ComfyUI's choice."""
+    spec = importlib.util.spec_from_file_location("mmi", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    sys.modules["mmi"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def main(comfyui: str) -> None:
+    sys.path.insert(0, comfyui)
+    sys.argv = ["main.py", "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.sample
+    import comfy.samplers
+    import diffusers
+    import torch
+
+    torch.set_num_threads(1)
+    package()
+    from mmi.comfy_mminterleaved import checkpoint
+    from mmi.comfy_mminterleaved.drawing import Drawing, draw
+    from mmi.comfy_mminterleaved.model import MMInterleaved
+    from mmi.comfy_mminterleaved.story import Story
+    from mmi.nodes.load import LoadMMInterleaved
+    from mmi.nodes.segments import with_features
+    from mmi.nodes.synchronize import Synchronize
+
+    result = {}
+    with torch.inference_mode():
+        encoder, llm, synchronizer, unet, vae = LoadMMInterleaved.execute("starter").result
+        library = MMInterleaved.load(checkpoint.STARTER, "cpu", torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        pictures = [torch.rand(3, 16, 16, generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
+                    for _ in range(2)]  # fmt: skip
+        story = Story.of("Mia is on the beach.", pictures[0], "Mia is in the forest.", pictures[1], "Mia sleeps.")
+        for name, steps, cfg, strength, count in (
+            ("guided", 6, 4.0, 1.0, 2), ("one picture", 6, 4.0, 1.0, 1), ("unguided", 5, 1.0, 1.0, 2),
+            ("stronger", 5, 3.0, 1.5, 2), ("off", 5, 3.0, 0.0, 2), ("none seen", 5, 3.0, 1.0, 0),
+        ):  # fmt: skip
+            ready = Synchronize.execute(
+                llm, synchronizer, unet, strength, 0.0, 1.0, count, with_features(encoder, story)
+            ).result
+            model, positive, negative = ready
+            sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+            latent = torch.zeros(2, 4, 16, 16)
+            noise = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in (7, 8)])
+            found = comfy.sample.sample_custom(
+                model, noise, cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, latent,
+                disable_pbar=True,
+            )  # fmt: skip
+            native = vae.decode(found).movedim(-1, 1)
+
+            class Fixed(diffusers.EulerDiscreteScheduler):
+                def set_timesteps(self, count, device=None, sigmas=sigmas):
+                    super().set_timesteps(sigmas=sigmas.tolist(), device=device)
+
+            encoded = library.encode(story)
+            states = library.decoder.condition(library.contexts([encoded]) * 2)
+            prepared = library.decoder.prepare(*library.looked_at([encoded] * 2, count))
+            own = draw(
+                library.unet, library.vae, Fixed.from_config(library.config.scheduler), library.decoder, states, prepared,
+                Drawing(steps=steps, guidance=cfg, strength=strength), [7, 8], (128, 128),
+            )  # fmt: skip
+            result[name] = float((native - own).abs().max() * 255)
+            if name == "guided":
+                looked = native
+        result["looking changes it"] = float((looked - native).abs().max() * 255)
+        clone = model.clone()
+        result["a clone keeps the patch"] = clone.model_options["transformer_options"].get("patches") == \
+            model.model_options["transformer_options"].get("patches")  # fmt: skip
+
+        # MODELs that do not belong to the synchronizer, at toy widths.
+        import comfy.model_base
+        import comfy.supported_models
+
+        settings = dict(unet.model.model_config.unet_config)
+
+        class Other:
+            def __init__(self, name, config, net):
+                self.model = type(name, (), {"model_config": type("C", (), {"unet_config": config})(),
+                                             "diffusion_model": net})()  # fmt: skip
+
+        for name, other in {
+            "wider": Other("SDXL", {**settings, "model_channels": 320, "context_dim": 2048}, unet.model.diffusion_model),
+            "no unet": Other("Flux", {"image_model": "flux"}, torch.nn.Linear(1, 1)),
+        }.items():
+            try:
+                Synchronize.execute(llm, synchronizer, other, 1.0, 0.0, 1.0, 1, story)
+            except Exception as error:
+                result[name] = f"{type(error).__name__}: {error}"
+    print("RESULT " + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

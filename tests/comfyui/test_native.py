@@ -1,0 +1,42 @@
+"""KSampler's route and drawing.py draw the same picture."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMFYUI = os.environ.get("COMFYUI_PATH", "")
+pytestmark = pytest.mark.skipif(not COMFYUI, reason="no ComfyUI to test in: set COMFYUI_PATH (and COMFYUI_PYTHON)")
+
+
+@pytest.fixture(scope="module")
+def found():
+    python = os.environ.get("COMFYUI_PYTHON") or sys.executable
+    script = Path(__file__).parent / "in_comfyui.py"
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([python, script, COMFYUI], cwd=COMFYUI, capture_output=True, text=True, env=environment)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    assert line, done.stderr[-3000:]
+    return json.loads(line[7:])
+
+
+@pytest.mark.parametrize("case", ["guided", "one picture", "unguided", "stronger", "off", "none seen"])
+def test_the_same_picture(found, case):
+    """The largest difference, of 255: same sampler, steps, noise and settings, float32."""
+    assert found[case] <= 2
+
+
+def test_the_pictures_are_looked_at(found):
+    assert found["looking changes it"] > 2 or os.environ.get("STARTER_UNTRAINED")
+
+
+def test_a_clone_keeps_the_patch(found):
+    assert found["a clone keeps the patch"]
+
+
+def test_models_that_do_not_fit_are_told_so(found):
+    assert found["wider"].startswith("SettingError: The MODEL's U-Net has skips of widths [320,")
+    assert found["no unet"].startswith("SettingError: The MODEL is a Flux, which has no U-Net with skips")

@@ -1,0 +1,63 @@
+"""Every template, queued through /prompt of a real ComfyUI and run to its end."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from workflows import TEMPLATES, to_prompt
+
+
+def pictures(comfyui, outputs):
+    """The PNGs that a prompt's nodes showed, by node."""
+    found = {}
+    for node, shown in outputs.items():
+        for image in shown.get("images", ()):
+            query = "&".join(f"{key}={image[key]}" for key in ("filename", "subfolder", "type"))
+            found.setdefault(node, []).append(Image.open(io.BytesIO(comfyui.fetch(f"/view?{query}"))))
+    return found
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_template(comfyui, definitions, path):
+    prompt = to_prompt(path, definitions)
+    done = comfyui.run(prompt)
+    shown = pictures(comfyui, done["outputs"])
+    for images in shown.values():
+        for image in images:
+            assert image.size in ((128, 128), (512, 512), Image.open(comfyui.folder / "input" / "example.png").size)
+            pixels = np.asarray(image.convert("RGB"), dtype=float)
+            assert pixels.std() > 8, "a picture of one colour"
+    for node, entry in prompt.items():
+        if entry["class_type"] == "MMInterleavedSaveStory":
+            saved = done["outputs"][node]
+            folder = comfyui.folder / "output" / saved["images"][0]["subfolder"]
+            story = json.loads((folder / "story.json").read_text(encoding="utf-8"))
+            texts = [segment["text"] for segment in story["segments"] if "text" in segment]
+            assert [p.name for p in sorted(folder.glob("*.png"))] == [image["filename"] for image in saved["images"]]
+            assert len(saved["images"]) >= 3 and all(text in " ".join(texts) for text in saved["text"][0].split("\n"))
+            assert all(text.strip() for text in texts) and "<img" in (folder / "story.html").read_text(encoding="utf-8")
+            kept = json.loads(Image.open(folder / "01.png").text["prompt"])  # dropped on the canvas, it is back
+            assert {n: {**e, "is_changed": 0} for n, e in kept.items()} == {n: {**e, "is_changed": 0}
+                                                                            for n, e in prompt.items()}  # fmt: skip
+        if entry["class_type"] in ("MMInterleavedAsk", "MMInterleavedCaption", "MMInterleavedChoose"):
+            assert done["outputs"][node]["text"][0].strip()
+    assert shown or "4 Ask" in path.stem
+    assert "Traceback" not in comfyui.text().split("got prompt")[-1]
+
+
+def test_every_node_is_there_with_a_tooltip_on_every_input(definitions):
+    ours = {name: entry for name, entry in definitions.items() if name.startswith("MMInterleaved")}
+    assert len(ours) == 17
+    for name, entry in ours.items():
+        assert entry["description"], name
+        for section in ("required", "optional"):
+            for slot, (_, *settings) in entry["input"].get(section, {}).items():
+                assert settings and settings[0].get("tooltip"), f"{name}: {slot}"
+
+
+def test_the_import_takes_less_than_half_a_second(comfyui):
+    line = next(line for line in comfyui.text().splitlines() if line.endswith("comfy-mminterleaved"))
+    assert float(line.split()[0]) < 0.5 and "IMPORT FAILED" not in line

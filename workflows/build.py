@@ -1,0 +1,282 @@
+"""Writes the templates' JSON: python workflows/build.py http://127.0.0.1:8188, where a ComfyUI with this package runs.
+
+Each template is a few lines below; what a node's inputs are called, and in which order, comes from the server.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+BLUE, GREEN, PURPLE, BROWN = "#3f789e", "#8A8", "#a1309b", "#b58b2a"
+SEEDS = ("seed", "noise_seed", "index")  # these have a second widget: what to do with them after queueing
+
+
+@dataclass
+class Node:
+    id: int
+    type: str
+    position: tuple[int, int]
+    size: tuple[int, int]
+    values: dict
+    heading: str | None
+    wires: dict[str, tuple[Node, int]] = field(default_factory=dict)
+
+    def __getitem__(self, output: int) -> tuple[Node, int]:
+        return self, output
+
+
+class Workflow:
+    """A graph as ComfyUI's page saves it."""
+
+    def __init__(self, definitions: dict):
+        self.definitions = definitions
+        self.nodes: list[Node] = []
+        self.groups: list[dict] = []
+
+    def add(self, type: str, x: int, y: int, size=(300, 120), heading: str | None = None, **inputs) -> Node:
+        wires = {name: value for name, value in inputs.items() if isinstance(value, tuple)}
+        values = {name: value for name, value in inputs.items() if not isinstance(value, tuple)}
+        node = Node(len(self.nodes) + 1, type, (x, y), size, values, heading, wires)
+        self.nodes.append(node)
+        return node
+
+    def note(self, x: int, y: int, size: tuple[int, int], text: str) -> None:
+        self.nodes.append(Node(len(self.nodes) + 1, "MarkdownNote", (x, y), size, {"text": text}, None))
+
+    def group(self, title: str, x: int, y: int, w: int, h: int, color: str) -> None:
+        self.groups.append({"id": len(self.groups) + 1, "title": title, "bounding": [x, y, w, h], "color": color,
+                            "font_size": 24, "flags": {}})  # fmt: skip
+
+    def inputs_of(self, type: str):
+        """(name, type, whether it is a widget, settings) of a node's inputs, in order."""
+        info = self.definitions[type]["input"]
+        for section in ("required", "optional"):
+            for name in self.definitions[type]["input_order"].get(section, []):
+                kind, settings = (*info[section][name], {})[:2]
+                combo = isinstance(kind, list) or kind == "COMBO"
+                widget = (combo or kind in ("INT", "FLOAT", "STRING", "BOOLEAN")) and not settings.get("forceInput")
+                yield name, "COMBO" if combo else kind, widget, settings, kind
+
+    def to_json(self) -> dict:
+        links, nodes = [], []
+        outgoing: dict[tuple[int, int], list[int]] = {}
+        for node in self.nodes:
+            entry = {"id": node.id, "type": node.type, "pos": list(node.position), "size": list(node.size), "flags": {},
+                     "order": node.id - 1, "mode": 0, "inputs": [], "outputs": [],
+                     "properties": {"Node name for S&R": node.type}}  # fmt: skip
+            if node.heading:
+                entry["title"] = node.heading
+            nodes.append(entry)
+            if node.type == "MarkdownNote":
+                entry |= {"widgets_values": [node.values["text"]], "properties": {}, "color": "#432", "bgcolor": "#653"}
+                continue
+            values = []
+            for name, kind, widget, settings, raw in self.inputs_of(node.type):
+                slot = {"name": name, "type": kind, "link": None}
+                if widget:
+                    slot["widget"] = {"name": name}
+                    options = settings.get("options", raw if isinstance(raw, list) else None)
+                    default = settings.get("default", options[0] if options else "")
+                    values.append(node.values.get(name, default))
+                    if settings.get("control_after_generate") or (name in SEEDS and kind == "INT"):
+                        values.append("increment" if name == "index" else "fixed")
+                    elif settings.get("image_upload"):
+                        values.append("image")
+                if name in node.wires:
+                    origin, output = node.wires[name]
+                    links.append([len(links) + 1, origin.id, output, node.id, len(entry["inputs"]), kind])
+                    outgoing.setdefault((origin.id, output), []).append(len(links))
+                    slot["link"] = len(links)
+                entry["inputs"].append(slot)
+            unknown = (set(node.values) | set(node.wires)) - {name for name, *_ in self.inputs_of(node.type)}
+            if unknown:
+                raise ValueError(f"{node.type} has no inputs {sorted(unknown)}")
+            entry["widgets_values"] = values
+            definition = self.definitions[node.type]
+            for number, (kind, name) in enumerate(zip(definition["output"], definition["output_name"])):
+                kind = "COMBO" if isinstance(kind, list) else kind
+                entry["outputs"].append({"name": name, "type": kind, "links": None, "slot_index": number})
+                if definition["output_is_list"][number]:
+                    entry["outputs"][-1]["shape"] = 6
+        for (node, output), found in outgoing.items():
+            nodes[node - 1]["outputs"][output]["links"] = found
+        for link in links:
+            link[5] = nodes[link[1] - 1]["outputs"][link[2]]["type"]
+        return {
+            "id": "", "revision": 0, "last_node_id": len(nodes), "last_link_id": len(links), "nodes": nodes,
+            "links": links, "groups": self.groups, "config": {}, "extra": {"ds": {"scale": 0.7, "offset": [60, 80]}},
+            "version": 0.4,
+        }  # fmt: skip
+
+
+EXAMPLE = "example (three stories)"
+MIA = "Mia is at the beach with a ball. Mia is a fox in a red coat and she wears a crown."
+
+
+def load(w: Workflow, x=0, y=0) -> Node:
+    return w.add("MMInterleavedLoad", x, y, (300, 150))
+
+
+def tell_a_story(w: Workflow) -> None:
+    w.note(0, -250, (720, 200), "## Tell a story in one node\n\nWrite how it begins under **opening**, choose the number of "
+           "**panels**, press **Run**. Each panel is written and drawn in view of all before it, so the same character "
+           "comes back.\n\nThe starter model knows one picture-book world: animals with names, in places like the beach "
+           "or the forest.")  # fmt: skip
+    model = load(w)
+    told = w.add("MMInterleavedTellStory", 360, 0, (360, 640), encoder=model[0], llm=model[1], synchronizer=model[2],
+                 model=model[3], vae=model[4], opening=MIA, panels=4, seed=3)  # fmt: skip
+    w.add("PreviewImage", 780, 0, (420, 320), images=told[1])
+    w.add("MMInterleavedSaveStory", 780, 380, (420, 420), story=told[0], title="Mia")
+    w.group("1. Model", -20, -70, 340, 240, BLUE)
+    w.group("2. The story", 340, -70, 400, 730, PURPLE)
+    w.group("3. Its pages", 760, -70, 460, 890, GREEN)
+
+
+def panel(w: Workflow, x: int, model: Node, told, seed: int, latent: Node) -> tuple[tuple[Node, int], Node]:
+    """Synchronize, KSampler, VAE Decode and Story Picture in one column; the story after it, and the picture."""
+    ready = w.add("MMInterleavedSynchronize", x, 200, (310, 240), llm=model[1], synchronizer=model[2], model=model[3],
+                  story=told)  # fmt: skip
+    drawn = w.add("KSampler", x, 500, (310, 270), model=ready[0], positive=ready[1], negative=ready[2],
+                  latent_image=latent[0], seed=seed, steps=20, cfg=4.0, sampler_name="dpmpp_2m", scheduler="karras")
+    image = w.add("VAEDecode", x, 830, (310, 60), samples=drawn[0], vae=model[4])
+    shown = w.add("MMInterleavedStoryPicture", x, 950, (310, 90), encoder=model[0], image=image[0], story=told)
+    w.add("PreviewImage", x, 1100, (310, 300), images=image[0])
+    return shown[0], image
+
+
+def four_blocks(w: Workflow) -> None:
+    w.note(0, 620, (300, 420), "## The four blocks by hand\n\nEach column is one panel.\n\n- **Write**: the LLM reads the "
+           "story and goes on.\n- **Synchronize**: the story becomes conditioning, and the U-Net looks at the earlier "
+           "pictures.\n- **KSampler** and **VAE Decode** are ComfyUI's own.\n- **Story Picture**: the encoder sees the "
+           "new picture, for the next panel.\n\nOnly what you change runs again.")  # fmt: skip
+    model = load(w, 0, 200)
+    latent = w.add("EmptyLatentImage", 0, 420, (300, 110), width=128, height=128)
+    told = w.add("MMInterleavedStoryText", 380, 0, (310, 130), text=MIA)[0]
+    for number in range(3):
+        x = 380 + number * 400
+        if number:
+            told = w.add("MMInterleavedWrite", x, -180, (310, 310), llm=model[1], story=told, seed=number)[0]
+        told, _ = panel(w, x, model, told, 10 + number, latent)
+        w.group(f"Panel {number + 1}", x - 30, -260, 370, 1690, (PURPLE, BLUE, GREEN)[number])
+    w.add("MMInterleavedSaveStory", 1600, 200, (380, 440), story=told, title="Mia at the beach")
+    w.group("Model", -20, 120, 340, 430, BLUE)
+    w.group("Pages", 1580, 120, 420, 540, BROWN)
+
+
+def own_picture(w: Workflow) -> None:
+    w.note(0, -250, (700, 200), "## Continue from my own picture\n\nLoad a picture; the story begins with it, and the one "
+           "who is in it comes back in every panel.\n\nThe starter model does its best with any picture, and best with one "
+           "of its own world, as template 1 makes them.")  # fmt: skip
+    model = load(w)
+    picture = w.add("LoadImage", 0, 260, (300, 330), image="example.png")
+    begun = w.add("MMInterleavedStoryText", 380, 0, (320, 130), text="Mia is in the garden with a kite.")
+    shown = w.add("MMInterleavedStoryPicture", 380, 260, (320, 90), story=begun[0], encoder=model[0], image=picture[0])
+    told = w.add("MMInterleavedTellStory", 780, 0, (360, 640), encoder=model[0], llm=model[1], synchronizer=model[2],
+                 model=model[3], vae=model[4], story=shown[0], panels=3, seed=8)  # fmt: skip
+    w.add("MMInterleavedSaveStory", 1220, 0, (420, 460), story=told[0], title="My picture")
+    w.group("1. Model and picture", -20, -70, 340, 680, BLUE)
+    w.group("2. The story begins", 360, -70, 360, 440, BROWN)
+    w.group("3. and goes on", 760, -70, 400, 730, PURPLE)
+    w.group("4. Its pages", 1200, -70, 460, 560, GREEN)
+
+
+def ask_and_caption(w: Workflow) -> None:
+    w.note(0, -250, (700, 200), "## Ask and caption\n\nWhat the model sees in a picture: a caption, an answer to a "
+           "question, and which of several answers is likeliest.")  # fmt: skip
+    model = load(w)
+    picture = w.add("LoadImage", 0, 260, (300, 330), image="example.png")
+    story = w.add("MMInterleavedStoryPicture", 380, 0, (320, 90), encoder=model[0], image=picture[0])
+    w.add("MMInterleavedCaption", 380, 260, (320, 150), llm=model[1], encoder=model[0], image=picture[0])
+    answer = w.add("MMInterleavedAsk", 780, 0, (360, 200), llm=model[1], story=story[0],
+                   question="Where is it?")  # fmt: skip
+    best = w.add("MMInterleavedChoose", 780, 300, (360, 240), llm=model[1], story=story[0],
+                 options="a fox\na bear\na rabbit", question="Who is it?")  # fmt: skip
+    w.nodes[-3].position = (780, 640)
+    w.add("PreviewAny", 1220, 0, (300, 140), source=answer[0])
+    w.add("PreviewAny", 1220, 300, (300, 140), source=best[0])
+    w.add("PreviewAny", 1220, 640, (300, 140), source=w.nodes[-5][0])
+    w.group("1. Model and picture", -20, -70, 340, 680, BLUE)
+    w.group("2. See", 360, -70, 360, 200, BROWN)
+    w.group("3. Ask", 760, -70, 400, 300, PURPLE)
+    w.group("4. Choose", 760, 230, 400, 330, PURPLE)
+    w.group("5. Caption", 760, 570, 400, 240, PURPLE)
+    w.group("Answers", 1200, -70, 340, 880, GREEN)
+
+
+def storyboard_batch(w: Workflow) -> None:
+    w.note(0, -290, (760, 240), "## A storyboard over night\n\nPut a storyboard (JSON) into ComfyUI's input folder. Each "
+           "run tells one of its stories; **index** counts up by itself, so set the number of runs beside the Run button to "
+           "the number of stories and go to bed.\n\nThe example has three.")  # fmt: skip
+    model = load(w)
+    board = w.add("MMInterleavedLoadStoryboard", 0, 260, (300, 170), encoder=model[0], storyboard=EXAMPLE)
+    told = w.add("MMInterleavedTellStory", 400, 0, (360, 640), encoder=model[0], llm=model[1], synchronizer=model[2],
+                 model=model[3], vae=model[4], story=board[0], panels=board[1], seed=board[2])  # fmt: skip
+    w.add("MMInterleavedSaveStory", 840, 0, (420, 460), story=told[0], title=board[3], filename_prefix="storyboard/story")
+    w.group("1. Model and storyboard", -20, -70, 340, 520, BLUE)
+    w.group("2. Tell", 380, -70, 400, 730, PURPLE)
+    w.group("3. Save", 820, -70, 460, 560, GREEN)
+
+
+def own_sampler(w: Workflow) -> None:
+    w.note(0, -250, (700, 200), "## Your own sampler, LoRA and upscaling\n\nSynchronize gives a MODEL and conditionings like "
+           "any other: here they go to **SamplerCustomAdvanced**. A LoRA loader fits between *Load* and *Synchronize*; the "
+           "picture is enlarged at the end.")  # fmt: skip
+    model = load(w)
+    latent = w.add("EmptyLatentImage", 0, 260, (300, 110), width=128, height=128)
+    begun = w.add("MMInterleavedStoryText", 380, 0, (320, 130), text=MIA)
+    ready = w.add("MMInterleavedSynchronize", 380, 260, (320, 240), llm=model[1], synchronizer=model[2], story=begun[0],
+                  model=model[3])  # fmt: skip
+    guider = w.add("CFGGuider", 780, 0, (300, 100), model=ready[0], positive=ready[1], negative=ready[2], cfg=4.0)
+    noise = w.add("RandomNoise", 780, 180, (300, 90), noise_seed=5)
+    sampler = w.add("KSamplerSelect", 780, 350, (300, 60), sampler_name="euler_ancestral")
+    sigmas = w.add("BasicScheduler", 780, 490, (300, 110), model=ready[0], scheduler="karras", steps=25)
+    drawn = w.add("SamplerCustomAdvanced", 1160, 0, (300, 110), noise=noise[0], guider=guider[0], sampler=sampler[0],
+                  sigmas=sigmas[0], latent_image=latent[0])  # fmt: skip
+    image = w.add("VAEDecode", 1160, 180, (300, 60), samples=drawn[0], vae=model[4])
+    large = w.add("ImageScaleBy", 1160, 310, (300, 90), image=image[0], upscale_method="lanczos", scale_by=4.0)
+    w.add("SaveImage", 1540, 0, (420, 460), images=large[0], filename_prefix="stories/large")
+    w.group("1. Model", -20, -70, 340, 460, BLUE)
+    w.group("2. Story", 360, -70, 360, 590, BROWN)
+    w.group("3. Sampler", 760, -70, 340, 690, PURPLE)
+    w.group("4. Picture", 1140, -70, 340, 490, BLUE)
+    w.group("5. Large", 1520, -70, 460, 560, GREEN)
+
+
+def reroll(w: Workflow) -> None:
+    w.note(0, -290, (760, 240), "## Draw one panel anew\n\nRun it once. Then change the number at the third place of "
+           "**seeds** and run again: panels 1 and 2 stay as they are and do not run again; panel 3 is made anew, and what "
+           "comes after it follows.\n\nAn empty place keeps the panel's own seed.")  # fmt: skip
+    model = load(w)
+    told = w.add("MMInterleavedTellStory", 400, 0, (360, 640), encoder=model[0], llm=model[1], synchronizer=model[2],
+                 model=model[3], vae=model[4], opening=MIA, panels=4, seed=3, seeds=", , 42")  # fmt: skip
+    w.add("PreviewImage", 840, 0, (420, 320), images=told[1])
+    w.add("MMInterleavedSaveStory", 840, 420, (420, 420), story=told[0], title="Mia, another way")
+    w.group("1. Model", -20, -70, 340, 240, BLUE)
+    w.group("2. Change the third of the seeds", 380, -70, 400, 730, PURPLE)
+    w.group("3. Pictures and pages", 820, -70, 460, 930, GREEN)
+
+
+TEMPLATES = {
+    "1 Tell a story": tell_a_story, "2 The four blocks": four_blocks, "3 Continue from my picture": own_picture,
+    "4 Ask and caption": ask_and_caption, "5 Storyboard batch": storyboard_batch, "6 Own sampler": own_sampler,
+    "7 Draw a panel anew": reroll,
+}  # fmt: skip
+
+
+def main(server: str) -> None:
+    with urllib.request.urlopen(f"{server}/object_info") as answer:
+        definitions = json.load(answer)
+    for name, make in TEMPLATES.items():
+        workflow = Workflow(definitions)
+        make(workflow)
+        path = HERE / f"{name}.json"
+        path.write_text(json.dumps(workflow.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
