@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import urllib.request
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class Workflow:
                 widget = (combo or kind in ("INT", "FLOAT", "STRING", "BOOLEAN")) and not settings.get("forceInput")
                 yield name, "COMBO" if combo else kind, widget, settings, kind
 
-    def to_json(self) -> dict:
+    def to_json(self, name: str) -> dict:
         links, nodes = [], []
         outgoing: dict[tuple[int, int], list[int]] = {}
         for node in self.nodes:
@@ -108,7 +109,7 @@ class Workflow:
         for link in links:
             link[5] = nodes[link[1] - 1]["outputs"][link[2]]["type"]
         return {
-            "id": "", "revision": 0, "last_node_id": len(nodes), "last_link_id": len(links), "nodes": nodes,
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)), "revision": 0, "last_node_id": len(nodes), "last_link_id": len(links), "nodes": nodes,
             "links": links, "groups": self.groups, "config": {}, "extra": {"ds": {"scale": 0.7, "offset": [60, 80]}},
             "version": 0.4,
         }  # fmt: skip
@@ -275,7 +276,7 @@ def main(server: str) -> None:
         workflow = Workflow(definitions)
         make(workflow)
         path = HERE / f"{name}.json"
-        path.write_text(json.dumps(workflow.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(workflow.to_json(name), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ def package():
 def main(comfyui: str) -> None:
     sys.path.insert(0, comfyui)
     sys.argv = ["main.py", "--cpu"]
+    importlib.import_module("utils.install_util")  # ComfyUI's, before anything else of that name
     import comfy.options
 
     comfy.options.enable_args_parsing()
@@ -36,10 +37,15 @@ def main(comfyui: str) -> None:
     from mmi.nodes.segments import with_features
     from mmi.nodes.synchronize import Synchronize
 
-    result = {}
+    result, drawn = {}, {}
     with torch.inference_mode():
         encoder, llm, synchronizer, unet, vae = LoadMMInterleaved.execute("starter").result
         library = MMInterleaved.load(checkpoint.STARTER, "cpu", torch.float32)
+        for decoder in (library.decoder, synchronizer.module):  # whatever was trained, the sites must count
+            generator = torch.Generator().manual_seed(1)
+            for site in decoder.sites:
+                weight = site.mmfs.out_proj.weight
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
         generator = torch.Generator().manual_seed(0)
         pictures = [torch.rand(3, 16, 16, generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
                     for _ in range(2)]  # fmt: skip
@@ -69,13 +75,12 @@ def main(comfyui: str) -> None:
             states = library.decoder.condition(library.contexts([encoded]) * 2)
             prepared = library.decoder.prepare(*library.looked_at([encoded] * 2, count))
             own = draw(
-                library.unet, library.vae, Fixed.from_config(library.config.scheduler), library.decoder, states, prepared,
-                Drawing(steps=steps, guidance=cfg, strength=strength), [7, 8], (128, 128),
+                library.unet, library.vae, Fixed.from_config(library.config.scheduler), library.decoder, states,
+                prepared, Drawing(steps=steps, guidance=cfg, strength=strength), [7, 8], (128, 128),
             )  # fmt: skip
             result[name] = float((native - own).abs().max() * 255)
-            if name == "guided":
-                looked = native
-        result["looking changes it"] = float((looked - native).abs().max() * 255)
+            drawn[name] = native
+        result["looking changes it"] = float((drawn["stronger"] - drawn["off"]).abs().max() * 255)
         clone = model.clone()
         result["a clone keeps the patch"] = clone.model_options["transformer_options"].get("patches") == \
             model.model_options["transformer_options"].get("patches")  # fmt: skip
@@ -92,14 +97,16 @@ def main(comfyui: str) -> None:
                                              "diffusion_model": net})()  # fmt: skip
 
         for name, other in {
-            "wider": Other("SDXL", {**settings, "model_channels": 320, "context_dim": 2048}, unet.model.diffusion_model),
+            "wider": Other(
+                "SDXL", {**settings, "model_channels": 320, "context_dim": 2048}, unet.model.diffusion_model
+            ),
             "no unet": Other("Flux", {"image_model": "flux"}, torch.nn.Linear(1, 1)),
         }.items():
             try:
                 Synchronize.execute(llm, synchronizer, other, 1.0, 0.0, 1.0, 1, story)
             except Exception as error:
                 result[name] = f"{type(error).__name__}: {error}"
-    print("RESULT " + json.dumps(result))
+    sys.stdout.write(f"RESULT {json.dumps(result)}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,185 @@
+"""Whole stories of a small model with random weights: what panel 8 costs, what the caches save, what memory it takes.
+
+python -m benchmarks.story peak with|without prints the peak memory of an eight-panel story in MB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from comfy_mminterleaved import Drawing, MMInterleaved, Picture, Sampling, Story, Text
+from comfy_mminterleaved.config import (
+    Config,
+    DecoderConfig,
+    EncoderConfig,
+    LLMConfig,
+    ResamplerConfig,
+    SpecialTokens,
+    sites_of,
+)
+from comfy_mminterleaved.decoder import PreparedSites
+
+from .models import random_blocks
+from .timing import in_a_process, peak_memory_mb
+
+WORDS = tuple(range(10, 40))  # the text of every panel: 30 tokens
+SAMPLING = Sampling(max_new_tokens=40, min_new_tokens=40, sample=False)
+DRAWING = Drawing(steps=8, guidance=4.0, scheduler="ddim")
+
+
+def config() -> Config:
+    """Much smaller than the released model, in its proportions: a panel's tokens cost about a third of its steps."""
+    width, feature, context = 1024, 384, 384
+    blocks, layers, grids = [64, 128, 256], 2, [32, 16, 8]
+    widths, sides = sites_of(blocks, layers, grids)
+    tokens = SpecialTokens(bos=1, eos=2, pad=0, soi=4000, image=4001)
+    return Config(
+        encoder=EncoderConfig(
+            ResamplerConfig(64, feature, feature, 4, 6, 2 * feature, 2, qk_norm=True), out_width=width, image_size=224,
+            patch_size=14, width=feature, layers=8, heads=6, ffn_width=4 * feature, position_grid=16, stem_width=64,
+        ),
+        llm=LLMConfig(
+            slots=64, vocab_size=4002, width=width, layers=16, heads=16, kv_heads=16, ffn_width=2816,
+            context_length=2048, tokens=tokens, sync_every=4, sync_levels=(32, 16, 8), sync_base=16, sync_heads=8,
+            sync_points=8, sync_width=feature, feature_width=feature, max_pictures=50,
+        ),
+        decoder=DecoderConfig(
+            width, ResamplerConfig(77, context, width, 1, 6, 4 * context), widths, sides, picture_size=256,
+            position_grid=32, feature_width=feature, levels=(64, 32, 16, 8), sync_heads=8, sync_points=8,
+            sync_width=feature, max_pictures=10, look_back=1,
+        ),
+        unet={
+            "_class_name": "UNet2DConditionModel", "sample_size": 32, "block_out_channels": blocks,
+            "layers_per_block": layers, "cross_attention_dim": context, "attention_head_dim": [2, 4, 8],
+            "use_linear_projection": True, "norm_num_groups": 32,
+            "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        },
+        vae={"_class_name": "AutoencoderTiny", "scaling_factor": 1.0},
+        scheduler={"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    )  # fmt: skip
+
+
+def model() -> MMInterleaved:
+    made = config()
+    names = ("encoder", "llm", "synchronizer", "unet", "vae")
+    return MMInterleaved(made, random_blocks(made, names), None)
+
+
+def tell(model: MMInterleaved, panels: int, cached: bool = True) -> list[float]:
+    """Seconds of each panel: its 30 tokens of text read, 40 written, a picture drawn in 8 steps and encoded."""
+    story, seconds = Story(), []
+    model.forget()
+    for number in range(panels):
+        began = time.perf_counter()
+        with contextlib.nullcontext() if cached else _nothing_kept(model):
+            story = story.add(Text("", WORDS))
+            for step in ("write", "draw", "encode"):
+                if not cached:
+                    model.forget()
+                    story = Story(tuple(Picture(s.pixels) if isinstance(s, Picture) else s for s in story))
+                if step == "write":
+                    story = story.add(Text("", model.write(story, SAMPLING).tokens))
+                elif step == "draw":
+                    story = story.add(model.draw(story, replace(DRAWING, seed=number)))
+                else:
+                    story = model.encode(story)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+@contextlib.contextmanager
+def _nothing_kept(model: MMInterleaved):
+    """Pictures are projected anew at every token and every step and site, as the reference does."""
+    decoder, llm = model.decoder, model.llm
+    prepare, site, layers = decoder.prepare, decoder.site, llm.layers
+    given = {}
+
+    def keep_maps(maps, visible):
+        given["maps"] = maps
+        return PreparedSites(prepare(maps, visible).sites, visible)
+
+    def site_anew(index, x, prepared, strength=1.0):
+        maps = [m for m in given["maps"] if m.shape[-1] in decoder.config.levels]
+        features = torch.cat([m.flatten(3).transpose(2, 3) for m in maps], dim=2)
+        part = decoder.sites[index]
+        anew = part.mmfs.prepare(part.feature_norm(features), [tuple(m.shape[-2:]) for m in maps])
+        sites = tuple(anew if i == index else p for i, p in enumerate(prepared.sites))
+        return site(index, x, PreparedSites(sites, prepared.visible), strength)
+
+    hooks, read = [], {}
+    prepare_llm = llm.prepare
+
+    def keep_llm_maps(maps):
+        read["maps"] = maps
+        return prepare_llm(maps)
+
+    def layer_anew(module, args):
+        x, pictures, visible = args
+        if pictures.count and read["maps"][0].shape[1] == pictures.count:
+            chosen = llm.select_maps(read["maps"])
+            features = torch.cat([m.flatten(3).transpose(2, 3) for m in chosen], dim=2)
+            pictures = module.prepare(features.to(x.dtype), [tuple(m.shape[-2:]) for m in chosen])
+        return x, pictures, visible
+
+    decoder.prepare, decoder.site, llm.prepare = keep_maps, site_anew, keep_llm_maps
+    for layer in layers:
+        if layer.synchronizer is not None:
+            hooks.append(layer.synchronizer.register_forward_pre_hook(layer_anew))
+    try:
+        yield
+    finally:
+        for name in ("prepare", "site"):
+            delattr(decoder, name)
+        del llm.prepare
+        for hook in hooks:
+            hook.remove()
+
+
+def without_synchronizer(made: MMInterleaved) -> MMInterleaved:
+    """The same model as a plain Llama and a plain U-Net."""
+    for layer in made.llm.layers:
+        layer.synchronizer = None
+    made.decoder.prepare = lambda maps, visible: PreparedSites((), visible)
+    made.decoder.site = lambda index, x, prepared, strength=1.0: x
+    return made
+
+
+@torch.no_grad()
+def measure(panels: int = 8, rounds: int = 3) -> dict:
+    made, late, early, whole = model(), [], [], {True: [], False: []}
+    tell(made, 1)
+    for _ in range(rounds):
+        for cached in (True, False):
+            seconds = tell(made, panels, cached)
+            whole[cached].append(sum(seconds))
+            if cached:
+                early.append(seconds[1])
+                late.append(seconds[-1])
+                panel_seconds = seconds
+    median = statistics.median
+    peaks = {
+        way: [float(in_a_process("benchmarks.story", "peak", way)) for _ in range(3)] for way in ("with", "without")
+    }
+    return {
+        "panel 2 (s)": median(early), f"panel {panels} (s)": median(late),
+        "late over early": median(b / a for a, b in zip(early, late)),
+        "story (s)": median(whole[True]), "story, nothing kept (s)": median(whole[False]),
+        "kept over not kept": median(a / b for a, b in zip(whole[True], whole[False])),
+        "peak MB with": median(peaks["with"]), "peak MB without": median(peaks["without"]),
+        "peak ratio": median(peaks["with"]) / median(peaks["without"]),
+        "panel seconds": panel_seconds, "rounds": rounds,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    ours = model()
+    tell(ours if sys.argv[2] == "with" else without_synchronizer(ours), 8)
+    sys.stdout.write(f"{peak_memory_mb()}\n")

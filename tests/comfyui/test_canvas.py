@@ -1,0 +1,90 @@
+"""The real page in a real browser: templates dropped on the canvas show no red node and run by the Run button."""
+
+import base64
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from workflows import TEMPLATES
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
+SHOTS = os.environ.get("SCREENSHOTS")
+
+
+@pytest.fixture(scope="module")
+def page(comfyui):
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM:
+        pytest.skip("no chromium to open the page with")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1800, "height": 1050})
+        page.errors = []
+        page.on("pageerror", lambda error: page.errors.append(f"{error}\n{error.stack}"))
+        page.goto(f"http://127.0.0.1:{comfyui.port}/")
+        page.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=60000)
+        time.sleep(2)
+        page.errors.clear()  # this frontend's own while it starts
+        yield page
+        browser.close()
+
+
+def drop(page, path: Path) -> None:
+    """Drops a file on the canvas, as a hand would."""
+    page.evaluate(
+        """async ([name, type, data]) => {
+            const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+            await window.app.handleFile(new File([bytes], name, {type}));
+        }""",
+        [path.name, "application/json" if path.suffix == ".json" else "image/png",
+         base64.b64encode(path.read_bytes()).decode()],
+    )  # fmt: skip
+    time.sleep(1)
+
+
+def fit(page) -> None:
+    page.keyboard.press("Escape")
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    time.sleep(1.2)
+
+
+RED = """() => window.app.graph.nodes
+    .filter(n => n.has_errors || n.type !== 'MarkdownNote' && (!window.LiteGraph.registered_node_types[n.type]))
+    .map(n => n.type)"""
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_a_dropped_template_runs_by_the_button(comfyui, page, path):
+    drop(page, path)
+    assert page.evaluate(RED) == []
+    titles = page.evaluate("window.app.graph.nodes.map(n => n.type)")
+    assert sorted(titles) == sorted(node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"])
+    before = len(comfyui.get("/history"))
+    page.evaluate("window.app.queuePrompt(0, 1)")
+    deadline = time.monotonic() + 240
+    while len(comfyui.get("/history")) == before:
+        assert time.monotonic() < deadline, "the prompt did not end"
+        time.sleep(0.5)
+    last = list(comfyui.get("/history").values())[-1]
+    assert last["status"]["status_str"] == "success", last["status"]
+    assert page.evaluate(RED) == [] and not page.errors
+    if SHOTS:
+        fit(page)
+        page.screenshot(path=str(Path(SHOTS) / f"{path.stem}.png"))
+
+
+def test_a_saved_picture_brings_its_workflow_back(comfyui, page):
+    drop(page, next(path for path in TEMPLATES if path.stem.startswith("1 ")))
+    before = len(comfyui.get("/history"))
+    page.evaluate("window.app.queuePrompt(0, 1)")
+    while len(comfyui.get("/history")) == before:
+        time.sleep(0.5)
+    saved = sorted((comfyui.folder / "output" / "stories").glob("*/01.png"), key=lambda p: p.stat().st_mtime)[-1]
+    page.evaluate("window.app.graph.clear()")
+    drop(page, saved)
+    types = page.evaluate("window.app.graph.nodes.map(n => n.type)")
+    assert "MMInterleavedTellStory" in types and "MMInterleavedSaveStory" in types and page.evaluate(RED) == []
