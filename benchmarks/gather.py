@@ -13,7 +13,9 @@ HEADS, POINTS, DEPTH = 16, 8, 64
 
 
 @torch.no_grad()
-def measure(rounds: int = 3, device="cpu", dtypes=(torch.float32,), queries=(1, 64, 1024, 4096), pictures=(1, 3)) -> dict:
+def measure(
+    rounds: int = 3, device="cpu", dtypes=(torch.float32,), queries=(1, 64, 1024, 4096), pictures=(1, 3)
+) -> dict:
     """Seconds of one call of `sampling.attend` by way, queries, pictures and dtype."""
     generator = torch.Generator().manual_seed(0)
     cells, e = sum(h * w for h, w in SIZES), HEADS * POINTS * (2 + len(SIZES))

@@ -32,7 +32,8 @@ def _parser() -> argparse.ArgumentParser:
         return p
 
     def model_options(p):
-        p.add_argument("--model", default="untrained", help="a checkpoint folder; untrained: random weights")
+        p.add_argument("--model", default="starter", help="a checkpoint folder; starter: the small model that ships; "
+                       "untrained: random weights")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
         p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, float16 on CUDA)")
         p.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -133,6 +134,13 @@ def _model(args):
     if args.model == "untrained":
         _say("Note: the model 'untrained' has random weights; its texts and pictures mean nothing.")
     return MMInterleaved.load(args.model, args.device, _dtype(args.dtype))
+
+
+def _notice(model, *stories) -> None:
+    """One line that names the words which the model was not taught."""
+    words = list(dict.fromkeys(word for story in stories for word in model.unknown_words(story)))
+    if words:
+        _say(f"Note: this model does not know the words {', '.join(words)}; it does its best.")
 
 
 def _story(args):
@@ -236,6 +244,7 @@ def _tell(args) -> int:
     model = _model(args)
     for plan in plans:
         model.check_plan(plan.opening, plan.panels, sampling, drawing, args.drop_oldest_panels)
+    _notice(model, *(plan.opening for plan in plans))
 
     bars, stories = _Bars(args.quiet), []
     for plan, folder in zip(plans, folders):

@@ -23,6 +23,7 @@ from .synchronizer import fold
 
 BLOCKS = ("encoder", "llm", "synchronizer", "unet", "vae")
 METADATA = "mm-interleaved"  # of the safetensors files: the block's name, the config, the LLM's tokenizer
+WORDS = "words.txt"  # beside a checkpoint that knows a small world: the words it was taught
 STARTER = Path(__file__).parent / "starter"
 
 # Reference name -> (block, own name). A {} stands for what both have in common there; the first match counts.

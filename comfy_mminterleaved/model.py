@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,14 +39,18 @@ class MMInterleaved:
     def __init__(self, config: Config, blocks: dict[str, torch.nn.Module], tokenizer=None):
         self.config, self.tokenizer = config, tokenizer
         self.encoder, self.llm, self.decoder, self.unet, self.vae = (blocks.get(name) for name in checkpoint.BLOCKS)
+        self.words: frozenset[str] | None = None
         self._read: Reading | None = None
 
     @classmethod
-    def load(cls, source: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> MMInterleaved:
-        """Loads a checkpoint folder of either layout, or the model `untrained`.
+    def load(
+        cls, source: str | Path = "starter", device: str = "auto", dtype: torch.dtype | None = None
+    ) -> MMInterleaved:
+        """Loads a checkpoint folder of either layout, or a model that comes with the package.
 
         Args:
-            source: a folder; or "untrained", a small model with random weights, for trying out everything else.
+            source: a folder; "starter", the small model that ships with the package and knows one picture-book world; or
+                "untrained", the same code with random weights, for trying out everything else.
             device: "auto" takes CUDA if there is one.
             dtype: None for float32 on the CPU and float16 on CUDA.
 
@@ -63,8 +68,20 @@ class MMInterleaved:
                 torch.nn.Module.to(block, device, dtype)  # diffusers' own `to` warns of every cast
             model.vae.to(device)
             return model
+        if str(source) == "starter" and not Path(source).exists():
+            source = checkpoint.STARTER
         config, blocks = checkpoint.load_blocks(source, dtype, device)
-        return cls(config, blocks, checkpoint.read_tokenizer(source, config))
+        model = cls(config, blocks, checkpoint.read_tokenizer(source, config))
+        if (Path(source) / checkpoint.WORDS).is_file():
+            model.words = frozenset((Path(source) / checkpoint.WORDS).read_text(encoding="utf-8").split())
+        return model
+
+    def unknown_words(self, story: Story) -> list[str]:
+        """Words of a story that the model was not taught, each once; none for a model of open vocabulary."""
+        if self.words is None:
+            return []
+        said = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", story.text)
+        return list(dict.fromkeys(word for word in said if word.lower() not in self.words))
 
     @property
     def device(self) -> torch.device:

@@ -37,7 +37,7 @@ def test_from_a_photograph_to_a_page(photo, tmp_path):
     done = run("tell", "--text", "Mia the cat waited. 猫", "--picture", photo, "--panels", "2", "--out", out, "--json",
                "--title", "Mia", "--seed", "3", *FAST)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "random weights" in done.stderr
+    assert "does not know the words waited, 猫" in done.stderr
     story = json.loads(done.stdout)["stories"][0]
     assert [list(s)[0] for s in story["segments"]] == ["text", "picture"] + ["text", "picture"] * 2
     assert sorted(p.name for p in out.iterdir()) == ["01.png", "02.png", "03.png", "story.html", "story.json"]

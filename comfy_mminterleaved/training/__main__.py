@@ -26,6 +26,7 @@ from ..initialize import new_blocks
 from ..model import MMInterleaved
 from ..pictures import encode_png
 from ..story import Picture, Story
+from . import world
 from .data import Batches, Book
 from .learn import LearnStories, LearnVAE
 from .loop import Stage, train
@@ -187,6 +188,7 @@ def export(out: Path) -> Path:
     config, blocks = load_run(out, ("vae", "encoder", "llm", "synchronizer", "unet"))
     tensors = {name: block.state_dict() for name, block in blocks.items()}
     checkpoint.save(out / "model", config, tensors, tokenizer_of(out), torch.float16)
+    (out / "model" / checkpoint.WORDS).write_text("\n".join(sorted(world.words())) + "\n", encoding="utf-8")
     return out / "model"
 
 
