@@ -49,8 +49,8 @@ class MMInterleaved:
         """Loads a checkpoint folder of either layout, or a model that comes with the package.
 
         Args:
-            source: a folder; "starter", the small model that ships with the package and knows one picture-book world; or
-                "untrained", the same code with random weights, for trying out everything else.
+            source: a folder; "starter", the small model that ships with the package and knows one picture-book world;
+                or "untrained", the same code with random weights, for trying out everything else.
             device: "auto" takes CUDA if there is one.
             dtype: None for float32 on the CPU and float16 on CUDA.
 

@@ -1,0 +1,156 @@
+"""python -m benchmarks.gpu: the CUDA paths against the plain version, then what they cost. One card, ten minutes.
+
+Writes benchmarks/results/gpu.json after every part, so that a run that is cut off leaves what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from comfy_mminterleaved import sampling
+from comfy_mminterleaved.decoder import PreparedSites
+from comfy_mminterleaved.drawing import Drawing, draw, make_scheduler
+
+from . import gather, token, unet
+from .__main__ import RESULTS
+from .models import official, random_blocks, random_maps
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@torch.no_grad()
+def check(device: str = "cuda", cases=((1, 1), (3, 64), (8, 1024))) -> dict:
+    """How far each way to attend is off the plain one in float32, of its largest value; raises if it is too far."""
+    ways = [way for way in ("triton", "xformers") if device != "cpu" or way != "triton"]
+    found, generator = {}, torch.Generator().manual_seed(0)
+    heads, points, depth, sizes = gather.HEADS, gather.POINTS, gather.DEPTH, gather.SIZES
+    cells, e = sum(h * w for h, w in sizes), heads * points * (2 + len(sizes))
+    for pictures, queries in cases:
+        values = sampling.bordered(torch.randn(1, pictures, cells, heads, depth, generator=generator), sizes)
+        said = torch.randn(1, queries, e, generator=generator) * 2
+        tables, sink = torch.randn(10, e, generator=generator), torch.randn(heads, depth, generator=generator)
+        order = torch.arange(pictures, 0, -1).view(1, 1, pictures).repeat(1, queries, 1)
+        order[:, ::3, 0] = 0
+        reference = torch.rand(queries, 2, generator=generator)
+        full = [t.to(device) for t in (values, said, tables, order, reference, sink)]
+
+        def run(way, dtype):
+            values, said, tables, order, reference, sink = full  # noqa: B023, called within the turn
+            half = [t.to(dtype) for t in (values, said, tables, sink)]
+            scales = [1.0, 0.5, 0.25, 0.125]
+            return sampling.attend(half[0], sizes, scales, half[1], half[2], order, reference, half[3], backend=way)
+
+        want = run("plain", torch.float32)
+        for way in ways:
+            for dtype, bar in TOLERANCE.items():
+                off = ((run(way, dtype).float() - want).abs().max() / want.abs().max()).item()
+                found[f"{way} {str(dtype)[6:]}, {pictures} pictures, {queries} queries"] = off
+                if not off < bar:
+                    raise AssertionError(f"{way} in {dtype} is off by {off:.2e} of the largest value, over {bar}.")
+    return found
+
+
+@torch.no_grad()
+def bandwidth(device: str = "cuda", size: int = 2**32) -> float:
+    """Bytes a second that a copy reads and writes."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size / statistics.median(seconds[1:])
+
+
+def decoding(device: str = "cuda") -> dict:
+    """Tokens a second at 13B width and depth in float16, and the share of what memory allows."""
+    found = token.measure(pictures=(1, 8), rounds=30, layers=40, device=device, dtype=torch.float16)
+    c = official().llm
+    weights = 2 * c.layers * (4 * c.width**2 + 3 * c.width * c.ffn_width)
+    torch.cuda.empty_cache()
+    limit = bandwidth(device) / weights
+    tokens = 1 / found["seconds"]["8 pictures"]
+    return {**found, "tokens a second": tokens, "limit of memory": limit, "share of the limit": tokens / limit}
+
+
+@torch.no_grad()
+def picture(device: str = "cuda", rounds: int = 3, steps: int = 30) -> dict:
+    """A 512 px picture in 30 steps against diffusers' StableDiffusionPipeline of the same weights, and peak memory."""
+    import diffusers
+
+    config = official()
+    blocks = random_blocks(config, ("unet", "synchronizer"), device, torch.float16)
+    vae = random_blocks(config, ("vae",), device, torch.float32)["vae"]
+    decoder, states = blocks["synchronizer"], torch.randn(1, 77, 1024).to(device, torch.float16)
+    scheduler = make_scheduler("ddim", config.scheduler)
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=None, tokenizer=None, unet=blocks["unet"], scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    prepared = decoder.prepare(random_maps(config, 1, device, torch.float16), torch.ones(1, 1, dtype=torch.bool))
+    prepared = PreparedSites(prepared.sites, prepared.visible.to(device))
+
+    def ours():
+        settings = Drawing(steps=steps, guidance=7.5)
+        return draw(blocks["unet"], vae, scheduler, decoder, states, prepared, settings, [0], (512, 512))
+
+    def theirs():
+        latents = pipeline(
+            prompt_embeds=states, negative_prompt_embeds=states, num_inference_steps=steps, output_type="latent",
+            height=512, width=512,
+        ).images  # fmt: skip
+        return vae.decode(latents.float() / vae.config.scaling_factor).sample
+
+    from .timing import interleaved
+
+    peaks = {}
+    for name, run in (("ours", ours), ("pipeline", theirs)):
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        peaks[name] = torch.cuda.max_memory_allocated() / 2**20
+    seconds = interleaved({"ours": ours, "pipeline": theirs}, rounds)
+    return {"seconds": seconds, "ratio": seconds["ours"] / seconds["pipeline"], "peak MB": peaks}
+
+
+def main(argv=None) -> int:
+    parts = {
+        "check": check,
+        "gather": lambda: gather.measure(
+            10, "cuda", (torch.float32, torch.float16, torch.bfloat16), (1, 1024, 8192), (1, 3)
+        ),
+        "unet": lambda: unet.measure((1, 3), 10, "cuda", torch.float16),
+        "picture": picture,
+        "token": decoding,
+    }
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=parts, action="append")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        sys.stderr.write("Error: this needs a CUDA card; `python -m benchmarks` measures on the CPU.\n")
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = {"date": date.today().isoformat(), "device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    for name in args.only or parts:
+        began = time.perf_counter()
+        found[name] = parts[name]()
+        torch.cuda.empty_cache()
+        sys.stdout.write(f"{name} ({time.perf_counter() - began:.0f} s): {json.dumps(found[name], default=str)}\n")
+        (args.out / "gpu.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""The benchmarks run, at toy size: their figures are not looked at here."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import HERE
+
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks import gather, gpu, models, token, unet
+from benchmarks.timing import interleaved
+from comfy_mminterleaved.config import small
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    config = small()
+    for module in (models, token, unet, gpu):
+        monkeypatch.setattr(
+            module, "official", lambda layers=None: replace(config, llm=replace(config.llm, layers=layers or 4))
+        )
+
+
+def test_interleaved_runs_every_case_as_often():
+    counts = {"a": 0, "b": 0}
+    seconds = interleaved({n: lambda n=n: counts.__setitem__(n, counts[n] + 1) for n in counts}, rounds=3)
+    assert counts == {"a": 4, "b": 4} and set(seconds) == {"a", "b"}
+
+
+def test_token(toy):
+    found = token.measure(pictures=(2,), rounds=1, layers=2)
+    assert set(found["seconds"]) == {"plain", "2 pictures"} and found["ratios"]["2 pictures"] > 0
+
+
+def test_gather(monkeypatch):
+    monkeypatch.setattr(gather, "SIZES", ((4, 4), (2, 2), (2, 2), (1, 1)))
+    found = gather.measure(1, queries=(2,), pictures=(1,))
+    assert set(found["float32, 1 pictures, 2 queries"]) == {"plain", "bag", "xformers", "dense"}
+
+
+def test_the_check_of_the_gpu_finds_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(gather, "SIZES", ((4, 4), (2, 2), (2, 2), (1, 1)))
+    assert len(gpu.check("cpu", cases=((2, 3),))) == 3
+    monkeypatch.setitem(gpu.TOLERANCE, torch.float32, 1e-12)
+    with pytest.raises(AssertionError, match="xformers in torch.float32 is off"):
+        gpu.check("cpu", cases=((2, 3),))
