@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..comfy_mminterleaved import checkpoint
 from ..comfy_mminterleaved.errors import CheckpointError
 from .blocks import EncoderBlock, LLMBlock, SynchronizerBlock
-from .native import load_unet, load_vae
+from .native import fit_previews, load_unet, load_vae
 from .sockets import CATEGORY, EncoderSocket, LLMSocket, SynchronizerSocket
 
 STARTER = "starter"
@@ -97,7 +97,10 @@ class LoadMMInterleaved(io.ComfyNode):
         config = checkpoint.read_config(folder)
         blocks = [load_block(kind, folder / f"{kind.name}.safetensors") for kind in (EncoderBlock, LLMBlock, SynchronizerBlock)]
         unet, vae = (read(folder / f"{name}.safetensors")[0] for name in ("unet", "vae"))
-        return io.NodeOutput(*blocks, load_unet(config, unet), load_vae(config, vae))
+        model, vae = load_unet(config, unet), load_vae(config, vae)
+        if config.vae.get("_class_name") == "AutoencoderTiny":
+            fit_previews(model, vae)
+        return io.NodeOutput(*blocks, model, vae)
 
 
 def _one_block(node_id, title, kind, category, socket, output, what):

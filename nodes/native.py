@@ -85,6 +85,17 @@ def load_vae(config: Config, tensors: dict[str, torch.Tensor]):
     return vae
 
 
+def fit_previews(model, vae) -> None:
+    """Gives a MODEL whose VAE is not Stable Diffusion's its own colours for live previews: a linear map of its latents."""
+    colours = torch.rand(16, 16, 3, generator=torch.Generator().manual_seed(0))
+    latents = vae.encode(colours.repeat_interleave(8, 0).repeat_interleave(8, 1).unsqueeze(0))
+    known = model.model.latent_format.process_in(latents)[0].flatten(1).T.float().cpu()
+    known = torch.cat([known, torch.ones(len(known), 1)], dim=1)
+    fitted = torch.linalg.lstsq(known, colours.flatten(0, 1) * 2 - 1).solution
+    model.model.latent_format.latent_rgb_factors = fitted[:-1].tolist()
+    model.model.latent_format.latent_rgb_factors_bias = fitted[-1].tolist()
+
+
 def _taesd_name(name: str) -> str:
     side, _, number, rest = name.split(".", 3)
     return f"taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"

@@ -64,6 +64,19 @@ def test_text_and_progress_are_shown_while_it_is_written(comfyui):
     assert len(texts) > 10 and any(b"write 2" in text for text in texts)
 
 
+def test_pictures_are_previewed_while_they_are_drawn(comfyui):
+    import io
+
+    from PIL import Image
+
+    done = comfyui.run(tell(seed=32, panels=1, steps=6))
+    # A preview is an event of type 1 or, with metadata, 4; JPEG or PNG.
+    previews = [e for e in done["events"] if isinstance(e, bytes) and e[3] in (1, 4)]
+    starts = [max(e.find(b"\xff\xd8"), e.find(b"\x89PNG")) for e in previews]
+    assert len(previews) >= 6 and min(starts) > 0
+    assert Image.open(io.BytesIO(previews[-1][starts[-1] :])).size[0] >= 16
+
+
 @pytest.mark.parametrize("where", ["write", "draw"])
 def test_cancel_stops_at_once_and_the_queue_goes_on(comfyui, where):
     pressed = []
@@ -145,6 +158,60 @@ def test_blocks_of_their_own_files_and_files_that_are_none(comfyui):
         with pytest.raises(Failed) as failed:
             comfyui.run({"1": node(type, file=file), "2": show(["1", 0])})
         assert sentence in failed.value.sentence
+
+
+def by_hand(sampler="euler", scheduler="normal", steps=2, model=("1", 3)):
+    """One picture by Synchronize and a KSampler."""
+    return {
+        "1": LOAD,
+        "2": node("MMInterleavedStoryText", text="Mia is in the forest."),
+        "3": node("MMInterleavedSynchronize", llm=["1", 1], synchronizer=["1", 2], story=["2", 0], model=list(model),
+                  strength=1.0, start=0.0, end=1.0, pictures=-1),
+        "4": node("EmptyLatentImage", width=128, height=128, batch_size=2),
+        "5": node("KSampler", model=["3", 0], positive=["3", 1], negative=["3", 2], latent_image=["4", 0], seed=1,
+                  steps=steps, cfg=3.0, sampler_name=sampler, scheduler=scheduler, denoise=1.0),
+        "6": node("VAEDecodeTiled", samples=["5", 0], vae=["1", 4], tile_size=512, overlap=64, temporal_size=64,
+                  temporal_overlap=8),
+        "7": node("PreviewImage", images=["6", 0]),
+    }  # fmt: skip
+
+
+def test_every_sampler_and_scheduler_draws(comfyui, definitions):
+    inputs = definitions["KSampler"]["input"]["required"]
+    prompt = by_hand()
+    for name in ("5", "6", "7"):
+        del prompt[name]
+    wanted = [(sampler, "normal") for sampler in inputs["sampler_name"][0]]
+    wanted += [("euler", scheduler) for scheduler in inputs["scheduler"][0]]
+    for number, (sampler, scheduler) in enumerate(wanted):
+        made = by_hand(sampler, scheduler)
+        for name, after in (("5", ()), ("6", ("samples",)), ("7", ("images",))):
+            entry = made[name]
+            for slot in after:
+                entry["inputs"][slot] = [f"{entry['inputs'][slot][0]}-{number}", 0]
+            prompt[f"{name}-{number}"] = entry
+    done = comfyui.run(prompt, timeout=500)
+    assert len(wanted) > 40 and all(len(done["outputs"][f"7-{n}"]["images"]) == 2 for n in range(len(wanted)))
+
+
+def test_a_lora_on_the_model_counts(comfyui):
+    import torch
+    from safetensors.torch import save_file
+
+    layer = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
+    generator = torch.Generator().manual_seed(0)
+    folder = comfyui.folder / "models" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {"up": torch.randn(64, 4, generator=generator), "down": torch.randn(4, 64, generator=generator)}
+    save_file({f"{layer}.lora_{name}.weight": w for name, w in weights.items()}, folder / "test.safetensors")
+    prompt = by_hand(model=("8", 0), steps=4)
+    pictures = []
+    for strength in (0.0, 1.0):
+        prompt["8"] = node("LoraLoaderModelOnly", model=["1", 3], lora_name="test.safetensors", strength_model=strength)
+        shown = comfyui.run(prompt)["outputs"]["7"]["images"][0]
+        pictures.append(comfyui.fetch(f"/view?filename={shown['filename']}&subfolder={shown['subfolder']}&type=temp"))
+    assert pictures[0].split(b"IDAT", 1)[1] != pictures[1].split(b"IDAT", 1)[1]
+    assert "lora key not loaded" not in comfyui.text()
 
 
 def resident_mb(comfyui) -> float:

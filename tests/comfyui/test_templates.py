@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +57,42 @@ def test_every_node_is_there_with_a_tooltip_on_every_input(definitions):
         for section in ("required", "optional"):
             for slot, (_, *settings) in entry["input"].get(section, {}).items():
                 assert settings and settings[0].get("tooltip"), f"{name}: {slot}"
+
+
+def test_workflows_saved_by_this_version_will_still_load(definitions):
+    """Node ids, input names and types, and the order of outputs are for ever; new inputs may come, with defaults."""
+    kept = json.loads((Path(__file__).parent / "schema.json").read_text(encoding="utf-8"))
+    for name, entry in kept.items():
+        now = definitions[name]
+        for section, slots in entry["inputs"].items():
+            for slot, kind in slots.items():
+                raw = now["input"].get(section, {})[slot][0]
+                assert (raw if isinstance(raw, str) else "COMBO") == kind, f"{name}: {slot}"
+        for slot, settings in now["input"].get("required", {}).items():
+            if slot not in entry["inputs"]["required"]:
+                assert "default" in settings[1], f"{name}: the new input {slot} has no default"
+        outputs = zip(now["output_name"], now["output"], now["output_is_list"])
+        found = [[title, kind if isinstance(kind, str) else "COMBO", many] for title, kind, many in outputs]
+        assert found[: len(entry["outputs"])] == entry["outputs"], name
+
+
+def test_names_in_every_language(definitions):
+    ours = {name for name in definitions if name.startswith("MMInterleaved")}
+    for language in ("en", "zh", "ja", "de"):
+        path = Path(__file__).parents[2] / "locales" / language / "nodeDefs.json"
+        names = json.loads(path.read_text(encoding="utf-8"))
+        assert set(names) == ours
+        for name, entry in names.items():
+            slots = {s for section in ("required", "optional") for s in definitions[name]["input"].get(section, {})}
+            assert entry["display_name"] and set(entry["inputs"]) == slots, (language, name)
+
+
+def test_a_help_page_with_a_picture_for_every_node(comfyui, definitions):
+    for name in (name for name in definitions if name.startswith("MMInterleaved")):
+        page = comfyui.fetch(f"/extensions/comfy-mminterleaved/docs/{name}.md").decode()
+        assert f"![The node]({name}.png)" in page
+        picture = Image.open(io.BytesIO(comfyui.fetch(f"/extensions/comfy-mminterleaved/docs/{name}.png")))
+        assert picture.width > 250
 
 
 def test_the_import_takes_less_than_half_a_second(comfyui):
