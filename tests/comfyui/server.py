@@ -30,7 +30,9 @@ class Failed(AssertionError):
 class Server:
     """ComfyUI as a process with this project among its custom nodes, and folders of its own."""
 
-    def __init__(self, folder: Path, path: str, python: str | None = None, arguments=("--cpu", "--preview-method", "latent2rgb")):
+    def __init__(
+        self, folder: Path, path: str, python: str | None = None, arguments=("--cpu", "--preview-method", "latent2rgb")
+    ):
         self.folder, self.path = folder, path
         for name in ("input", "output", "temp", "user", "models", "custom_nodes"):
             (folder / name).mkdir(parents=True, exist_ok=True)
