@@ -20,11 +20,39 @@ def attention(q, k, v, mask=None, causal=False):
     Returns:
         (N, H, Q, D).
     """
-    if _XFORMERS and q.is_cuda and mask is None and q.dtype in (torch.float16, torch.bfloat16):
+    if mask is None and packs(q):
         return _xformers(q, k, v, causal)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
     )
+
+
+def packs(x) -> bool:
+    """Whether xFormers serves tensors like this one: then rows of several lengths are packed rather than padded."""
+    return _XFORMERS and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def packed_attention(q, k, v, lengths: list[int]):
+    """`attention` of rows whose keys have several lengths, one after the other, with no padding between.
+
+    Args:
+        q: (N, H, Q, D).
+        k, v: (sum of lengths, H, D).
+
+    Returns:
+        (N, H, Q, D).
+    """
+    n, h, queries, d = q.shape
+    if not packs(q):
+        keys, values = (t.transpose(0, 1).split(lengths, dim=1) for t in (k, v))
+        return torch.cat([attention(q[i : i + 1], keys[i][None], values[i][None]) for i in range(n)])
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    bias = BlockDiagonalMask.from_seqlens([queries] * n, lengths)
+    packed = q.transpose(1, 2).reshape(1, n * queries, h, d)
+    found = memory_efficient_attention(packed, k.unsqueeze(0), v.unsqueeze(0), attn_bias=bias)
+    return found.view(n, queries, h, d).transpose(1, 2)
 
 
 def _xformers(q, k, v, causal):

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .attention import attention as default_attention
+from .attention import packed_attention, packs
 from .config import ResamplerConfig
 
 
@@ -24,12 +25,17 @@ class Attention(nn.Module):
         self.out = operations.Linear(c.width, c.width)
         self.norm = operations.LayerNorm(c.width, eps=c.eps)
 
-    def forward(self, x, context, mask=None):
+    def forward(self, x, context, mask=None, lengths=None):
+        """`context`: (N, L, key_width), or with `lengths` packed, (sum of lengths, key_width)."""
         q, k, v = (
-            proj(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            proj(source).unflatten(-1, (self.heads, -1))
             for proj, source in ((self.q, x), (self.k, context), (self.v, context))
         )
-        found = self.attend(self.q_norm(q), self.k_norm(k), v, mask=mask)
+        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k)
+        if lengths is not None:
+            found = packed_attention(q, k, v, lengths)
+        else:
+            found = self.attend(q, k.transpose(1, 2), v.transpose(1, 2), mask=mask)
         return self.norm(x + self.out(found.transpose(1, 2).flatten(2)))
 
 
@@ -51,10 +57,10 @@ class Layer(nn.Module):
         self.cross_attention = Attention(c, c.encoder_width, operations, attention) if crosses else None
         self.ffn = FeedForward(c, operations)
 
-    def forward(self, x, context, mask):
+    def forward(self, x, context, mask, lengths):
         x = self.attention(x, x)
         if self.cross_attention is not None:
-            x = self.cross_attention(x, context, mask)
+            x = self.cross_attention(x, context, mask, lengths)
         return self.ffn(x)
 
 
@@ -63,6 +69,7 @@ class Resampler(nn.Module):
 
     def __init__(self, c: ResamplerConfig, operations=nn, attention=default_attention):
         super().__init__()
+        self.attend = attention
         self.queries = nn.Parameter(torch.zeros(1, c.queries, c.width))
         self.norm = operations.LayerNorm(c.width, eps=c.eps)
         self.layers = nn.ModuleList(
@@ -72,7 +79,11 @@ class Resampler(nn.Module):
     def forward(self, context, mask=None):
         """`mask`: bool (N, L), True where the context is to be read; None reads all."""
         x = self.norm(self.queries.to(context)).expand(context.shape[0], -1, -1)
+        lengths = None
+        if mask is not None and self.attend is default_attention and packs(context):
+            lengths = mask.sum(-1).tolist()
+            context, mask = context[mask], None
         mask = None if mask is None else mask[:, None, None, :]
         for layer in self.layers:
-            x = layer(x, context, mask)
+            x = layer(x, context, mask, lengths)
         return x
