@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +9,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, one program after the other
 torch.set_num_threads(1)  # models this small lose more to waiting threads than they gain
-
-HERE = Path(__file__).parent
-TINY = HERE / "golden" / "tiny"
 
 
 @pytest.fixture(scope="session")

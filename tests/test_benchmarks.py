@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import HERE
+from places import HERE
 
 sys.path.insert(0, str(HERE.parent))
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import HERE, TINY
+from places import HERE, TINY
 from safetensors.torch import load_file, save_file
 
 from comfy_mminterleaved import MMInterleaved, Sampling, Story, Text, checkpoint

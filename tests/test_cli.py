@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import HERE, TINY
+from places import HERE, TINY
 from PIL import Image
 
 from comfy_mminterleaved.__main__ import main

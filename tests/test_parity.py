@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from places import TINY
 from safetensors.torch import load_file
 
 from comfy_mminterleaved import Drawing, MMInterleaved, Picture, Sampling, Story, Text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ class Stage:
     """One stage's settings, read from its file.
 
     blocks: those trained. needs: those that must be there already. steps, batch (pictures), learning_rate, warmup
-    (steps), weight_decay, clip, ema: as usual. seed. log_every, validate_every, save_every, sample_every: in steps.
+    (steps), cooldown (the share of the steps in which the rate falls), weight_decay, clip, ema: as usual. seed. log_every, validate_every, save_every, sample_every: in steps.
     """
 
     name: str
@@ -31,6 +30,7 @@ class Stage:
     batch: int
     learning_rate: float
     warmup: int = 200
+    cooldown: float = 0.2
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.999
@@ -59,16 +59,14 @@ class EMA:
     @torch.no_grad()
     def update(self, parameters: dict[str, torch.Tensor], step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, p in parameters.items():
-            self.average[name].lerp_(p.detach().float(), 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), [parameters[name].float() for name in self.average], 1 - decay)
 
 
 def learning_rate(stage: Stage, step: int) -> float:
-    """Linear warm-up, then a cosine to a twentieth."""
-    if step < stage.warmup:
-        return stage.learning_rate * (step + 1) / stage.warmup
-    done = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
-    return stage.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1, done))))
+    """Linear warm-up, level, then linear to a twentieth; no step before the fall depends on how many there will be."""
+    rise = (step + 1) / stage.warmup if stage.warmup else 1.0
+    fall = (stage.steps - step) / (stage.cooldown * stage.steps) if stage.cooldown else 1.0
+    return stage.learning_rate * min(1.0, rise, 0.05 + 0.95 * max(0.0, fall))
 
 
 def train(
@@ -107,7 +105,7 @@ def train(
     decayed = [p for p in named.values() if p.ndim > 1]
     plain = [p for p in named.values() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), fused=True)
     ema = EMA(named, stage.ema)
     start = _resume(folder / "state.pt", named, optimizer, ema)
     wrapped, optimizer = accelerator.prepare(learner, optimizer)
