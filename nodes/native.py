@@ -67,7 +67,8 @@ def load_unet(config: Config, tensors: dict[str, torch.Tensor]):
     missing = sorted(set(tensors) - set(names))
     if missing:
         raise CheckpointError(f"ComfyUI's U-Net has no place for {len(missing)} weights, the first {missing[0]!r}.")
-    model = comfy.model_base.BaseModel(model_config, comfy.model_base.ModelType.EPS, device=None)
+    predicts = PREDICTS[config.scheduler.get("prediction_type", "epsilon")]
+    model = comfy.model_base.BaseModel(model_config, predicts, device=None)
     model.diffusion_model.load_state_dict({names[k]: t.to(dtype) for k, t in tensors.items()}, strict=True)
     offload = management.unet_offload_device()
     make = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
