@@ -14,6 +14,11 @@ import torch
 from ..comfy_mminterleaved.config import Config
 from ..comfy_mminterleaved.errors import CheckpointError
 
+PREDICTS = {
+    "epsilon": comfy.model_base.ModelType.EPS,
+    "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
+}
+
 
 def unet_settings(unet: dict) -> dict:
     """ComfyUI's settings of a diffusers UNet2DConditionModel; raises CheckpointError for one that it cannot hold."""

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from places import HERE, TINY
 from PIL import Image
+from places import HERE, TINY
 
 from comfy_mminterleaved.__main__ import main
 from comfy_mminterleaved.book import METADATA_KEY, load_story

@@ -1,16 +1,24 @@
-"""Writes the templates' JSON: python workflows/build.py http://127.0.0.1:8188, where a ComfyUI with this package runs.
+"""Writes the templates and runs each for its JPG: python workflows/build.py http://127.0.0.1:8188
 
-Each template is a few lines below; what a node's inputs are called, and in which order, comes from the server.
+A ComfyUI with this package must run there. Each template is a few lines below; what a node's inputs are called, and in
+which order, comes from the server.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+import textwrap
+import time
+import urllib.parse
 import urllib.request
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from prompt import to_prompt
 
 HERE = Path(__file__).parent
 BLUE, GREEN, PURPLE, BROWN = "#3f789e", "#8A8", "#a1309b", "#b58b2a"
@@ -46,6 +54,11 @@ class Workflow:
         self.nodes.append(node)
         return node
 
+    def reroute(self, x: int, y: int, wire: tuple[Node, int]) -> tuple[Node, int]:
+        """A bend: the wire as it goes on."""
+        self.nodes.append(Node(len(self.nodes) + 1, "Reroute", (x, y), (75, 26), {}, None, {"": wire}))
+        return self.nodes[-1][0]
+
     def note(self, x: int, y: int, size: tuple[int, int], text: str) -> None:
         self.nodes.append(Node(len(self.nodes) + 1, "MarkdownNote", (x, y), size, {"text": text}, None))
 
@@ -75,6 +88,9 @@ class Workflow:
             nodes.append(entry)
             if node.type == "MarkdownNote":
                 entry |= {"widgets_values": [node.values["text"]], "properties": {}, "color": "#432", "bgcolor": "#653"}
+                continue
+            if node.type == "Reroute":
+                self._bend(entry, node, links, outgoing)
                 continue
             values = []
             for name, kind, widget, settings, raw in self.inputs_of(node.type):
@@ -108,11 +124,23 @@ class Workflow:
             nodes[node - 1]["outputs"][output]["links"] = found
         for link in links:
             link[5] = nodes[link[1] - 1]["outputs"][link[2]]["type"]
+            if nodes[link[3] - 1]["type"] == "Reroute":  # they stand in order
+                nodes[link[3] - 1]["outputs"][0]["type"] = link[5]
         return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)), "revision": 0, "last_node_id": len(nodes), "last_link_id": len(links), "nodes": nodes,
             "links": links, "groups": self.groups, "config": {}, "extra": {"ds": {"scale": 0.7, "offset": [60, 80]}},
             "version": 0.4,
         }  # fmt: skip
+
+
+    @staticmethod
+    def _bend(entry: dict, node: Node, links: list, outgoing: dict) -> None:
+        origin, output = node.wires[""]
+        links.append([len(links) + 1, origin.id, output, node.id, 0, "*"])
+        outgoing.setdefault((origin.id, output), []).append(len(links))
+        entry["inputs"] = [{"name": "", "type": "*", "link": len(links)}]
+        entry["outputs"] = [{"name": "", "type": "*", "links": None, "slot_index": 0}]
+        entry["properties"] = {"showOutputText": False, "horizontal": False}
 
 
 EXAMPLE = "example (three stories)"
@@ -124,7 +152,7 @@ def load(w: Workflow, x=0, y=0) -> Node:
 
 
 def tell_a_story(w: Workflow) -> None:
-    w.note(0, -250, (720, 200), "## Tell a story in one node\n\nWrite how it begins under **opening**, choose the number of "
+    w.note(0, -340, (720, 200), "## Tell a story in one node\n\nWrite how it begins under **opening**, choose the number of "
            "**panels**, press **Run**. Each panel is written and drawn in view of all before it, so the same character "
            "comes back.\n\nThe starter model knows one picture-book world: animals with names, in places like the beach "
            "or the forest.")  # fmt: skip
@@ -134,43 +162,46 @@ def tell_a_story(w: Workflow) -> None:
     w.add("PreviewImage", 780, 0, (420, 320), images=told[1])
     w.add("MMInterleavedSaveStory", 780, 380, (420, 420), story=told[0], title="Mia")
     w.group("1. Model", -20, -70, 340, 240, BLUE)
-    w.group("2. The story", 340, -70, 400, 730, PURPLE)
+    w.group("2. The story", 340, -70, 400, 1040, PURPLE)
     w.group("3. Its pages", 760, -70, 460, 890, GREEN)
 
 
-def panel(w: Workflow, x: int, model: Node, told, seed: int, latent: Node) -> tuple[tuple[Node, int], Node]:
-    """Synchronize, KSampler, VAE Decode and Story Picture in one column; the story after it, and the picture."""
-    ready = w.add("MMInterleavedSynchronize", x, 200, (310, 240), llm=model[1], synchronizer=model[2], model=model[3],
-                  story=told)  # fmt: skip
-    drawn = w.add("KSampler", x, 500, (310, 270), model=ready[0], positive=ready[1], negative=ready[2],
-                  latent_image=latent[0], seed=seed, steps=20, cfg=4.0, sampler_name="dpmpp_2m", scheduler="karras")
-    image = w.add("VAEDecode", x, 830, (310, 60), samples=drawn[0], vae=model[4])
-    shown = w.add("MMInterleavedStoryPicture", x, 950, (310, 90), encoder=model[0], image=image[0], story=told)
-    w.add("PreviewImage", x, 1100, (310, 300), images=image[0])
-    return shown[0], image
-
-
 def four_blocks(w: Workflow) -> None:
-    w.note(0, 620, (300, 420), "## The four blocks by hand\n\nEach column is one panel.\n\n- **Write**: the LLM reads the "
-           "story and goes on.\n- **Synchronize**: the story becomes conditioning, and the U-Net looks at the earlier "
-           "pictures.\n- **KSampler** and **VAE Decode** are ComfyUI's own.\n- **Story Picture**: the encoder sees the "
-           "new picture, for the next panel.\n\nOnly what you change runs again.")  # fmt: skip
-    model = load(w, 0, 200)
-    latent = w.add("EmptyLatentImage", 0, 420, (300, 110), width=128, height=128)
-    told = w.add("MMInterleavedStoryText", 380, 0, (310, 130), text=MIA)[0]
+    w.note(0, -400, (1080, 250), "## The four blocks by hand\n\nEach row is one panel, and sees the text and the pictures of "
+           "the rows above it.\n\n- **Write**: the LLM reads the story and goes on.\n- **Synchronize**: the story becomes "
+           "conditioning, and the U-Net looks at the earlier pictures.\n- **KSampler** and **VAE Decode** are ComfyUI's "
+           "own.\n- **Story Picture**: the encoder sees the new picture, for the next panel.\n\nOnly what you change runs "
+           "again. The model is loaded once, though each row has its own node for it.")  # fmt: skip
+    told = None
     for number in range(3):
-        x = 380 + number * 400
-        if number:
-            told = w.add("MMInterleavedWrite", x, -180, (310, 310), llm=model[1], story=told, seed=number)[0]
-        told, _ = panel(w, x, model, told, 10 + number, latent)
-        w.group(f"Panel {number + 1}", x - 30, -260, 370, 1690, (PURPLE, BLUE, GREEN)[number])
-    w.add("MMInterleavedSaveStory", 1600, 200, (380, 440), story=told, title="Mia at the beach")
-    w.group("Model", -20, 120, 340, 430, BLUE)
-    w.group("Pages", 1580, 120, 420, 540, BROWN)
+        y = number * 660
+        model = load(w, 0, y + 60)
+        encoder = w.reroute(340, y, model[0])
+        vae = w.reroute(340, y + 470, model[4])
+        if told is None:
+            told = w.add("MMInterleavedStoryText", 420, y + 60, (310, 180), text=MIA)[0]
+        else:
+            told = w.add("MMInterleavedWrite", 420, y + 60, (310, 380), llm=model[1], story=told, seed=number)[0]
+        ready = w.add("MMInterleavedSynchronize", 810, y + 60, (310, 240), llm=model[1], synchronizer=model[2],
+                      model=model[3], story=told)  # fmt: skip
+        latent = w.add("EmptyLatentImage", 810, y + 370, (310, 110), width=128, height=128)
+        drawn = w.add("KSampler", 1200, y + 60, (310, 470), model=ready[0], positive=ready[1], negative=ready[2],
+                      latent_image=latent[0], seed=10 + number, steps=20, cfg=4.0, sampler_name="dpmpp_2m",
+                      scheduler="karras")  # fmt: skip
+        vae = w.reroute(1590, y + 560, w.reroute(1120, y + 560, vae))
+        image = w.add("VAEDecode", 1590, y + 120, (230, 60), samples=drawn[0], vae=vae)
+        w.add("PreviewImage", 1590, y + 250, (230, 280), images=image[0])
+        encoder = w.reroute(1820, y, encoder)
+        told = w.add("MMInterleavedStoryPicture", 1900, y + 60, (280, 90), encoder=encoder, image=image[0], story=told)[0]
+        if number < 2:  # back to the left, between the rows
+            told = w.reroute(340, y + 612, w.reroute(2040, y + 612, told))
+        w.group(f"Panel {number + 1}", -30, y - 60, 2250, 650, (PURPLE, BLUE, GREEN)[number])
+    w.add("MMInterleavedSaveStory", 2290, 1380, (420, 480), story=told, title="Mia at the beach")
+    w.group("Pages", 2260, 1260, 480, 650, BROWN)
 
 
 def own_picture(w: Workflow) -> None:
-    w.note(0, -250, (700, 200), "## Continue from my own picture\n\nLoad a picture; the story begins with it, and the one "
+    w.note(0, -340, (700, 200), "## Continue from my own picture\n\nLoad a picture; the story begins with it, and the one "
            "who is in it comes back in every panel.\n\nThe starter model does its best with any picture, and best with one "
            "of its own world, as template 1 makes them.")  # fmt: skip
     model = load(w)
@@ -182,35 +213,33 @@ def own_picture(w: Workflow) -> None:
     w.add("MMInterleavedSaveStory", 1220, 0, (420, 460), story=told[0], title="My picture")
     w.group("1. Model and picture", -20, -70, 340, 680, BLUE)
     w.group("2. The story begins", 360, -70, 360, 440, BROWN)
-    w.group("3. and goes on", 760, -70, 400, 730, PURPLE)
+    w.group("3. and goes on", 760, -70, 400, 1040, PURPLE)
     w.group("4. Its pages", 1200, -70, 460, 560, GREEN)
 
 
 def ask_and_caption(w: Workflow) -> None:
-    w.note(0, -250, (700, 200), "## Ask and caption\n\nWhat the model sees in a picture: a caption, an answer to a "
+    w.note(0, -340, (700, 200), "## Ask and caption\n\nWhat the model sees in a picture: a caption, an answer to a "
            "question, and which of several answers is likeliest.")  # fmt: skip
     model = load(w)
     picture = w.add("LoadImage", 0, 260, (300, 330), image="example.png")
-    story = w.add("MMInterleavedStoryPicture", 380, 0, (320, 90), encoder=model[0], image=picture[0])
-    w.add("MMInterleavedCaption", 380, 260, (320, 150), llm=model[1], encoder=model[0], image=picture[0])
-    answer = w.add("MMInterleavedAsk", 780, 0, (360, 200), llm=model[1], story=story[0],
+    story = w.add("MMInterleavedStoryPicture", 400, 80, (300, 90), encoder=model[0], image=picture[0])
+    answer = w.add("MMInterleavedAsk", 800, 0, (360, 200), llm=model[1], story=story[0],
                    question="Where is it?")  # fmt: skip
-    best = w.add("MMInterleavedChoose", 780, 300, (360, 240), llm=model[1], story=story[0],
+    best = w.add("MMInterleavedChoose", 800, 300, (360, 240), llm=model[1], story=story[0],
                  options="a fox\na bear\na rabbit", question="Who is it?")  # fmt: skip
-    w.nodes[-3].position = (780, 640)
-    w.add("PreviewAny", 1220, 0, (300, 140), source=answer[0])
-    w.add("PreviewAny", 1220, 300, (300, 140), source=best[0])
-    w.add("PreviewAny", 1220, 640, (300, 140), source=w.nodes[-5][0])
+    caption = w.add("MMInterleavedCaption", 800, 640, (360, 170), llm=model[1], encoder=model[0], image=picture[0])
+    for y, text in ((0, answer), (300, best), (640, caption)):
+        w.add("PreviewAny", 1260, y, (300, 140), source=text[0])
     w.group("1. Model and picture", -20, -70, 340, 680, BLUE)
-    w.group("2. See", 360, -70, 360, 200, BROWN)
-    w.group("3. Ask", 760, -70, 400, 300, PURPLE)
-    w.group("4. Choose", 760, 230, 400, 330, PURPLE)
-    w.group("5. Caption", 760, 570, 400, 240, PURPLE)
-    w.group("Answers", 1200, -70, 340, 880, GREEN)
+    w.group("2. See", 380, -70, 340, 260, BROWN)
+    w.group("3. Ask", 780, -70, 400, 290, PURPLE)
+    w.group("4. Choose", 780, 230, 400, 330, PURPLE)
+    w.group("5. Caption", 780, 570, 400, 260, PURPLE)
+    w.group("Answers", 1240, -70, 340, 900, GREEN)
 
 
 def storyboard_batch(w: Workflow) -> None:
-    w.note(0, -290, (760, 240), "## A storyboard over night\n\nPut a storyboard (JSON) into ComfyUI's input folder. Each "
+    w.note(0, -370, (760, 230), "## A storyboard over night\n\nPut a storyboard (JSON) into ComfyUI's input folder. Each "
            "run tells one of its stories; **index** counts up by itself, so set the number of runs beside the Run button to "
            "the number of stories and go to bed.\n\nThe example has three.")  # fmt: skip
     model = load(w)
@@ -219,12 +248,12 @@ def storyboard_batch(w: Workflow) -> None:
                  model=model[3], vae=model[4], story=board[0], panels=board[1], seed=board[2])  # fmt: skip
     w.add("MMInterleavedSaveStory", 840, 0, (420, 460), story=told[0], title=board[3], filename_prefix="storyboard/story")
     w.group("1. Model and storyboard", -20, -70, 340, 520, BLUE)
-    w.group("2. Tell", 380, -70, 400, 730, PURPLE)
+    w.group("2. Tell", 380, -70, 400, 1040, PURPLE)
     w.group("3. Save", 820, -70, 460, 560, GREEN)
 
 
 def own_sampler(w: Workflow) -> None:
-    w.note(0, -250, (700, 200), "## Your own sampler, LoRA and upscaling\n\nSynchronize gives a MODEL and conditionings like "
+    w.note(0, -340, (700, 200), "## Your own sampler, LoRA and upscaling\n\nSynchronize gives a MODEL and conditionings like "
            "any other: here they go to **SamplerCustomAdvanced**. A LoRA loader fits between *Load* and *Synchronize*; the "
            "picture is enlarged at the end.")  # fmt: skip
     model = load(w)
@@ -236,20 +265,20 @@ def own_sampler(w: Workflow) -> None:
     noise = w.add("RandomNoise", 780, 180, (300, 90), noise_seed=5)
     sampler = w.add("KSamplerSelect", 780, 350, (300, 60), sampler_name="euler_ancestral")
     sigmas = w.add("BasicScheduler", 780, 490, (300, 110), model=ready[0], scheduler="karras", steps=25)
-    drawn = w.add("SamplerCustomAdvanced", 1160, 0, (300, 110), noise=noise[0], guider=guider[0], sampler=sampler[0],
+    drawn = w.add("SamplerCustomAdvanced", 1160, 0, (300, 330), noise=noise[0], guider=guider[0], sampler=sampler[0],
                   sigmas=sigmas[0], latent_image=latent[0])  # fmt: skip
-    image = w.add("VAEDecode", 1160, 180, (300, 60), samples=drawn[0], vae=model[4])
-    large = w.add("ImageScaleBy", 1160, 310, (300, 90), image=image[0], upscale_method="lanczos", scale_by=4.0)
+    image = w.add("VAEDecode", 1160, 400, (300, 60), samples=drawn[0], vae=model[4])
+    large = w.add("ImageScaleBy", 1160, 530, (300, 90), image=image[0], upscale_method="lanczos", scale_by=4.0)
     w.add("SaveImage", 1540, 0, (420, 460), images=large[0], filename_prefix="stories/large")
     w.group("1. Model", -20, -70, 340, 460, BLUE)
     w.group("2. Story", 360, -70, 360, 590, BROWN)
     w.group("3. Sampler", 760, -70, 340, 690, PURPLE)
-    w.group("4. Picture", 1140, -70, 340, 490, BLUE)
+    w.group("4. Picture", 1140, -70, 340, 720, BLUE)
     w.group("5. Large", 1520, -70, 460, 560, GREEN)
 
 
 def reroll(w: Workflow) -> None:
-    w.note(0, -290, (760, 240), "## Draw one panel anew\n\nRun it once. Then change the number at the third place of "
+    w.note(0, -370, (760, 230), "## Draw one panel anew\n\nRun it once. Then change the number at the third place of "
            "**seeds** and run again: panels 1 and 2 stay as they are and do not run again; panel 3 is made anew, and what "
            "comes after it follows.\n\nAn empty place keeps the panel's own seed.")  # fmt: skip
     model = load(w)
@@ -258,7 +287,7 @@ def reroll(w: Workflow) -> None:
     w.add("PreviewImage", 840, 0, (420, 320), images=told[1])
     w.add("MMInterleavedSaveStory", 840, 420, (420, 420), story=told[0], title="Mia, another way")
     w.group("1. Model", -20, -70, 340, 240, BLUE)
-    w.group("2. Change the third of the seeds", 380, -70, 400, 730, PURPLE)
+    w.group("2. Change the third of the seeds", 380, -70, 400, 1040, PURPLE)
     w.group("3. Pictures and pages", 820, -70, 460, 930, GREEN)
 
 
@@ -269,6 +298,54 @@ TEMPLATES = {
 }  # fmt: skip
 
 
+def run(server: str, prompt: dict) -> dict:
+    """What a prompt's nodes showed, by node."""
+    request = urllib.request.Request(
+        f"{server}/prompt", json.dumps({"prompt": prompt}).encode(), {"Content-Type": "application/json"}
+    )
+    number = json.load(urllib.request.urlopen(request))["prompt_id"]
+    while number not in (history := json.load(urllib.request.urlopen(f"{server}/history/{number}"))):
+        time.sleep(0.5)
+    if history[number]["status"]["status_str"] != "success":
+        raise SystemExit(f"The template failed: {history[number]['status']['messages'][-1]}")
+    return history[number]["outputs"]
+
+
+def photograph(server: str, prompt: dict, outputs: dict) -> Image.Image:
+    """The pages that a template made, each over its text; of one without pictures, the picture it read and its answers."""
+
+    def fetch(**query) -> Image.Image:
+        with urllib.request.urlopen(f"{server}/view?{urllib.parse.urlencode(query)}") as answer:
+            return Image.open(io.BytesIO(answer.read())).convert("RGB")
+
+    saved = [n for n, entry in prompt.items() if entry["class_type"] in ("MMInterleavedSaveStory", "SaveImage")]
+    if saved:
+        pictures = [fetch(**image) for image in outputs[saved[0]]["images"]]
+        texts = outputs[saved[0]].get("text", [""])[0].split("\n")
+    else:
+        read = next(entry for entry in prompt.values() if entry["class_type"] == "LoadImage")["inputs"]["image"]
+        pictures = [fetch(filename=read, type="input")]
+        asked = {"MMInterleavedAsk": "question", "MMInterleavedChoose": "question", "MMInterleavedCaption": ""}
+        texts = [
+            f"{prompt[n]['inputs'].get(asked[prompt[n]['class_type']]) or 'Caption:'} {outputs[n]['text'][0]}"
+            for n in sorted(prompt)
+            if prompt[n]["class_type"] in asked
+        ]
+    side, margin, line = 320, 16, 22
+    columns = len(pictures)
+    rows = [textwrap.wrap(text, 34) for text in texts]
+    below = [sum((*rows, []), [])] if len(pictures) == 1 else rows
+    height = side + line * max((len(lines) for lines in below), default=0) + 3 * margin
+    sheet = Image.new("RGB", (columns * (side + margin) + margin, height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(17)
+    for column in range(columns):
+        x = margin + column * (side + margin)
+        sheet.paste(ImageOps.fit(pictures[column], (side, side), Image.Resampling.LANCZOS), (x, margin))
+        if column < len(below):
+            pen.multiline_text((x, side + 2 * margin), "\n".join(below[column]), "black", font)
+    return sheet
+
+
 def main(server: str) -> None:
     with urllib.request.urlopen(f"{server}/object_info") as answer:
         definitions = json.load(answer)
@@ -277,6 +354,8 @@ def main(server: str) -> None:
         make(workflow)
         path = HERE / f"{name}.json"
         path.write_text(json.dumps(workflow.to_json(name), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        prompt = to_prompt(path, definitions)
+        photograph(server, prompt, run(server, prompt)).save(path.with_suffix(".jpg"), quality=88)
 
 
 if __name__ == "__main__":

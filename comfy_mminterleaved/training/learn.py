@@ -80,8 +80,8 @@ class LearnStories(nn.Module):
     def draw(self, batch: Batch, hidden, maps, latents) -> torch.Tensor:
         """Mean squared error of what the U-Net predicts for every picture of every story, by the schedule's kind.
 
-        `epsilon`: the noise, as in the reference. `v_prediction` (Salimans and Ho 2022, section 4): the same model, with
-        the errors of its clean picture weighed evenly; a U-Net made from nothing learns what a picture shows far sooner.
+        `epsilon`: the noise, as in the reference. `v_prediction` (Salimans and Ho 2022, section 4): the same model,
+        with the errors of its clean picture weighed evenly; made from nothing, it learns far sooner what to draw.
         """
         n, p = batch.starts.shape
         # Drawings are ordered picture by picture: the p-th of every story, then the next.

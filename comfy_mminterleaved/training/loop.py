@@ -20,7 +20,8 @@ class Stage:
     """One stage's settings, read from its file.
 
     blocks: those trained. needs: those that must be there already. steps, batch (pictures), learning_rate, warmup
-    (steps), cooldown (the share of the steps in which the rate falls), weight_decay, clip, ema: as usual. seed. log_every, validate_every, save_every, sample_every: in steps.
+    (steps), cooldown (the share of the steps in which the rate falls), weight_decay, clip, ema: as usual. seed.
+    log_every, validate_every, save_every, sample_every: in steps.
     """
 
     name: str
@@ -59,7 +60,7 @@ class EMA:
     @torch.no_grad()
     def update(self, parameters: dict[str, torch.Tensor], step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), [parameters[name].float() for name in self.average], 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), [parameters[n].float() for n in self.average], 1 - decay)
 
 
 def learning_rate(stage: Stage, step: int) -> float:

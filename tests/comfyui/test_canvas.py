@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from workflows import TEMPLATES
+from prompt import TEMPLATES
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 SHOTS = os.environ.get("SCREENSHOTS")

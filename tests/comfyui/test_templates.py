@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
-from workflows import TEMPLATES, to_prompt
+from prompt import TEMPLATES, to_prompt
 
 
 def pictures(comfyui, outputs):

@@ -3,15 +3,22 @@
 import json
 from pathlib import Path
 
-TEMPLATES = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
+TEMPLATES = sorted(Path(__file__).parent.glob("*.json"))
 
 
 def to_prompt(path: Path, definitions: dict) -> dict:
+    """A template as ComfyUI's /prompt takes it; `definitions` are those of /object_info."""
     workflow = json.loads(path.read_text(encoding="utf-8"))
-    links = {link[0]: (str(link[1]), link[2]) for link in workflow["links"]}
+    bends = {node["id"]: node["inputs"][0]["link"] for node in workflow["nodes"] if node["type"] == "Reroute"}
+    ends = {link[0]: (link[1], link[2]) for link in workflow["links"]}
+    links = {}
+    for link, (node, output) in ends.items():
+        while node in bends:
+            node, output = ends[bends[node]]
+        links[link] = (str(node), output)
     prompt = {}
     for node in workflow["nodes"]:
-        if node["type"] == "MarkdownNote":
+        if node["type"] in ("MarkdownNote", "Reroute"):
             continue
         assert node["type"] in definitions, f"{path.name}: the node {node['type']} is not there"
         values, inputs = iter(node["widgets_values"]), {}
