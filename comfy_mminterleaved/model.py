@@ -145,6 +145,22 @@ class MMInterleaved:
                 )
             story = story.without_oldest()
 
+    def read(self, story: Story, on_segment: Callable[[int, int], object] | None = None) -> None:
+        """Reads a story ahead of its use, segment by segment, and keeps what was read.
+
+        Args:
+            on_segment: called with how many segments are read, and how many there are; what it raises ends the reading,
+                and what was read until then is kept.
+        """
+        story = self.encode(story)
+        held = 0 if self._read is None else self._read.shared(self.layout(story), self.config.llm.slots)
+        for count in range(1, len(story) + 1):
+            layout = self.layout(Story(story.segments[:count]))
+            if len(layout) > held:
+                self._layouts_read([layout])
+            if on_segment is not None:
+                on_segment(count, len(story))
+
     def _layouts_read(self, layouts: list[TokenLayout]) -> Reading:
         before, self._read = self._read, None  # on an error what was kept is in no known state
         self._read = read(self.llm, layouts, before)

@@ -35,6 +35,10 @@ class Reading:
             pictures=self.pictures.rows(rows),
         )
 
+    def shared(self, layout: TokenLayout, slots: int) -> int:
+        """How many tokens a layout has in common with the story read, from its start; 0 for a batch of several."""
+        return _shared(layout, self.ids[0], self.keys[0], slots)[0] if len(self.ids) == 1 else 0
+
     def last_hidden(self) -> torch.Tensor:
         """(N, width), of the last token of each story."""
         return torch.stack([h[-1] for h in self.hidden])

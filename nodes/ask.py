@@ -37,6 +37,7 @@ class AskStory(io.ComfyNode):
             raise StoryError("The question is empty; ask something.")
         sampling = Sampling(max_new_tokens=max_tokens, min_new_tokens=1, sample=False, repetition_penalty=1.0)
         llm.load(story, max_tokens + 64)
+        llm.read(story)
         answer = llm.model.ask(story, question, sampling, on_token=live(cls.hidden.unique_id, max_tokens)).text
         return io.NodeOutput(answer, ui=ui.PreviewText(answer))
 
@@ -102,6 +103,7 @@ class ChooseOption(io.ComfyNode):
         if len(lines) < 2:
             raise StoryError(f"There must be at least two options, one a line, not {len(lines)}.")
         llm.load(story, 64 * len(lines))
+        llm.read(story)
         ranked = llm.model.choose(story, lines, question)
         shown = "\n".join(f"{choice.log_probability:8.2f}  {choice.option}" for choice in ranked)
         return io.NodeOutput(

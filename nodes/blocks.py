@@ -6,6 +6,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.patcher_extension
+import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
@@ -111,6 +112,16 @@ class LLMBlock(Block):
         pictures = len(story.pictures) * cells * c.sync_width * size * -(-c.layers // c.sync_every)
         super().load(3 * (cache + pictures))
         self.module.device = self.device  # in a partial load the weights are in several places
+
+    def read(self, story: Story) -> None:
+        """Reads a story, with progress and Cancel after each of its segments; call `load` before."""
+        bar = comfy.utils.ProgressBar(len(story))
+
+        def on_segment(count: int, segments: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(count, segments)
+
+        self.model.read(story, on_segment)
 
     def check(self, story: Story) -> None:
         """One sentence for a story whose pictures this LLM cannot see."""

@@ -40,10 +40,14 @@ def check_blocks(llm: LLMBlock, synchronizer: SynchronizerBlock, model) -> None:
 
 def look_at(model, synchronizer: SynchronizerBlock, story: Story, strength: float, start: float, end: float, pictures: int):
     """A clone of MODEL whose skips and mid output look at the story's last `pictures` pictures."""
-    seen = story.pictures[-pictures:] if pictures else ()
-    if not seen or strength == 0 or start >= end:
+    if strength == 0 or start >= end:
         return model.clone()
-    maps = [torch.stack(level).unsqueeze(0) for level in zip(*(picture.features.maps for picture in seen))]
+    seen = story.pictures[-pictures:] if pictures else ()
+    c = synchronizer.config.decoder
+    # With no picture yet, too, the sites have something to add: so they were trained.
+    maps = [torch.zeros(1, 0, c.feature_width, size, size) for size in c.levels]
+    if seen:
+        maps = [torch.stack(level).unsqueeze(0) for level in zip(*(picture.features.maps for picture in seen))]
     sampling = model.get_model_object("model_sampling")
     first, last = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)
     decoder = synchronizer.module
@@ -119,6 +123,7 @@ class Synchronize(io.ComfyNode):
         llm.check(story)
         llm.model.fit(story, 1)
         llm.load(story)
+        llm.read(story)
         context = llm.model.contexts([story])
         synchronizer.load(context[0].numel() * 64)
         context = [c.to(synchronizer.device, synchronizer.dtype) for c in context]

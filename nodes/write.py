@@ -68,6 +68,7 @@ class WriteText(io.ComfyNode):
         llm.check(story)
         llm.model.fit(story, sampling.max_new_tokens)
         llm.load(story, sampling.max_new_tokens)
+        llm.read(story)
         written = llm.model.write(story, sampling, live(cls.hidden.unique_id, sampling.max_new_tokens))
         told = story.add(Text(written.text, written.tokens))
         return io.NodeOutput(told, written.text, written.wants_picture, ui=ui.PreviewText(written.text))

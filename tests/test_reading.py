@@ -106,3 +106,27 @@ def test_llm_in_one_go_and_token_by_token(kv_heads, sync_every):
     for i in range(150):  # past the cache's first step of growth
         found.append(llm(x[:, i : i + 1], pictures, visible[:, i : i + 1], cache))
     assert torch.allclose(torch.cat(found, 1), want, **CLOSE)
+
+
+def test_reading_ahead_is_reading(untrained, pictures):
+    whole, seen = untrained.encode(stories(pictures)[0]), []
+    untrained.forget()
+    untrained.read(whole, lambda *state: seen.append(state))
+    assert seen == [(count, len(whole)) for count in range(1, len(whole) + 1)]
+    ahead = untrained.contexts([whole])[0]
+    assert untrained._read.reused == len(ahead) - 1
+    untrained.forget()
+    assert torch.allclose(ahead, untrained.contexts([whole])[0], **CLOSE)
+
+
+def test_a_reading_that_is_stopped_keeps_what_it_has(untrained, pictures):
+    def stop(count, _):
+        if count == 3:
+            raise InterruptedError
+
+    whole = untrained.encode(stories(pictures)[0])
+    untrained.forget()
+    with pytest.raises(InterruptedError):
+        untrained.read(whole, stop)
+    untrained.contexts([whole])
+    assert untrained._read.reused == len(untrained.layout(Story(whole.segments[:3])))

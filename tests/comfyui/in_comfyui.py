@@ -15,6 +15,91 @@ def package():
     spec.loader.exec_module(module)
 
 
+def drawn(llm, synchronizer, unet, story, change=None, steps=3):
+    """Latents of a fixed noise by the native route; `change` may replace the conditionings."""
+    import comfy.sample
+    import comfy.samplers
+    import torch
+    from mmi.nodes.synchronize import Synchronize
+
+    model, positive, negative = Synchronize.execute(llm, synchronizer, unet, 1.0, 0.0, 1.0, 2, story).result
+    if change is not None:
+        positive, negative = change(positive, negative)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    return comfy.sample.sample_custom(
+        model, noise, 3.0, comfy.samplers.sampler_object("euler"), sigmas, positive, negative,
+        torch.zeros_like(noise), disable_pbar=True,
+    )  # fmt: skip
+
+
+def passes(synchronizer, llm, unet, story) -> float:
+    """How far guidance in two passes, as ComfyUI makes it when memory is short, is from one pass."""
+    together = drawn(llm, synchronizer, unet, story)
+    needed, sizes = unet.model.memory_required, []
+
+    def short_of_memory(shape, *args, **kwargs):
+        sizes.append(shape[0])
+        return needed(shape, *args, **kwargs) if shape[0] == 1 else 1e15
+
+    unet.model.memory_required = short_of_memory
+    try:
+        apart = drawn(llm, synchronizer, unet, story)
+    finally:
+        del unet.model.memory_required
+    assert max(sizes) == 2
+    return float((together - apart).abs().max())
+
+
+def controlled(llm, synchronizer, unet, story) -> float:
+    """How much a ControlNet of the U-Net's size, on the conditioning of Synchronize, changes the picture."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.ops
+    import torch
+
+    import nodes
+
+    settings = {k: v for k, v in unet.model.model_config.unet_config.items()
+                if k not in ("out_channels", "transformer_depth_output", "disable_unet_model_creation")}  # fmt: skip
+    torch.manual_seed(3)
+    net = comfy.cldm.cldm.ControlNet(**settings, hint_channels=3, operations=comfy.ops.disable_weight_init).eval()
+    for parameter in net.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.05)
+    control = comfy.controlnet.ControlNet(net, load_device=unet.load_device)
+    hint = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(4))
+    apply = nodes.ControlNetApplyAdvanced().apply_controlnet
+    found = drawn(llm, synchronizer, unet, story, lambda p, n: apply(p, n, control, hint, 1.0, 0.0, 1.0))
+    return float((found - drawn(llm, synchronizer, unet, story)).abs().max())
+
+
+def mixtures(encoder, llm, synchronizer, unet, story) -> dict[str, str]:
+    """What is said of an LLM of another width with this encoder and this synchronizer."""
+    from dataclasses import replace
+
+    from mmi.comfy_mminterleaved.initialize import new_blocks
+    from mmi.nodes.blocks import LLMBlock
+    from mmi.nodes.segments import with_features
+    from mmi.nodes.synchronize import Synchronize
+
+    config = llm.config
+    narrow = replace(config, llm=replace(config.llm, width=96), encoder=replace(config.encoder, out_width=96),
+                     decoder=replace(config.decoder, llm_width=96, resampler=replace(
+                         config.decoder.resampler, encoder_width=96)))  # fmt: skip
+    other = LLMBlock(narrow, new_blocks(narrow)["llm"].state_dict(), "other", None)
+    found = {}
+    for name, check in {
+        "other LLM": lambda: Synchronize.execute(other, synchronizer, unet, 1.0, 0.0, 1.0, 1, story),
+        "other encoder": lambda: other.check(with_features(encoder, story)),
+        "no encoder": lambda: llm.check(story),
+    }.items():
+        try:
+            check()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
 def main(comfyui: str) -> None:
     sys.path.insert(0, comfyui)
     sys.argv = ["main.py", "--cpu"]
@@ -81,6 +166,9 @@ def main(comfyui: str) -> None:
             result[name] = float((native - own).abs().max() * 255)
             drawn[name] = native
         result["looking changes it"] = float((drawn["stronger"] - drawn["off"]).abs().max() * 255)
+        result |= {"two passes": passes(synchronizer, llm, unet, with_features(encoder, story)),
+                   "a ControlNet": controlled(llm, synchronizer, unet, with_features(encoder, story)),
+                   **mixtures(encoder, llm, synchronizer, unet, story)}  # fmt: skip
         clone = model.clone()
         result["a clone keeps the patch"] = clone.model_options["transformer_options"].get("patches") == \
             model.model_options["transformer_options"].get("patches")  # fmt: skip

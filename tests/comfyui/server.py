@@ -27,6 +27,22 @@ class Failed(AssertionError):
         self.kind = details.get("exception_type", "")
 
 
+PROBE = """
+import gc
+import torch
+from aiohttp import web
+from server import PromptServer
+
+@PromptServer.instance.routes.get("/probe")
+async def probe(request):
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    return web.json_response({"tensors": len(tensors), "bytes": sum(t.nbytes for t in tensors)})
+
+NODE_CLASS_MAPPINGS = {}
+"""  # what a ComfyUI under test holds
+
+
 class Server:
     """ComfyUI as a process with this project among its custom nodes, and folders of its own."""
 
@@ -39,6 +55,7 @@ class Server:
         link = folder / "custom_nodes" / "comfy-mminterleaved"
         if not link.exists():
             link.symlink_to(ROOT, target_is_directory=True)
+        (folder / "custom_nodes" / "probe.py").write_text(PROBE)
         paths = folder / "paths.yaml"
         paths.write_text(json.dumps({"tests": {"custom_nodes": str(folder / "custom_nodes"), "is_default": True,
                                                **{kind: str(folder / "models" / kind) for kind in

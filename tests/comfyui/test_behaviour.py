@@ -227,8 +227,52 @@ def test_thirty_stories_hold_no_more_memory_than_three(comfyui):
 
     for seed in range(3):
         one(seed)
-    after_three = resident_mb(comfyui)
+    after_three, held = resident_mb(comfyui), comfyui.get("/probe")
     for seed in range(3, 30):
         one(seed)
     assert resident_mb(comfyui) < after_three + 60
+    then = comfyui.get("/probe")
+    assert then["tensors"] <= held["tensors"] + 5 and then["bytes"] < held["bytes"] * 1.05
     assert "Traceback" not in comfyui.text().split("got prompt")[-1]
+
+
+def test_free_frees_all(comfyui):
+    comfyui.run(tell(seed=1100, panels=2, max_tokens=12))
+    held = comfyui.get("/probe")
+    comfyui.post("/free", {"unload_models": True, "free_memory": True})
+    deadline = time.monotonic() + 20
+    while (left := comfyui.get("/probe"))["bytes"] > 2e6 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert held["bytes"] > 2e7 and left["bytes"] < 2e6, (held, left)
+
+
+def test_a_story_read_shows_its_progress(comfyui):
+    story = {"1": LOAD, "2": node("EmptyImage", width=64, height=64, batch_size=6, color=255),
+             "3": node("MMInterleavedStoryPicture", encoder=["1", 0], image=["2", 0]),
+             "4": node("MMInterleavedSynchronize", llm=["1", 1], synchronizer=["1", 2], story=["3", 0], model=["1", 3],
+                       strength=1.0, start=0.0, end=1.0, pictures=-1), "5": show(["4", 1])}  # fmt: skip
+    done = comfyui.run(story)
+    steps = [e["data"] for e in done["events"] if not isinstance(e, bytes) and e["type"] == "progress"]
+    for number in "34":
+        assert [s["value"] for s in steps if s["node"] == number and s["max"] == 6][-1] == 6
+
+
+def test_a_picture_of_ones_own_is_drawn_over(comfyui):
+    """Image to image, with a mask as any other model takes it."""
+    prompt = by_hand(steps=4)
+    prompt |= {"8": node("EmptyImage", width=128, height=128, batch_size=1, color=0x3366CC),
+               "9": node("VAEEncode", pixels=["8", 0], vae=["1", 4]),
+               "10": node("SolidMask", value=1.0, width=128, height=128),
+               "11": node("SetLatentNoiseMask", samples=["9", 0], mask=["10", 0])}  # fmt: skip
+    prompt["5"]["inputs"] |= {"latent_image": ["11", 0], "denoise": 0.5}
+    assert len(comfyui.run(prompt)["outputs"]["7"]["images"]) == 1
+
+
+def test_a_storyboard_with_a_missing_picture_is_told_so(comfyui):
+    stories = [{"opening": [{"picture": "gone.png"}], "panels": 2}]
+    board = {"format": "mm-interleaved-storyboard", "version": 1, "stories": stories}
+    (comfyui.folder / "input" / "gone.json").write_text(json.dumps(board))
+    with pytest.raises(Failed) as failed:
+        comfyui.run({"1": LOAD, "2": node("MMInterleavedLoadStoryboard", storyboard="gone.json", index=0,
+                                          encoder=["1", 0]), "3": show(["2", 1])})  # fmt: skip
+    assert "gone.png" in failed.value.sentence and "\n" not in failed.value.sentence

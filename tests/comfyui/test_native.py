@@ -40,3 +40,18 @@ def test_a_clone_keeps_the_patch(found):
 def test_models_that_do_not_fit_are_told_so(found):
     assert found["wider"].startswith("SettingError: The MODEL's U-Net has skips of widths [320,")
     assert found["no unet"].startswith("SettingError: The MODEL is a Flux, which has no U-Net with skips")
+
+
+def test_guidance_in_two_passes_is_the_same(found):
+    assert found["two passes"] < 1e-4
+
+
+def test_a_controlnet_on_the_conditioning_counts(found):
+    assert found["a ControlNet"] > 0.05
+
+
+def test_blocks_of_different_models_are_told_so(found):
+    """Both widths, in one sentence."""
+    assert "LLM has width 96" in found["other LLM"] and "an LLM of width 192" in found["other LLM"]
+    assert "tokens of width 192" in found["other encoder"] and "LLM has width 96" in found["other encoder"]
+    assert found["no encoder"].startswith("StoryError: A picture of the story was not encoded")
