@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
                        "untrained: random weights")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
         p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, float16 on CUDA)")
+        p.add_argument("--compile", action="store_true", help="torch.compile: slow to begin, for many pictures")
         p.add_argument("--quiet", action="store_true", help="no progress bars")
 
     def story_options(p, grows=True):
@@ -133,7 +134,7 @@ def _model(args):
 
     if args.model == "untrained":
         _say("Note: the model 'untrained' has random weights; its texts and pictures mean nothing.")
-    return MMInterleaved.load(args.model, args.device, _dtype(args.dtype))
+    return MMInterleaved.load(args.model, args.device, _dtype(args.dtype), args.compile)
 
 
 def _notice(model, *stories) -> None:

@@ -15,16 +15,24 @@ def attention(q, k, v, mask=None, causal=False):
         q: (N, H, Q, D).
         k, v: (N, H or a divisor of H, K, D); fewer heads are shared by groups of queries' heads.
         mask: bool, broadcastable to (N, H, Q, K); True may be looked at.
-        causal: query i sees keys up to i; needs Q = K and no mask.
+        causal: query i sees keys up to i + K - Q, so that the last sees all; with no mask.
 
     Returns:
         (N, H, Q, D).
     """
     if mask is None and packs(q):
         return _xformers(q, k, v, causal)
+    if causal and k.shape[2] != q.shape[2]:  # PyTorch's own flag counts from the first key
+        mask, causal = lower_right(q, k), False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
     )
+
+
+def lower_right(q, k):
+    """The mask of `causal`: bool (Q, K)."""
+    queries, keys = q.shape[2], k.shape[2]
+    return torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
 
 
 def packs(x) -> bool:
@@ -56,10 +64,13 @@ def packed_attention(q, k, v, lengths: list[int]):
 
 
 def _xformers(q, k, v, causal):
-    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import LowerTriangularFromBottomRightMask, LowerTriangularMask
 
     if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    bias = LowerTriangularMask() if causal else None
+    bias = None
+    if causal:
+        bias = LowerTriangularMask() if k.shape[1] == q.shape[1] else LowerTriangularFromBottomRightMask()
     return memory_efficient_attention(q, k, v, attn_bias=bias).transpose(1, 2)

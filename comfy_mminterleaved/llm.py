@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -82,14 +83,12 @@ class Attention(nn.Module):
         self.v_proj = operations.Linear(c.width, c.kv_heads * head, bias=False)
         self.o_proj = operations.Linear(c.heads * head, c.width, bias=False)
 
-    def forward(self, x, rotary, layer: int, cache: KVCache | None, mask, causal: bool):
+    def project(self, x, cos, sin):
+        """Queries, keys and values (N, heads, L, D), turned to their positions."""
         q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if cache is not None:
-            k, v = cache.update(layer, k, v)
-        return self.o_proj(self.attend(q, k, v, mask=mask, causal=causal).transpose(1, 2).flatten(2))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def rotate(x, cos, sin):
@@ -139,13 +138,25 @@ class Layer(nn.Module):
         self.post_attention_layernorm = operations.RMSNorm(c.width, eps=c.eps)
         self.mlp = MLP(c, operations)
 
+    def project(self, x, cos, sin):
+        """What attention compares: see `Attention.project`."""
+        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+
+    def attended(self, x, found):
+        """x, with what attention found (N, heads, L, D)."""
+        return x + self.self_attn.o_proj(found.transpose(1, 2).flatten(2))
+
+    def think(self, x):
+        """x, with what the feed-forward net makes of it."""
+        return x + self.mlp(self.post_attention_layernorm(x))
+
 
 class StoryLLM(nn.Module):
     """The multi-modal language model: embeddings in, hidden states and next-token logits out."""
 
     def __init__(self, c: LLMConfig, operations=nn, attention=default_attention):
         super().__init__()
-        self.config, self._device = c, None
+        self.config, self._device, self._compiled = c, None, ()
         self.embed_tokens = operations.Embedding(c.vocab_size, c.width)
         self.soi = nn.Parameter(torch.zeros(1, c.width))
         self.layers = nn.ModuleList(Layer(c, i % c.sync_every == 0, operations, attention) for i in range(c.layers))
@@ -161,6 +172,21 @@ class StoryLLM(nn.Module):
     @device.setter
     def device(self, device) -> None:
         self._device = device
+
+    def compile_step(self, **options) -> None:
+        """Has `torch.compile` fuse what lies around attention and synchronizers when one token is read at a time.
+
+        All layers share what is compiled. Longer pieces are read as before, for each length would be compiled anew.
+
+        Args:
+            options: `torch.compile`'s.
+        """
+        self._compiled = tuple(
+            SimpleNamespace(**{
+                name: torch.compile(getattr(layer, name), **options) for name in ("project", "attended", "think")
+            })
+            for layer in self.layers
+        )  # fmt: skip
 
     def embed(self, ids, tokens=None) -> torch.Tensor:
         """Embeds token ids, with visual tokens in the picture slots.
@@ -209,9 +235,9 @@ class StoryLLM(nn.Module):
         starts = cache.lengths if cache is not None else [0] * n
         positions = torch.tensor(starts, device=x.device)[:, None] + torch.arange(length, device=x.device)
         rotary = self._rotary(positions, x.dtype)
-        causal = not any(starts) and length > 1
-        mask = None
-        if not causal and not (length == 1 and len(set(starts)) == 1):
+        level = len(set(starts)) == 1  # else rows have keys behind their end, which a mask must hide
+        causal, mask = level and length > 1, None
+        if not level:
             keys = torch.arange(max(starts) + length, device=x.device)
             mask = (keys <= positions[:, :, None])[:, None]  # (N, 1, L, K)
         if pictures is None:
@@ -219,11 +245,15 @@ class StoryLLM(nn.Module):
             visible = torch.ones(n, length, 0, dtype=torch.bool, device=x.device)
 
         prepared = iter(pictures.layers)
-        for i, layer in enumerate(self.layers):
-            x = x + layer.self_attn(layer.input_layernorm(x), rotary, i, cache, mask, causal)
+        parts = self._compiled if length == 1 and self._compiled else self.layers
+        for i, (layer, part) in enumerate(zip(self.layers, parts)):
+            q, k, v = part.project(x, *rotary)
+            if cache is not None:
+                k, v = cache.update(i, k, v)
+            x = part.attended(x, layer.self_attn.attend(q, k, v, mask=mask, causal=causal))
             if layer.synchronizer is not None:
                 x = x + layer.synchronizer(x, next(prepared), visible)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = part.think(x)
         if cache is not None:
             cache.lengths = [start + count for start, count in zip(starts, counts or [length] * n)]
         return self.norm(x)

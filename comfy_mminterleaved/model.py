@@ -44,8 +44,9 @@ class MMInterleaved:
 
     @classmethod
     def load(
-        cls, source: str | Path = "starter", device: str = "auto", dtype: torch.dtype | None = None
-    ) -> MMInterleaved:
+        cls, source: str | Path = "starter", device: str = "auto", dtype: torch.dtype | None = None,
+        compile: bool = False,
+    ) -> MMInterleaved:  # fmt: skip
         """Loads a checkpoint folder of either layout, or a model that comes with the package.
 
         Args:
@@ -53,6 +54,8 @@ class MMInterleaved:
                 or "untrained", the same code with random weights, for trying out everything else.
             device: "auto" takes CUDA if there is one.
             dtype: None for float32 on the CPU and float16 on CUDA.
+            compile: have `torch.compile` make the U-Net's blocks and the LLM's token step. The first picture and the
+                first text wait for it, so it pays for many; it needs a compiler (Triton on CUDA, C++ on the CPU).
 
         Raises:
             CheckpointError: naming everything that is missing, unexpected or of the wrong shape.
@@ -67,14 +70,20 @@ class MMInterleaved:
             for block in (model.encoder, model.llm, model.decoder, model.unet):
                 torch.nn.Module.to(block, device, dtype)  # diffusers' own `to` warns of every cast
             model.vae.to(device)
-            return model
+            return model.compiled() if compile else model
         if str(source) == "starter" and not Path(source).exists():
             source = checkpoint.STARTER
         config, blocks = checkpoint.load_blocks(source, dtype, device)
         model = cls(config, blocks, checkpoint.read_tokenizer(source, config))
         if (Path(source) / checkpoint.WORDS).is_file():
             model.words = frozenset((Path(source) / checkpoint.WORDS).read_text(encoding="utf-8").split())
-        return model
+        return model.compiled() if compile else model
+
+    def compiled(self, **options) -> MMInterleaved:
+        """This model with `torch.compile` (and its `options`) at the U-Net's blocks and the LLM's token step."""
+        self.unet.compile_repeated_blocks(**options)
+        self.llm.compile_step(**options)
+        return self
 
     def unknown_words(self, story: Story) -> list[str]:
         """Words of a story that the model was not taught, each once; none for a model of open vocabulary."""

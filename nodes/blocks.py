@@ -11,6 +11,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from ..comfy_mminterleaved import checkpoint
+from ..comfy_mminterleaved.attention import lower_right
 from ..comfy_mminterleaved.config import Config
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.model import MMInterleaved
@@ -25,7 +26,7 @@ def attention(q, k, v, mask=None, causal=False):
     if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     if causal:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
+        mask = lower_right(q, k)[None, None]
     if mask is not None:
         hidden = torch.finfo(q.dtype).min / 2
         mask = torch.zeros(mask.shape, device=q.device, dtype=q.dtype).masked_fill(~mask, hidden)

@@ -130,3 +130,35 @@ def test_a_reading_that_is_stopped_keeps_what_it_has(untrained, pictures):
         untrained.read(whole, stop)
     untrained.contexts([whole])
     assert untrained._read.reused == len(untrained.layout(Story(whole.segments[:3])))
+
+
+def test_the_last_query_of_causal_attention_sees_all_keys():
+    from comfy_mminterleaved.attention import attention
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, length, 8, generator=generator) for length in (3, 7, 7))
+    found = attention(q, k, v, causal=True)
+    for i in range(3):
+        alone = attention(q[:, :, i : i + 1], k[:, :, : 5 + i], v[:, :, : 5 + i])
+        assert torch.allclose(found[:, :, i : i + 1], alone, **CLOSE)
+
+
+def test_a_compiled_token_step_is_the_same(untrained, pictures):
+    """Captured as one graph a part; "eager" needs no compiler."""
+    from comfy_mminterleaved import MMInterleaved, Sampling
+
+    sampling = Sampling(max_new_tokens=12, min_new_tokens=12, sample=False)
+    story = stories(pictures)[0]
+    wanted = untrained.write(story, sampling)
+    other = MMInterleaved.load("untrained", "cpu")
+    other.llm.load_state_dict(untrained.llm.state_dict())
+    other.encoder.load_state_dict(untrained.encoder.state_dict())
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    other.compiled(backend=backend, fullgraph=True)
+    assert other.write(story, sampling).tokens == wanted.tokens
+    assert 3 <= len(calls) <= 6  # all layers share them
