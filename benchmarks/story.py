@@ -40,7 +40,7 @@ DRAWING = Drawing(steps=8, guidance=4.0, scheduler="ddim")
 
 
 def config() -> Config:
-    """Much smaller than the released model; its LLM is smaller still beside its U-Net, so what is saved there is less."""
+    """Much smaller than the released model, and its LLM smaller still: what is saved there counts for less here."""
     width, feature, context = 512, 256, 384
     blocks, layers, grids = [64, 128, 256], 1, [32, 16, 8]
     widths, sides = sites_of(blocks, layers, grids)

@@ -40,7 +40,7 @@ def starter() -> Config:
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
         },
         vae={"_class_name": "AutoencoderTiny", "scaling_factor": 1.0},
-        scheduler=OFFICIAL["scheduler"], prompts=PROMPTS,
+        scheduler={**OFFICIAL["scheduler"], "prediction_type": "v_prediction"}, prompts=PROMPTS,
     )  # fmt: skip
 
 
