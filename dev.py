@@ -41,8 +41,9 @@ def demo(args: list[str]) -> int:
     if not any(a in args for a in ("--text", "--picture", "--story", "--storyboard")):
         args = ["--text", "Mia the cat sat by the door and waited for the rain to stop.", *args]
     for option, value in (
-        ("--panels", "4"),
+        ("--panels", "4" if "--picture" in args else "5"),
         ("--steps", "20"),
+        ("--guidance", "4"),
         ("--scheduler", "dpm++"),
         ("--out", str(HERE / "demo")),
     ):

@@ -78,8 +78,8 @@ def model() -> MMInterleaved:
     return MMInterleaved(made, random_blocks(made, names), None)
 
 
-def tell(model: MMInterleaved, panels: int, way: str = "kept") -> list[float]:
-    """Seconds of each panel: its 30 tokens of text read, 40 written, a picture drawn in 8 steps and encoded."""
+def tell(model: MMInterleaved, panels: int, way: str = "kept") -> tuple[list[float], Story]:
+    """Seconds of each panel (30 tokens read, 40 written, a picture drawn in 8 steps and encoded), and the story."""
     story, seconds = Story(), []
     model.forget()
     for number in range(panels):
@@ -97,7 +97,7 @@ def tell(model: MMInterleaved, panels: int, way: str = "kept") -> list[float]:
                 else:
                     story = model.encode(story)
         seconds.append(time.perf_counter() - began)
-    return seconds
+    return seconds, story
 
 
 @contextlib.contextmanager
@@ -183,7 +183,7 @@ def measure(panels: int = 8, rounds: int = 3) -> dict:
     tell(made, 1)
     for _ in range(rounds):
         for way in whole:
-            seconds = tell(made, panels, way)
+            seconds, _ = tell(made, panels, way)
             whole[way].append(sum(seconds))
             if way == "kept":
                 early.append(seconds[1])

@@ -9,8 +9,9 @@ from places import HERE
 
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks import gather, gpu, models, token, unet
+from benchmarks import gather, gpu, models, story, token, unet
 from benchmarks.timing import interleaved
+from comfy_mminterleaved import Text
 from comfy_mminterleaved.config import small
 
 
@@ -46,3 +47,17 @@ def test_the_check_of_the_gpu_finds_what_is_wrong(monkeypatch):
     monkeypatch.setitem(gpu.TOLERANCE, torch.float32, 1e-12)
     with pytest.raises(AssertionError, match="xformers in torch.float32 is off"):
         gpu.check("cpu", cases=((2, 3),))
+
+
+def test_a_story_is_the_same_with_every_cache_off(untrained, monkeypatch):
+    """Else the benchmark would compare different work."""
+    monkeypatch.setattr(story, "SAMPLING", replace(story.SAMPLING, max_new_tokens=4, min_new_tokens=4))
+    monkeypatch.setattr(story, "DRAWING", replace(story.DRAWING, steps=2))
+    seconds, kept = story.tell(untrained, 3)
+    assert len(seconds) == 3 and len(kept.pictures) == 3
+    for way in ("kv", "nothing"):
+        _, other = story.tell(untrained, 3, way)
+        assert [s.tokens for s in kept if isinstance(s, Text)] == [s.tokens for s in other if isinstance(s, Text)]
+        for a, b in zip(kept.pictures, other.pictures):
+            assert torch.allclose(a.pixels, b.pixels, atol=1e-3)
+    untrained.forget()
