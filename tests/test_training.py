@@ -14,6 +14,7 @@ from comfy_mminterleaved.tokenizer import Tokenizer, byte_level
 from comfy_mminterleaved.training import __main__ as training
 from comfy_mminterleaved.training import loop, recipe, world
 from comfy_mminterleaved.training.data import IGNORE, Batches, Book
+from comfy_mminterleaved.training.labels import HEADS, LOOK
 from comfy_mminterleaved.training.learn import LearnStories, LearnVAE
 from comfy_mminterleaved.training.loop import Stage, train
 
@@ -77,6 +78,20 @@ def test_targets_are_the_next_tokens_but_never_a_picture_slot(batches, config):
     assert min(first) > config.llm.slots + 5  # the prompt is given, the answer is learned
 
 
+def test_a_drawing_is_guided_by_what_it_can_know_only(batches):
+    told = set()
+    for seed in range(30):
+        batch = batches.make(seed)
+        known = {head: batch.labels[..., k] != IGNORE for k, head in enumerate(HEADS)}
+        for head in HEADS:
+            if head[:-1] in LOOK:  # a panel has shown the heroes, or none
+                assert not known[head][:, 0].any() and bool(known[head][:, 1:].any()) == batch.draws
+        text_first = batch.draws and bool(batch.starts[0, 0] > 2)
+        assert all(known[head].all() == text_first for head in ("place", "prop", "action", "sky", "far"))
+        told.add((batch.draws, text_first))
+    assert told == {(True, True), (True, False), (False, False)}
+
+
 def test_drawings_look_at_pictures_before_them_only(config):
     config = replace(config, decoder=replace(config.decoder, look_back=3))
     learner = LearnStories(new_blocks(config), config.scheduler)
@@ -119,7 +134,8 @@ def test_losses_reach_every_trained_parameter(batches, config):
     latents = torch.randn(*batch.rows.shape, 4, 16, 16)
     torch.manual_seed(0)
     losses = learner(batch, latents)
-    assert losses["loss"].item() == pytest.approx((losses["text"] + 10 * losses["image"]).item(), rel=1e-5)
+    whole = losses["text"] + 10 * losses["image"] + 0.2 * losses["guide"]
+    assert losses["loss"].item() == pytest.approx(whole.item(), rel=1e-5)
     losses["loss"].backward()
     fixed = ("position_map", "positions", "class_embedding")
     without = [

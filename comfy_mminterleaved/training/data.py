@@ -14,9 +14,11 @@ from ..config import Config
 from ..story import Picture, Story, TokenLayout, layout
 from ..tokenizer import Tokenizer
 from . import paint, world
+from .labels import HEADS, LOOK, labels_of
 
 CAPTION, ASK = "Caption:", "Question: {question} Answer:"
 IGNORE = -100
+PICTURE_FIRST = 0.2  # of the stories: their pictures are drawn without being told what they show
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Batch:
 
     pixels: float (N, P, 3, side, side). ids: (N, L). targets: (N, L), the next token where it is learned, else IGNORE.
     visible: bool (N, L, P). starts: (N, P), where each picture's start-of-image token is. rows: (N, P), the pictures'
-    numbers in the cache. draws: whether the pictures are to be drawn.
+    numbers in the cache. labels: (N, P, heads) of `labels.HEADS`, IGNORE where a drawing cannot know. draws: whether
+    the pictures are to be drawn.
     """
 
     pixels: torch.Tensor
@@ -34,6 +37,7 @@ class Batch:
     visible: torch.Tensor
     starts: torch.Tensor
     rows: torch.Tensor
+    labels: torch.Tensor
     draws: bool
 
     def to(self, device) -> Batch:
@@ -108,10 +112,10 @@ class Batches:
             panels = rng.choice(sorted(self.book.by_length))
             count = max(1, round(self.pictures / panels))
             numbers = [rng.choice(self.book.by_length[panels]) for _ in range(count)]
-            first = rng.random() < 0.5
+            first = rng.random() < PICTURE_FIRST
             sequences = [self._story(number, first) for number in numbers]
             rows = [[int(self.book.first[number]) + i for i in range(panels)] for number in numbers]
-            return self._collate(sequences, rows, draws=True)
+            return self._collate(sequences, rows, draws=True, told=not first)
         rows = [rng.randrange(len(self.book)) for _ in range(self.pictures)]
         return self._collate([self._single(row, rng) for row in rows], [[row] for row in rows], draws=False)
 
@@ -137,7 +141,20 @@ class Batches:
     def _layout(self, story: Story) -> TokenLayout:
         return layout(story, self.tokenizer, self.config.llm)
 
-    def _collate(self, sequences: list[tuple[TokenLayout, int]], rows: list[list[int]], draws: bool) -> Batch:
+    def _labels(self, rows: list[list[int]], told: bool) -> torch.Tensor:
+        """Of the scenes: what the text says if it was told before, how heroes look if a panel has shown them."""
+        found = torch.full((len(rows), len(rows[0]), len(HEADS)), IGNORE)
+        for i, row in enumerate(rows):
+            story = self.book.stories[int(np.searchsorted(self.book.first, row[0], side="right")) - 1]
+            for j, page in enumerate(story[: len(row)]):
+                for k, (head, label) in enumerate(labels_of(page.scene).items()):
+                    if j > 0 if head[:-1] in LOOK else told:
+                        found[i, j, k] = label
+        return found
+
+    def _collate(
+        self, sequences: list[tuple[TokenLayout, int]], rows: list[list[int]], draws: bool, told: bool = False
+    ) -> Batch:
         c, t = self.config.llm, self.config.llm.tokens
         longest = max(len(found) for found, _ in sequences) + 1
         n, p = len(sequences), len(rows[0])
@@ -155,6 +172,7 @@ class Batches:
                 following[0] = IGNORE
             targets[i, : len(following)] = following
         starts = torch.tensor([[end - c.slots - 1 for end in found.picture_ends] for found, _ in sequences])
+        labels = self._labels(rows, told) if draws else torch.full((n, p, len(HEADS)), IGNORE)
         rows = torch.tensor(rows)
         pixels = self.book.pictures(rows.flatten().tolist()).unflatten(0, (n, p))
-        return Batch(pixels, ids, targets, visible, starts, rows, draws)
+        return Batch(pixels, ids, targets, visible, starts, rows, labels, draws)

@@ -8,9 +8,11 @@ from torch import nn
 
 from ..drawing import make_scheduler, sites_attached
 from .data import IGNORE, Batch
+from .labels import HEADS
 
 IMAGE_WEIGHT = 10.0  # of the noise prediction's loss beside the text's
 UNCONDITIONAL = 0.1
+GUIDE_WEIGHT = 0.2
 NOISES = 2  # of each picture in a batch: what it is told and looks at is made once for them
 
 
@@ -50,6 +52,10 @@ class LearnStories(nn.Module):
         blocks: by name; those to be trained have parameters that require gradients.
         scheduler: settings of the noise schedule.
         texts, draws: which of the two losses.
+
+    Beside them, `guides` read from the states that condition a drawing what its scene has (`labels.HEADS`), as the
+    text and the panels before tell it, so that the states say it before the U-Net has learned to listen. They are
+    left behind when training is done.
     """
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict, texts: bool = True, draws: bool = True):
@@ -58,6 +64,9 @@ class LearnStories(nn.Module):
         self.decoder, self.unet = (blocks["synchronizer"], blocks["unet"]) if draws else (None, None)
         self.noise = make_scheduler("ddpm", scheduler)
         self.texts, self.draws = texts, draws
+        if draws:
+            c = self.decoder.config.resampler
+            self.guides = nn.ModuleList(nn.Linear(c.queries * c.width, len(values)) for values in HEADS.values())
 
     def forward(self, batch: Batch, latents: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled; needed to draw."""
@@ -73,34 +82,48 @@ class LearnStories(nn.Module):
             logits = self.llm.logits(hidden).float()
             losses["text"] = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
         if self.draws and batch.draws:
-            losses["image"] = self.draw(batch, hidden, maps, latents)
-        total = losses.get("text", 0) + IMAGE_WEIGHT * losses.get("image", 0)
+            losses["image"], losses["guide"] = self.draw(batch, hidden, maps, latents)
+        total = losses.get("text", 0) + IMAGE_WEIGHT * losses.get("image", 0) + GUIDE_WEIGHT * losses.get("guide", 0)
         return {"loss": total, **losses}
 
-    def draw(self, batch: Batch, hidden, maps, latents) -> torch.Tensor:
-        """Mean squared error of what the U-Net predicts for every picture of every story, by the schedule's kind.
+    def draw(self, batch: Batch, hidden, maps, latents) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean squared error of what the U-Net predicts for every picture of every story, and the guides' error.
 
-        `epsilon`: the noise, as in the reference. `v_prediction` (Salimans and Ho 2022, section 4): the same model,
-        with the errors of its clean picture weighed evenly; made from nothing, it learns far sooner what to draw.
+        What is predicted is a matter of the schedule's kind. `epsilon`: the noise, as in the reference. `v_prediction`
+        (Salimans and Ho 2022, section 4): the same model, with the errors of its clean picture weighed evenly; made
+        from nothing, it learns far sooner what to draw.
         """
         n, p = batch.starts.shape
         # Drawings are ordered picture by picture: the p-th of every story, then the next.
         contexts = [hidden[i, : batch.starts[i, j] + 1] for j in range(p) for i in range(n)]
         count = NOISES if self.training else 1
-        states = self.decoder.condition(contexts).repeat(count, 1, 1)
+        states = self.decoder.condition(contexts)
+        guide = self.guide(states, batch.labels.transpose(0, 1).flatten(0, 1))
+        states = states.repeat(count, 1, 1)
         if self.training:
             dropped = torch.rand(len(states), 1, 1, device=states.device) < UNCONDITIONAL
             states = torch.where(dropped, self.decoder.negative.to(states), states)
         prepared = self.decoder.prepare(*self.seen(maps))
         wanted = latents.transpose(0, 1).flatten(0, 1).repeat(count, 1, 1, 1)
         noise = torch.randn_like(wanted)
-        times = torch.randint(0, self.noise.config.num_train_timesteps, (len(wanted),), device=wanted.device)
+        times = torch.rand(len(wanted), device=wanted.device)
+        if self.training:  # what a picture shows is decided early: half of the draws are of the noisier two fifths
+            times = torch.where(torch.rand_like(times) < 0.5, times, 0.6 + 0.4 * times)
+        times = (times * self.noise.config.num_train_timesteps).long()
         noisy = self.noise.add_noise(wanted, noise, times)
         with sites_attached(self.unet, self.decoder, prepared):
             found = self.unet(noisy, times, encoder_hidden_states=states).sample
         if self.noise.config.prediction_type == "v_prediction":
-            return F.mse_loss(found.float(), self.noise.get_velocity(wanted, noise, times).float())
-        return F.mse_loss(found.float(), noise.float())
+            noise = self.noise.get_velocity(wanted, noise, times)
+        return F.mse_loss(found.float(), noise.float()), guide
+
+    def guide(self, states, labels) -> torch.Tensor:
+        """The summed cross-entropy of all guides, over the labels that a drawing can know."""
+        flat, total = states.flatten(1).float(), 0
+        for head, wanted in zip(self.guides, labels.T):
+            error = F.cross_entropy(head(flat), wanted, ignore_index=IGNORE, reduction="sum")
+            total = total + error / (wanted != IGNORE).sum().clamp(1)
+        return total
 
     def seen(self, maps) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The pictures that each drawing looks at: of those before it the last few, in training at random how many.
