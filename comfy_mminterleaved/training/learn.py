@@ -53,9 +53,9 @@ class LearnStories(nn.Module):
         scheduler: settings of the noise schedule.
         texts, draws: which of the two losses.
 
-    Beside them, `guides` read from the states that condition a drawing what its scene has (`labels.HEADS`), as the
-    text and the panels before tell it, so that the states say it before the U-Net has learned to listen. They are
-    left behind when training is done.
+    Beside them, `guides` read what a scene has (`labels.HEADS`), as far as the text and the panels before tell it, from
+    the LLM's state at the start-of-image token and from the mean of the states that condition the U-Net; so these say
+    it before the U-Net has learned to listen. The guides are left behind when training is done.
     """
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict, texts: bool = True, draws: bool = True):
@@ -65,8 +65,8 @@ class LearnStories(nn.Module):
         self.noise = make_scheduler("ddpm", scheduler)
         self.texts, self.draws = texts, draws
         if draws:
-            c = self.decoder.config.resampler
-            self.guides = nn.ModuleList(nn.Linear(c.queries * c.width, len(values)) for values in HEADS.values())
+            c, classes = self.decoder.config, sum(map(len, HEADS.values()))
+            self.guides = nn.ModuleList([nn.Linear(c.llm_width, classes), nn.Linear(c.resampler.width, classes)])
 
     def forward(self, batch: Batch, latents: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled; needed to draw."""
@@ -98,7 +98,9 @@ class LearnStories(nn.Module):
         contexts = [hidden[i, : batch.starts[i, j] + 1] for j in range(p) for i in range(n)]
         count = NOISES if self.training else 1
         states = self.decoder.condition(contexts)
-        guide = self.guide(states, batch.labels.transpose(0, 1).flatten(0, 1))
+        said = torch.stack([context[-1] for context in contexts]), states.mean(1)
+        labels = batch.labels.transpose(0, 1).flatten(0, 1)
+        guide = sum(self.guide(guide(x.float()), labels) for guide, x in zip(self.guides, said))
         states = states.repeat(count, 1, 1)
         if self.training:
             dropped = torch.rand(len(states), 1, 1, device=states.device) < UNCONDITIONAL
@@ -117,11 +119,12 @@ class LearnStories(nn.Module):
             noise = self.noise.get_velocity(wanted, noise, times)
         return F.mse_loss(found.float(), noise.float()), guide
 
-    def guide(self, states, labels) -> torch.Tensor:
-        """The summed cross-entropy of all guides, over the labels that a drawing can know."""
-        flat, total = states.flatten(1).float(), 0
-        for head, wanted in zip(self.guides, labels.T):
-            error = F.cross_entropy(head(flat), wanted, ignore_index=IGNORE, reduction="sum")
+    @staticmethod
+    def guide(logits, labels) -> torch.Tensor:
+        """The summed cross-entropy of all heads (N, their classes), over the labels (N, heads) that can be known."""
+        total = 0
+        for found, wanted in zip(logits.split([len(values) for values in HEADS.values()], dim=-1), labels.T):
+            error = F.cross_entropy(found, wanted, ignore_index=IGNORE, reduction="sum")
             total = total + error / (wanted != IGNORE).sum().clamp(1)
         return total
 
