@@ -11,7 +11,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks import gather, gpu, models, story, token, unet
 from benchmarks.timing import interleaved
-from comfy_mminterleaved import Text
+from comfy_mminterleaved import MMInterleaved, Text
 from comfy_mminterleaved.config import small
 
 
@@ -61,3 +61,11 @@ def test_a_story_is_the_same_with_every_cache_off(untrained, monkeypatch):
         for a, b in zip(kept.pictures, other.pictures):
             assert torch.allclose(a.pixels, b.pixels, atol=1e-3)
     untrained.forget()
+
+
+def test_a_story_without_the_synchronizer(monkeypatch):
+    monkeypatch.setattr(story, "SAMPLING", replace(story.SAMPLING, max_new_tokens=4, min_new_tokens=4))
+    monkeypatch.setattr(story, "DRAWING", replace(story.DRAWING, steps=2))
+    plain = story.without_synchronizer(MMInterleaved.load("untrained", "cpu"))
+    seconds, _ = story.tell(plain, 3)
+    assert len(seconds) == 3

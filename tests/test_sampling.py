@@ -72,3 +72,29 @@ def test_half_precision_stays_half_and_near(backend, dtype):
     want = gather(values, SIZES, points, weights, "plain")
     found = gather(values.to(dtype), SIZES, points, weights.to(dtype), backend)
     assert found.dtype == dtype and (found.float() - want).abs().max() < 0.05 * want.abs().max()
+
+
+@pytest.mark.parametrize("dtype, bar", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("per_query", [False, True])
+@pytest.mark.parametrize("pictures", [1, 3])
+@torch.no_grad()
+def test_attending_in_few_passes_is_attending(dtype, bar, per_query, pictures):
+    generator = torch.Generator().manual_seed(1)
+    n, q, h, k, d = 2, 6, 2, 3, 4
+    e = h * k * (2 + len(SIZES))
+    values = bordered(torch.randn(n, pictures, sum(a * b for a, b in SIZES), h, d, generator=generator), SIZES)
+    order = torch.arange(pictures, 0, -1).repeat(n, q if per_query else 1, 1)
+    order[0, 0] = 0  # nothing is seen there
+    said, tables, sink = (torch.randn(*s, generator=generator) for s in ((n, q, e), (pictures + 1, e), (h, d)))
+    said = said * 4
+    reference = torch.rand(q if per_query else 1, 2, generator=generator)
+
+    def attend(dtype, way):
+        halves = [t.to(dtype) for t in (values, said, tables, sink)]
+        scales = [2.0, 1.0, 0.5]
+        return sampling.attend(halves[0], SIZES, scales, halves[1], halves[2], order, reference, halves[3], backend=way)
+
+    want, found = attend(torch.float32, "plain"), attend(dtype, "bag")
+    assert found.dtype == dtype and (found.float() - want).abs().max() < bar * want.abs().max()
+    said[1, 2] = float("nan")
+    assert attend(dtype, "bag")[0].isfinite().all()  # and the others are not harmed

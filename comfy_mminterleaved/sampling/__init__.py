@@ -56,7 +56,8 @@ def attend(values, sizes, scales, said, tables, order, reference, sink, backend:
     arguments = values, sizes, scales, said, tables, order, reference, sink
     if backend == "triton":
         return fused.attend(*arguments)
-    find = samples.attend if backend == "xformers" else _through(BACKENDS[backend])
+    whole = {"xformers": samples.attend} if torch.is_grad_enabled() else {"xformers": samples.attend, "bag": bag.attend}
+    find = whole.get(backend) or _through(BACKENDS[backend])
     step = _queries_at_once(values, sizes, scales, said)
     if torch.is_grad_enabled() or step >= said.shape[1]:
         return find(*arguments)

@@ -16,6 +16,13 @@ def weigh(sizes, scales, said, tables, order, reference, heads: int):
 
 def points_and_logits(sizes, scales, said, tables, order, reference, heads: int):
     """The same before the softmax: points, and logits (N, Q, H, P * L * K + 1), the last the sinks'."""
+    offsets, logits = offsets_and_logits(scales, said, tables, order, heads)
+    centre, scale = centres(sizes, scales, reference, offsets)
+    return torch.addcmul(centre, offsets, scale), logits
+
+
+def offsets_and_logits(scales, said, tables, order, heads: int):
+    """Offsets (N, Q, H, P, 1, K, 2), the same for all levels, float32 or finer; logits (N, Q, H, P * L * K + 1)."""
     n, q, e = said.shape
     p, levels = order.shape[-1], len(scales)
     k = e // (heads * (2 + levels))
@@ -32,13 +39,14 @@ def points_and_logits(sizes, scales, said, tables, order, reference, heads: int)
     ).transpose(2, 3)
     hidden = (order == 0).view(n, at, 1, p, 1, 1)
     logits = logits.masked_fill(hidden, float("-inf"))
-
     # The sinks have the constant logit -log(P * L) each: together they weigh like one with logit 0.
-    logits = torch.cat([logits.flatten(3), logits.new_zeros(n, q, heads, 1)], dim=-1)
+    return offsets.to(precise), torch.cat([logits.flatten(3), logits.new_zeros(n, q, heads, 1)], dim=-1)
 
-    options = {"device": said.device, "dtype": precise}
+
+def centres(sizes, scales, reference, offsets):
+    """A point is centre + offset * scale, in cells of its level: centre (1 or Q, 1, 1, L, K, 2), scale (L, K, 2)."""
+    k, options = offsets.shape[-2], {"device": offsets.device, "dtype": offsets.dtype}
     side = torch.tensor([(w, h) for h, w in sizes], **options).view(-1, 1, 2)
     scale = torch.tensor(scales, **options).view(-1, 1, 1).repeat(1, k, 2)
-    centre = reference.to(precise).view(-1, 1, 1, 1, 1, 2) * side - 0.5
-    centre = centre.repeat(1, 1, 1, 1, k, 1)  # (1 or Q, 1, 1, L, K, 2): with whole rows the sum below is vectorized
-    return torch.addcmul(centre, offsets.to(precise), scale), logits
+    centre = reference.to(offsets.dtype).view(-1, 1, 1, 1, 1, 2) * side - 0.5
+    return centre.repeat(1, 1, 1, 1, k, 1), scale  # in whole rows, so that the arithmetic with them is vectorized

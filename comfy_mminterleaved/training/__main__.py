@@ -1,4 +1,4 @@
-"""Training, stage by stage: python -m comfy_mminterleaved.training vae | language | decoder | joint | export.
+"""Training, stage by stage: python -m comfy_mminterleaved.training vae | language | decoder | joint | export | sheet.
 
 Each stage can be stopped at any time and goes on from its last checkpoint when called again. Everything is kept in one
 folder: the pictures, a folder a stage with its log, curves, samples and weights, and config.json.
@@ -39,7 +39,7 @@ HELD_OUT_STORIES = 200
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="comfy_mminterleaved.training", description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=(*STAGES, "export"))
+    parser.add_argument("stage", choices=(*STAGES, "export", "sheet"))
     parser.add_argument("--out", default="runs/starter", help="the folder of the run (default: %(default)s)")
     parser.add_argument("--stories", type=int, default=12000, help="painted once and kept (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="stop after so long, at a checkpoint")
@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.stage == "export":
             export(Path(args.out))
+        elif args.stage == "sheet":
+            contact_sheet(Path(args.out))
         else:
             changes = {name: getattr(args, name) for name in ("steps", "batch", "learning_rate")}
             stage = Stage.read(Path(__file__).parent / "stages" / f"{args.stage}.json", **changes)
@@ -65,9 +67,10 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
     config, blocks = load_run(out, stage.needs)
     for name, block in blocks.items():
         block.requires_grad_(name in stage.blocks)
-    for name in stage.blocks:  # what is fixed stays fixed
+    for name in stage.blocks:  # what is fixed stays fixed; without a U-Net, the sites in it have nothing to learn
         for key, parameter in blocks[name].named_parameters():
-            if key.endswith(("position_map", "positions", "sink")):
+            unused = stage.name == "language" and name == "synchronizer" and "site" in key
+            if unused or key.endswith(("position_map", "positions", "sink")):
                 parameter.requires_grad_(False)
     book, held_out = Book(out, stories), Book(out, min(HELD_OUT_STORIES, stories), held_out=True)
     trained = {name: blocks[name] for name in stage.blocks}
@@ -214,21 +217,39 @@ def vae_sheet(vae, pictures: torch.Tensor, path: Path) -> None:
 @torch.no_grad()
 def story_sheet(model: MMInterleaved, book: Book, path: Path, stories: int = 4) -> None:
     """Held-out stories: the true pictures over the model's, of which the first is given."""
-    from ..drawing import Drawing
-
     rows = []
     for number in range(stories):
-        pages, first = book.stories[number], int(book.first[number])
-        true = book.pictures(range(first, first + len(pages)))
-        story, drawn = Story.of(pages[0].text, Picture(true[0])), [true[0]]
-        for page in pages[1:]:
-            story = model.encode(story.add(page.text))
-            picture = model.draw(story, Drawing(steps=20, scheduler="dpm++", guidance=3.0, seed=number))
-            drawn.append(picture.pixels)
-            story = story.add(picture)
-        rows += [true, torch.stack(drawn)]
+        rows += drawn_over(model, book, number)
     model.forget()
     _grid(rows, path)
+
+
+def drawn_over(model: MMInterleaved, book: Book, number: int) -> list[torch.Tensor]:
+    """A story's true pictures, and the model's: the first is given, each other drawn from the true text before it."""
+    from ..drawing import Drawing
+
+    pages, first = book.stories[number], int(book.first[number])
+    true = book.pictures(range(first, first + len(pages)))
+    story, drawn = Story.of(pages[0].text, Picture(true[0])), [true[0]]
+    for page in pages[1:]:
+        story = model.encode(story.add(page.text))
+        picture = model.draw(story, Drawing(steps=20, scheduler="dpm++", guidance=3.0, seed=number))
+        drawn.append(picture.pixels)
+        story = story.add(picture)
+    return [true, torch.stack(drawn)]
+
+
+def contact_sheet(out: Path, stories: int = 20) -> Path:
+    """The exported model's drawings of held-out stories: the true ones on the left, its own on the right."""
+    model, book = MMInterleaved.load(out / "model", "cpu"), Book(out, stories, held_out=True)
+    longest = max(len(story) for story in book.stories)
+    rows = []
+    for number in range(stories):
+        true, drawn = drawn_over(model, book, number)
+        space = true.new_ones(longest - len(true) + 1, *true.shape[1:])
+        rows.append(torch.cat([true, space, drawn]))
+    _grid(rows, out / "sheet.png")
+    return out / "sheet.png"
 
 
 @torch.no_grad()

@@ -61,12 +61,11 @@ class LearnStories(nn.Module):
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict, texts: bool = True, draws: bool = True):
         super().__init__()
         self.encoder, self.llm = blocks["encoder"], blocks["llm"]
-        self.decoder, self.unet = (blocks["synchronizer"], blocks["unet"]) if draws else (None, None)
+        self.decoder, self.unet = blocks["synchronizer"], blocks["unet"] if draws else None
         self.noise = make_scheduler("ddpm", scheduler)
         self.texts, self.draws = texts, draws
-        if draws:
-            c, classes = self.decoder.config, sum(map(len, HEADS.values()))
-            self.guides = nn.ModuleList([nn.Linear(c.llm_width, classes), nn.Linear(c.resampler.width, classes)])
+        c, classes = self.decoder.config, sum(map(len, HEADS.values()))
+        self.guides = nn.ModuleList([nn.Linear(c.llm_width, classes), nn.Linear(c.resampler.width, classes)])
 
     def forward(self, batch: Batch, latents: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled; needed to draw."""
@@ -81,26 +80,33 @@ class LearnStories(nn.Module):
         if self.texts:
             logits = self.llm.logits(hidden).float()
             losses["text"] = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
-        if self.draws and batch.draws:
-            losses["image"], losses["guide"] = self.draw(batch, hidden, maps, latents)
+        if batch.draws:
+            states, losses["guide"] = self.tell(batch, hidden)
+            if self.draws:
+                losses["image"] = self.draw(states, maps, latents)
         total = losses.get("text", 0) + IMAGE_WEIGHT * losses.get("image", 0) + GUIDE_WEIGHT * losses.get("guide", 0)
         return {"loss": total, **losses}
 
-    def draw(self, batch: Batch, hidden, maps, latents) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean squared error of what the U-Net predicts for every picture of every story, and the guides' error.
+    def tell(self, batch: Batch, hidden) -> tuple[torch.Tensor, torch.Tensor]:
+        """What conditions the drawing of every picture of every story, and the guides' error.
 
-        What is predicted is a matter of the schedule's kind. `epsilon`: the noise, as in the reference. `v_prediction`
-        (Salimans and Ho 2022, section 4): the same model, with the errors of its clean picture weighed evenly; made
-        from nothing, it learns far sooner what to draw.
+        Drawings are ordered picture by picture: the p-th of every story, then the next.
         """
         n, p = batch.starts.shape
-        # Drawings are ordered picture by picture: the p-th of every story, then the next.
         contexts = [hidden[i, : batch.starts[i, j] + 1] for j in range(p) for i in range(n)]
-        count = NOISES if self.training else 1
         states = self.decoder.condition(contexts)
         said = torch.stack([context[-1] for context in contexts]), states.mean(1)
         labels = batch.labels.transpose(0, 1).flatten(0, 1)
-        guide = sum(self.guide(guide(x.float()), labels) for guide, x in zip(self.guides, said))
+        return states, sum(self.guide(guide(x.float()), labels) for guide, x in zip(self.guides, said))
+
+    def draw(self, states, maps, latents) -> torch.Tensor:
+        """Mean squared error of what the U-Net predicts for every picture of every story.
+
+        What that is is a matter of the schedule's kind. `epsilon`: the noise, as in the reference. `v_prediction`
+        (Salimans and Ho 2022, section 4): the same model, with the errors of its clean picture weighed evenly; made
+        from nothing, it learns far sooner what to draw.
+        """
+        count = NOISES if self.training else 1
         states = states.repeat(count, 1, 1)
         if self.training:
             dropped = torch.rand(len(states), 1, 1, device=states.device) < UNCONDITIONAL
@@ -117,7 +123,7 @@ class LearnStories(nn.Module):
             found = self.unet(noisy, times, encoder_hidden_states=states).sample
         if self.noise.config.prediction_type == "v_prediction":
             noise = self.noise.get_velocity(wanted, noise, times)
-        return F.mse_loss(found.float(), noise.float()), guide
+        return F.mse_loss(found.float(), noise.float())
 
     @staticmethod
     def guide(logits, labels) -> torch.Tensor:
