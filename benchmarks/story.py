@@ -202,9 +202,6 @@ def measure(panels: int = 8, rounds: int = 2) -> dict:
                 late.append(seconds[-1])
                 panel_seconds = seconds
     median = statistics.median
-    peaks = {
-        way: [float(in_a_process("benchmarks.story", "peak", way)) for _ in range(2)] for way in ("with", "without")
-    }
     return {
         "panel 2 (s)": median(early), f"panel {panels} (s)": median(late),
         "late over early": median(b / a for a, b in zip(early, late)),
@@ -212,10 +209,18 @@ def measure(panels: int = 8, rounds: int = 2) -> dict:
         "story, every cache off (s)": median(whole["nothing"]),
         "kept over started over": median(a / b for a, b in zip(whole["kept"], whole["kv"])),
         "kept over nothing kept": median(a / b for a, b in zip(whole["kept"], whole["nothing"])),
-        "peak MB with": median(peaks["with"]), "peak MB without": median(peaks["without"]),
-        "peak ratio": median(peaks["with"]) / median(peaks["without"]),
         "panel seconds": panel_seconds, "rounds": rounds,
     }  # fmt: skip
+
+
+def peaks(rounds: int = 3) -> dict:
+    """The peak memory of processes that tell eight panels, with and without the synchronizer, in turn."""
+    found: dict[str, list[float]] = {"with": [], "without": []}
+    for _ in range(rounds):
+        for way, megabytes in found.items():
+            megabytes.append(float(in_a_process("benchmarks.story", "peak", way)))
+    middle = {way: statistics.median(megabytes) for way, megabytes in found.items()}
+    return {"MB": middle, "ratio": middle["with"] / middle["without"], "rounds": rounds}
 
 
 if __name__ == "__main__":

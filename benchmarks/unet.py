@@ -37,3 +37,8 @@ def measure(pictures=(1, 3), rounds: int = 3, device="cpu", dtype=torch.float32,
     seconds = interleaved(cases, rounds, warm_up=0)
     ratios = {name: s / seconds["plain"] for name, s in seconds.items() if name != "plain"}
     return {"seconds": seconds, "ratios": ratios, "rounds": rounds, "picture size": size}
+
+
+def sizes(found=(256, 384), rounds: int = 3) -> dict:
+    """Ratios with one picture, for smaller pictures than 512 px."""
+    return {f"{size} px": measure((1,), rounds, size=size)["ratios"]["1 pictures"] for size in found}

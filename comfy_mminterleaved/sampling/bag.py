@@ -98,8 +98,7 @@ def _in_few_passes(sizes, x, y, weights, shape, dtype):
 
 def _whole_and_rest(at, last):
     """Of a coordinate, moved onto the border where it is outside: the cell before, and how far behind that it is."""
-    at.clamp_(min=-1)
-    torch.minimum(at, last, out=at)
+    at.clamp_(-torch.ones_like(last), last)
     whole = at.floor()
     torch.minimum(whole, last - 1, out=whole)
     return whole, at.sub_(whole)

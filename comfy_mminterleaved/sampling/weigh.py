@@ -34,11 +34,8 @@ def offsets_and_logits(scales, said, tables, order, heads: int):
     offsets = said[..., :split].view(n, q, heads, 1, 1, k, 2) + added[..., :split].view(
         n, at, p, heads, 1, k, 2
     ).transpose(2, 3)
-    logits = said[..., split:].view(n, q, heads, 1, levels, k) + added[..., split:].view(
-        n, at, p, heads, levels, k
-    ).transpose(2, 3)
-    hidden = (order == 0).view(n, at, 1, p, 1, 1)
-    logits = logits.masked_fill(hidden, float("-inf"))
+    weighs = added[..., split:].masked_fill((order == 0).unsqueeze(-1), float("-inf"))
+    logits = said[..., split:].view(n, q, heads, 1, levels, k) + weighs.view(n, at, p, heads, levels, k).transpose(2, 3)
     # The sinks have the constant logit -log(P * L) each: together they weigh like one with logit 0.
     return offsets.to(precise), torch.cat([logits.flatten(3), logits.new_zeros(n, q, heads, 1)], dim=-1)
 
