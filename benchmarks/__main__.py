@@ -66,7 +66,8 @@ def plots(found: dict, folder: Path) -> None:
     if "unet" in found:
         cases = {"0": 1.0, **{name.split()[0]: ratio for name, ratio in found["unet"]["ratios"].items()}}
         axes[0].plot([int(n) for n in cases], list(cases.values()), marker="o")
-        axes[0].set(title="U-Net step, SD 2.1 size", xlabel="pictures looked at", ylabel="times the plain step", ylim=(0, 1.5))
+        axes[0].set(title="U-Net step, SD 2.1 size", xlabel="pictures looked at", ylabel="times the plain step")
+        axes[0].set_ylim(0, 1.5)
     if "story" in found:
         seconds = found["story"]["panel seconds"]
         axes[1].bar(range(1, len(seconds) + 1), seconds)
