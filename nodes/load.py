@@ -95,7 +95,10 @@ class LoadMMInterleaved(io.ComfyNode):
     def execute(cls, model) -> io.NodeOutput:
         folder = model_folder(model)
         config = checkpoint.read_config(folder)
-        blocks = [load_block(kind, folder / f"{kind.name}.safetensors") for kind in (EncoderBlock, LLMBlock, SynchronizerBlock)]
+        blocks = [
+            load_block(kind, folder / f"{kind.name}.safetensors")
+            for kind in (EncoderBlock, LLMBlock, SynchronizerBlock)
+        ]
         unet, vae = (read(folder / f"{name}.safetensors")[0] for name in ("unet", "vae"))
         model, vae = load_unet(config, unet), load_vae(config, vae)
         if config.vae.get("_class_name") == "AutoencoderTiny":

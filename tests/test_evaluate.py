@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("resvg_py")
 from comfy_mminterleaved import Drawing
 from comfy_mminterleaved.errors import CheckpointError
-from comfy_mminterleaved.training import evaluate, judge, world
+from comfy_mminterleaved.training import evaluate, judge, labels, world
 from comfy_mminterleaved.training.data import Book
 
 FAST = Drawing(steps=1, scheduler="ddim")
@@ -29,7 +29,7 @@ def true_pictures(stories):
 
 def test_a_judge_learns_what_it_is_shown(trained, book, tmp_path):
     found = judge.accuracy(trained, book)
-    assert set(found) == {*judge.HEADS, "all"} and found["all"] > 0.9
+    assert set(found) == {*labels.HEADS, "all"} and found["all"] > 0.9
     judge.save(trained, tmp_path / "judge.safetensors")
     again = judge.load(tmp_path / "judge.safetensors")
     pictures = book.pictures(range(5))
@@ -40,11 +40,11 @@ def test_a_judge_learns_what_it_is_shown(trained, book, tmp_path):
 
 def test_labels_say_all_of_a_scene():
     scene = world.make_story(1, heroes=2)[0].scene
-    labels = judge.labels_of(scene)
-    assert labels.keys() == judge.HEADS.keys()
-    assert judge.HEADS["species1"][labels["species1"]] == scene.heroes[1].species
-    alone = judge.labels_of(replace(scene, heroes=scene.heroes[:1]))
-    assert judge.HEADS["species1"][alone["species1"]] == judge.NONE and alone["species0"] == labels["species0"]
+    found = labels.labels_of(scene)
+    assert found.keys() == labels.HEADS.keys()
+    assert labels.HEADS["species1"][found["species1"]] == scene.heroes[1].species
+    alone = labels.labels_of(replace(scene, heroes=scene.heroes[:1]))
+    assert labels.HEADS["species1"][alone["species1"]] == labels.NONE and alone["species0"] == found["species0"]
 
 
 def test_true_drawings_pass_and_others_fail(trained, book):

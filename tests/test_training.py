@@ -13,10 +13,11 @@ from comfy_mminterleaved.initialize import new_blocks
 from comfy_mminterleaved.tokenizer import Tokenizer, byte_level
 from comfy_mminterleaved.training import __main__ as training
 from comfy_mminterleaved.training import loop, recipe, world
-from comfy_mminterleaved.training.data import IGNORE, Batches, Book
-from comfy_mminterleaved.training.labels import HEADS, LOOK
-from comfy_mminterleaved.training.learn import LearnStories, LearnVAE
+from comfy_mminterleaved.training.data import Batches, Book, busy_crops
+from comfy_mminterleaved.training.labels import HEADS, IGNORE, LOOK, Codes
+from comfy_mminterleaved.training.learn import LearnStories, LearnToDraw, LearnVAE
 from comfy_mminterleaved.training.loop import Stage, train
+from comfy_mminterleaved.training.muon import Muon, is_matrix, orthogonalized
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +79,21 @@ def test_targets_are_the_next_tokens_but_never_a_picture_slot(batches, config):
     assert min(first) > config.llm.slots + 5  # the prompt is given, the answer is learned
 
 
-def test_a_drawing_is_guided_by_what_it_can_know_only(batches):
+def test_a_drawing_is_guided_by_what_it_can_know_only(book, batches):
     told = set()
     for seed in range(30):
         batch = batches.make(seed)
         known = {head: batch.labels[..., k] != IGNORE for k, head in enumerate(HEADS)}
         for head in HEADS:
-            if head[:-1] in LOOK:  # a panel has shown the heroes, or none
-                assert not known[head][:, 0].any() and bool(known[head][:, 1:].any()) == batch.draws
+            if head[:-1] in LOOK:  # a panel has shown the heroes, or the first text has said how they look
+                introduced = torch.tensor(
+                    [bool(world.parse(book.page(int(row)).text).heroes) for row in batch.rows[:, 0]]
+                )
+                said = introduced & batch.draws & (batch.starts[:, 0] > 2)
+                assert torch.equal(known[head][:, 0], said) and bool(known[head][:, 1:].all()) == batch.draws | (
+                    known[head].shape[1] == 1
+                )
+        assert (batch.shown == batch.labels)[batch.labels != IGNORE].all() and (batch.shown >= 0).all()
         text_first = batch.draws and bool(batch.starts[0, 0] > 2)
         assert all(known[head].all() == text_first for head in ("place", "prop", "action", "sky", "far"))
         told.add((batch.draws, text_first))
@@ -134,7 +142,8 @@ def test_losses_reach_every_trained_parameter(batches, config):
     latents = torch.randn(*batch.rows.shape, 4, 16, 16)
     torch.manual_seed(0)
     losses = learner(batch, latents)
-    whole = losses["text"] + 10 * losses["image"] + 0.2 * losses["guide"]
+    guides = losses["sees"] + losses["knows"] + losses["says"]
+    whole = losses["text"] + 10 * losses["image"] + 0.2 * guides + losses["code"]
     assert losses["loss"].item() == pytest.approx(whole.item(), rel=1e-5)
     losses["loss"].backward()
     fixed = ("position_map", "positions", "class_embedding")
@@ -147,6 +156,79 @@ def test_losses_reach_every_trained_parameter(batches, config):
     # The sinks' own logits are overwritten by a constant, as in the reference; keys' biases shift all logits alike.
     without = [name for name in without if not name.endswith((".k.bias", "k_norm.bias"))]
     assert not without
+
+
+def test_codes_say_their_labels_and_what_is_not_known():
+    codes = Codes(16, 24)
+    labels = torch.tensor([[0] * len(HEADS), [1] * (len(HEADS) - 1) + [IGNORE]])
+    states = codes(labels)
+    assert states.shape == (2, 16, 24) and torch.equal(states, Codes(16, 24)(labels))
+    assert torch.allclose(states.mean(-1), torch.zeros(2, 16), atol=1e-5)
+    assert torch.equal(states[0, len(HEADS) :], states[1, len(HEADS) :])
+    error, read = codes.error(states, labels)
+    assert error == 0 and read < codes.error(states.flip(0), labels)[1]
+
+
+def test_a_unet_learns_to_draw_what_codes_say(config):
+    torch.manual_seed(0)
+    blocks = new_blocks(config)
+    velocity = {**config.scheduler, "prediction_type": "v_prediction"}
+    learner = LearnToDraw(blocks["unet"], blocks["synchronizer"], velocity)
+    optimizer = Muon(dict(blocks["unet"].named_parameters()), 3e-3, 0.0)
+    labels = torch.zeros(16, len(HEADS), dtype=torch.long)
+    labels[8:, 1] = 1
+    latents = torch.where(torch.arange(16).view(-1, 1, 1, 1) < 8, 1.0, -1.0).expand(16, 4, 8, 8)
+
+    @torch.no_grad()
+    def error(labels) -> float:
+        """Of what is drawn in one step from noise alone."""
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+        found = learner.eval().unet(noise, 999, encoder_hidden_states=learner.codes(labels)).sample
+        return (found + latents).square().mean().item()
+
+    for _ in range(60):
+        optimizer.zero_grad()
+        learner.train()(latents, labels)["loss"].backward()
+        optimizer.step()
+    assert error(labels) < 0.5 * error(labels.flip(0))
+
+
+def test_muon_takes_orthogonal_steps_of_matrices_and_adams_of_the_rest():
+    torch.manual_seed(0)
+    gradient = torch.randn(32, 64) @ torch.diag(torch.logspace(0, -1.5, 64))
+    singular = torch.linalg.svdvals(orthogonalized(gradient))
+    assert singular.min() > 0.3 and singular.max() < 1.3
+    assert torch.allclose(orthogonalized(gradient.T), orthogonalized(gradient).T, atol=1e-5)
+    named = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
+    before = {name: p.detach().clone() for name, p in named.items()}
+    for p in named.values():
+        p.grad = torch.randn_like(p)
+    Muon(named, 0.1, 0.0).step()
+    moved = {name: (p.detach() - before[name]) / -0.1 for name, p in named.items()}
+    assert [name for name, p in named.items() if is_matrix(name, p)] == ["linear", "conv"]
+    for name in ("linear", "conv"):
+        assert moved[name].pow(2).mean().sqrt() == pytest.approx(0.2, abs=0.05)
+    for name in ("table.embedding", "bias", "depthwise"):
+        assert torch.allclose(moved[name], named[name].grad.sign(), atol=1e-3)
+
+
+SHAPES = {
+    "linear": (32, 64),
+    "conv": (32, 16, 3, 3),
+    "table.embedding": (40, 32),
+    "bias": (32,),
+    "depthwise": (32, 1, 3, 3),
+}
+
+
+def test_the_busier_quarter_is_taken():
+    pictures = torch.zeros(2, 3, 16, 16)
+    pictures[:, :, 8:] = torch.rand(2, 3, 8, 16)
+    rng = random.Random(0)
+    taken = [busy_crops(pictures, rng) for _ in range(40)]
+    assert all(crops.shape == (2, 3, 8, 8) for crops in taken)
+    busy = [float((crop != 0).float().mean()) for crops in taken for crop in crops]
+    assert sum(busy) / len(busy) > 0.6 and len(set(busy)) > 3  # one random quarter would be half busy
 
 
 def tiny_stage(**changes):

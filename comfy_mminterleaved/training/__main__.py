@@ -1,7 +1,8 @@
-"""Training, stage by stage: python -m comfy_mminterleaved.training vae | language | decoder | joint | export | sheet.
+"""Training, stage by stage: python -m comfy_mminterleaved.training vae | encoder | language | decoder | joint.
 
 Each stage can be stopped at any time and goes on from its last checkpoint when called again. Everything is kept in one
-folder: the pictures, a folder a stage with its log, curves, samples and weights, and config.json.
+folder: the pictures, a folder a stage with its log, curves, samples and weights, and config.json. `export` then makes
+the checkpoint, and `sheet` draws held-out stories with it.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from ..model import MMInterleaved
 from ..pictures import encode_png
 from ..story import Picture, Story
 from . import world
-from .data import Batches, Book
-from .learn import LearnStories, LearnVAE
+from .data import Batches, Book, busy_crops
+from .learn import LearnStories, LearnToDraw, LearnToSee, LearnVAE
 from .loop import Stage, train
 from .recipe import make_tokenizer, starter
 from .thin import thin_autoencoder, widened
 
-STAGES = ("vae", "language", "decoder", "joint")
+STAGES = ("vae", "encoder", "language", "decoder", "joint")
 HELD_OUT_STORIES = 200
 
 
@@ -73,53 +74,81 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
             if unused or key.endswith(("position_map", "positions", "sink")):
                 parameter.requires_grad_(False)
     book, held_out = Book(out, stories), Book(out, min(HELD_OUT_STORIES, stories), held_out=True)
-    trained = {name: blocks[name] for name in stage.blocks}
+    learn = {"vae": learn_vae, "encoder": learn_to_see, "decoder": learn_to_draw}.get(stage.name, learn_stories)
+    learner, blocks, batch_of, validation, sample = learn(stage, out, config, blocks, book, held_out)
     folder = out / stage.name
-    common = {"precision": precision, "minutes": minutes}
-    if stage.name == "vae":
-        vae = thin_autoencoder(diffusers_model(config.vae))
-        learner = LearnVAE(vae)
+    done = train(stage, learner, blocks, folder, batch_of, validation, precision, minutes, sample)
+    if done and stage.name == "vae":
+        finish_vae(out, config, held_out.pictures(range(64)))
 
-        def pictures(seed: int) -> tuple:
-            return (book.random_pictures(stage.batch, random.Random(f"pictures {seed}")).to(device_of(learner)),)
 
-        validation = [(held_out.pictures(range(i * 16, i * 16 + 16)),) for i in range(4)]
-        done = train(
-            stage, learner, {"thin": vae}, folder, pictures, validation, on_sample=lambda step: vae_sheet(
-                vae, held_out.pictures(range(0, 240, 15)), folder / f"samples-{step:06d}.png"
-            ), **common,
-        )  # fmt: skip
-        if done:
-            finish_vae(out, config, torch.cat([pictures for (pictures,) in validation]).cpu())
-        return
+# Each gives what `train` takes: the learner, the blocks to keep, (seed) -> a batch, batches for validation, on_sample.
 
-    tokenizer = tokenizer_of(out)
-    draws = stage.name != "language"
-    learner = LearnStories(blocks, config.scheduler, texts=stage.name != "decoder", draws=draws)
-    share = 1.0 if stage.name == "decoder" else 0.7
-    batches = Batches(book, config, tokenizer, stage.batch, share)
-    seen = Batches(held_out, config, tokenizer, stage.batch, share)
-    latents = latents_of(out, book, blocks["vae"]) if draws else None
-    seen_latents = latents_of(out, held_out, blocks["vae"]) if draws else None
 
-    def arguments(made, cache) -> tuple:
+def learn_vae(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
+    vae = thin_autoencoder(diffusers_model(config.vae))
+    learner = LearnVAE(vae)
+
+    def batch_of(seed: int) -> tuple:
+        rng = random.Random(f"pictures {seed}")
+        return (busy_crops(book.random_pictures(stage.batch, rng), rng).to(device_of(learner)),)
+
+    def sample(step: int) -> None:
+        vae_sheet(vae, held_out.pictures(range(0, 240, 15)), out / stage.name / f"samples-{step:06d}.png")
+
+    validation = [(held_out.pictures(range(i * 16, i * 16 + 16)).to(device_of(learner)),) for i in range(4)]
+    return learner, {"thin": vae}, batch_of, validation, sample
+
+
+def learn_to_see(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
+    learner = LearnToSee(blocks["encoder"])
+
+    def batch_of(seed: int, book: Book = book) -> tuple:
+        rng = random.Random(f"pictures {seed}")
+        rows = sorted(rng.randrange(len(book)) for _ in range(stage.batch))
+        return book.pictures(rows).to(device_of(learner)), book.labels[rows].to(device_of(learner))
+
+    return learner, {"encoder": blocks["encoder"]}, batch_of, [batch_of(seed, held_out) for seed in range(8)], None
+
+
+def learn_to_draw(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
+    learner = LearnToDraw(blocks["unet"], blocks["synchronizer"], config.scheduler)
+    latents = {source: latents_of(out, source, blocks["vae"]) for source in (book, held_out)}
+
+    def batch_of(seed: int, source: Book = book) -> tuple:
+        rng = random.Random(f"pictures {seed}")
+        rows = sorted(rng.randrange(len(source)) for _ in range(stage.batch))
         device = device_of(learner)
-        if cache is None:
+        return torch.from_numpy(latents[source][rows]).float().to(device), source.labels[rows].to(device)
+
+    def sample(step: int) -> None:
+        code_sheet(learner, blocks["vae"], config, held_out, out / stage.name / f"samples-{step:06d}.png")
+
+    return learner, {"unet": blocks["unet"]}, batch_of, [batch_of(seed, held_out) for seed in range(8)], sample
+
+
+def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
+    tokenizer, draws = tokenizer_of(out), stage.name == "joint"
+    learner = LearnStories(blocks, config.scheduler, draws=draws)
+    latents = {source: latents_of(out, source, blocks["vae"]) for source in (book, held_out) if draws}
+
+    def batch_of(seed: int, source: Book = book) -> tuple:
+        made, device = Batches(source, config, tokenizer, stage.batch).make(seed), device_of(learner)
+        if not draws:
             return (made.to(device),)
-        known = torch.from_numpy(cache[made.rows.flatten().numpy()]).float().unflatten(0, tuple(made.rows.shape))
-        return made.to(device), known.to(device)
+        known = torch.from_numpy(latents[source][made.rows.flatten().numpy()]).float()
+        return made.to(device), known.unflatten(0, tuple(made.rows.shape)).to(device)
 
     def sample(step: int) -> None:
         model = MMInterleaved(config, {name: block.eval() for name, block in blocks.items()}, tokenizer)
+        path = out / stage.name / f"samples-{step:06d}"
         if draws:
-            story_sheet(model, held_out, folder / f"samples-{step:06d}.png")
+            story_sheet(model, held_out, path.with_suffix(".png"))
         else:
-            write_bytes(folder / f"samples-{step:06d}.txt", captions(model, held_out).encode("utf-8"))
+            write_bytes(path.with_suffix(".txt"), captions(model, held_out).encode("utf-8"))
 
-    train(
-        stage, learner, trained, folder, lambda seed: arguments(batches.make(seed), latents),
-        [arguments(seen.make(seed), seen_latents) for seed in range(8)], on_sample=sample, **common,
-    )  # fmt: skip
+    kept = {name: blocks[name] for name in stage.blocks}
+    return learner, kept, batch_of, [batch_of(seed, held_out) for seed in range(8)], sample
 
 
 @torch.no_grad()
@@ -212,6 +241,24 @@ def vae_sheet(vae, pictures: torch.Tensor, path: Path) -> None:
     vae = vae.eval()
     pictures = pictures.to(device_of(vae))
     _grid([row.cpu() for row in (pictures, decode_latents(vae, encode_latents(vae, pictures)))], path)
+
+
+@torch.no_grad()
+def code_sheet(learner: LearnToDraw, vae, config: Config, book: Book, path: Path, count: int = 12) -> None:
+    """Held-out pictures over what the U-Net draws when told what they show."""
+    from ..drawing import make_scheduler
+
+    rows = range(0, 10 * count, 10)
+    labels = book.labels[list(rows)].to(device_of(learner))
+    scheduler = make_scheduler("ddim", config.scheduler)
+    scheduler.set_timesteps(20)
+    size = (count, 4, *(config.unet["sample_size"],) * 2)
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(labels.device)
+    states = torch.cat([learner.negative.expand(count, -1, -1), learner.codes(labels)])
+    for time in scheduler.timesteps:
+        plain, told = learner.unet(torch.cat([x, x]), time, encoder_hidden_states=states).sample.chunk(2)
+        x = scheduler.step(plain + 3 * (told - plain), time, x).prev_sample
+    _grid([book.pictures(rows), decode_latents(vae, x).cpu()], path)
 
 
 @torch.no_grad()

@@ -20,9 +20,8 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..files import make_folder, write_json
-from . import world
 from .data import Book
-from .labels import HEADS, LOOK, NONE, labels_of
+from .labels import HEADS, LOOK, NONE, guide
 
 
 @dataclass(frozen=True)
@@ -79,24 +78,18 @@ class Judge(nn.Module):
         return verdicts
 
 
-def scenes_of(book: Book) -> list[world.Scene]:
-    return [page.scene for story in book.stories for page in story]
-
-
 def train_judge(book: Book, steps: int, batch: int = 64, learning_rate: float = 2e-3, seed: int = 0) -> Judge:
     """Trains a judge on a book's pictures: cross-entropy of all heads, a one-cycle schedule."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    judge, scenes = Judge().train(), scenes_of(book)
-    labels = [labels_of(scene) for scene in scenes]
+    judge = Judge().train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     for step in range(steps):
-        rows = sorted(rng.sample(range(len(scenes)), min(batch, len(scenes))))
+        rows = sorted(rng.sample(range(len(book)), min(batch, len(book))))
         pictures = book.pictures(rows)
         pictures = (pictures + torch.randn_like(pictures) * 0.02).clamp(0, 1)  # a drawing model is never quite flat
-        logits = judge(pictures)
-        loss = sum(F.cross_entropy(logits[name], torch.tensor([labels[r][name] for r in rows])) for name in HEADS)
+        loss = guide(torch.cat(list(judge(pictures).values()), -1), book.labels[rows])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
@@ -110,12 +103,12 @@ def train_judge(book: Book, steps: int, batch: int = 64, learning_rate: float = 
 @torch.no_grad()
 def accuracy(judge: Judge, book: Book) -> dict[str, float]:
     """How often each head is right on a book's drawings, and how often all are."""
-    labels = [labels_of(scene) for scene in scenes_of(book)]
     right: dict[str, list[bool]] = {name: [] for name in (*HEADS, "all")}
     for start in range(0, len(book), 64):
         rows = range(start, min(start + 64, len(book)))
         logits = judge(book.pictures(rows))
-        per_head = {name: logits[name].argmax(-1) == torch.tensor([labels[r][name] for r in rows]) for name in HEADS}
+        labels = book.labels[rows.start : rows.stop].T
+        per_head = {name: logits[name].argmax(-1) == wanted for name, wanted in zip(HEADS, labels)}
         for name, found in per_head.items():
             right[name] += found.tolist()
         right["all"] += torch.stack(list(per_head.values())).all(0).tolist()

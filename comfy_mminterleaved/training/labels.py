@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
+
 from . import world
 
 NONE = "none"
+IGNORE = -100  # the label of what cannot be known
 LOOK = {"species": (NONE, *world.SPECIES), "colour": (NONE, *world.COLOURS), "accessory": (NONE, *world.ACCESSORIES)}
 HEADS: dict[str, tuple[str, ...]] = {
     "action": tuple(world.ACTIONS), "place": tuple(world.PLACES), "prop": tuple(world.PROPS),
@@ -21,3 +25,47 @@ def labels_of(scene: world.Scene) -> dict[str, int]:
         look = scene.heroes[slot].look if slot < len(scene.heroes) else (NONE,) * 3
         said |= {f"{part}{slot}": value for part, value in zip(LOOK, look)}
     return {head: HEADS[head].index(value) for head, value in said.items()}
+
+
+SIZES = [len(values) for values in HEADS.values()]
+
+
+def guide(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The summed cross-entropy of all heads (N, their classes), over the labels (N, heads) that can be known."""
+    total = logits.new_zeros(())
+    for found, wanted in zip(logits.float().split(SIZES, dim=-1), labels.T):
+        error = F.cross_entropy(found, wanted, ignore_index=IGNORE, reduction="sum")
+        total = total + error / (wanted != IGNORE).sum().clamp(1)
+    return total
+
+
+class Codes:
+    """Fixed vectors for labels: what the states that condition a drawing are to be, one head a state.
+
+    They are drawn once from a seed, each of mean 0 and variance 1 like a Perceiver's output. So a U-Net can learn to
+    draw what states say before there are any, and an LLM and its Perceiver to say it before anything draws.
+
+    Args:
+        slots, width: of the states; slots beyond the heads always hold the same.
+    """
+
+    def __init__(self, slots: int, width: int):
+        rng = torch.Generator().manual_seed(0)
+        self.tables = [F.layer_norm(torch.randn(size + 1, width, generator=rng), (width,)) for size in SIZES]
+        self.rest = F.layer_norm(torch.randn(slots - len(SIZES), width, generator=rng), (width,))
+
+    def __call__(self, labels: torch.Tensor) -> torch.Tensor:
+        """labels (N, heads) -> (N, slots, width); the last code of a head's table says that it is not known."""
+        said = [
+            table.to(labels.device)[wanted.where(wanted != IGNORE, torch.full_like(wanted, -1))]
+            for table, wanted in zip(self.tables, labels.T)
+        ]
+        rest = self.rest.to(labels.device).expand(len(labels), -1, -1)
+        return torch.cat([torch.stack(said, 1), rest], 1)
+
+    def error(self, states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of states (N, slots, width): the mean square against the codes, and the cross-entropy of reading them."""
+        states = states.float()
+        logits = [state @ table[:-1].to(state).T for state, table in zip(states.unbind(1), self.tables)]
+        read = guide(torch.cat(logits, -1) / states.shape[-1] ** 0.5, labels)
+        return F.mse_loss(states, self(labels)), read

@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..drawing import make_scheduler, sites_attached
-from .data import IGNORE, Batch
-from .labels import HEADS
+from .data import Batch
+from .labels import IGNORE, SIZES, Codes, guide
 
 IMAGE_WEIGHT = 10.0  # of the noise prediction's loss beside the text's
 UNCONDITIONAL = 0.1
 GUIDE_WEIGHT = 0.2
+CODE_WEIGHT = 1.0
+FORGOTTEN = 0.1  # of what a drawing could be told, in learning to draw
 NOISES = 2  # of each picture in a batch: what it is told and looks at is made once for them
 
 
@@ -45,6 +47,64 @@ class LearnVAE(nn.Module):
         }
 
 
+class LearnToSee(nn.Module):
+    """What a picture shows, read from the encoder's visual tokens by a linear guide that is left behind."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.guide = sight(encoder)
+
+    def forward(self, pictures: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """pictures (N, 3, side, side) in [0, 1], labels (N, heads)."""
+        loss = guide(self.guide(self.encoder(pictures).tokens.flatten(1)), labels)
+        return {"loss": loss}
+
+
+class LearnToDraw(nn.Module):
+    """Drawing from `Codes`, before there is an LLM to say what to draw: the U-Net alone."""
+
+    def __init__(self, unet, decoder, scheduler: dict):
+        super().__init__()
+        self.unet, self.noise = unet, make_scheduler("ddpm", scheduler)
+        self.negative = decoder.negative
+        self.codes = Codes(decoder.config.resampler.queries, decoder.config.resampler.width)
+
+    def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """latents (N, 4, h, w), scaled; labels (N, heads) of what they show."""
+        if self.training:
+            labels = labels.masked_fill(torch.rand(labels.shape, device=labels.device) < FORGOTTEN, IGNORE)
+        states = self.codes(labels)
+        return {"loss": diffusion_error(self.unet, self.noise, self.negative, states, latents, self.training)}
+
+
+def sight(encoder) -> nn.Linear:
+    """A guide that reads from all visual tokens together what their picture shows."""
+    return nn.Linear(encoder.config.resampler.queries * encoder.config.out_width, sum(SIZES))
+
+
+def diffusion_error(unet, noise_schedule, negative, states, latents, training: bool) -> torch.Tensor:
+    """Mean squared error of what the U-Net predicts of noised latents (N, 4, h, w), told `states`.
+
+    What that is is a matter of the schedule's kind. `epsilon`: the noise, as in the reference. `v_prediction`
+    (Salimans and Ho 2022, section 4): the same model, with the errors of its clean picture weighed evenly; made from
+    nothing, it learns far sooner what to draw.
+    """
+    if training:
+        dropped = torch.rand(len(states), 1, 1, device=states.device) < UNCONDITIONAL
+        states = torch.where(dropped, negative.to(states), states)
+    noise = torch.randn_like(latents)
+    times = torch.rand(len(latents), device=latents.device)
+    if training:  # what a picture shows is decided early: half of the draws are of the noisier two fifths
+        times = torch.where(torch.rand_like(times) < 0.5, times, 0.6 + 0.4 * times)
+    times = (times * noise_schedule.config.num_train_timesteps).long()
+    found = unet(noise_schedule.add_noise(latents, noise, times), times, encoder_hidden_states=states).sample
+    wanted = noise
+    if noise_schedule.config.prediction_type == "v_prediction":
+        wanted = noise_schedule.get_velocity(latents, noise, times)
+    return F.mse_loss(found.float(), wanted.float())
+
+
 class LearnStories(nn.Module):
     """Next token and noise prediction on whole stories, each panel in view of all before it.
 
@@ -53,9 +113,9 @@ class LearnStories(nn.Module):
         scheduler: settings of the noise schedule.
         texts, draws: which of the two losses.
 
-    Beside them, `guides` read what a scene has (`labels.HEADS`), as far as the text and the panels before tell it, from
-    the LLM's state at the start-of-image token and from the mean of the states that condition the U-Net; so these say
-    it before the U-Net has learned to listen. The guides are left behind when training is done.
+    Beside them, guides read what a scene has (`labels.HEADS`), as far as the text and the panels before tell it: from
+    the visual tokens and from the LLM's state at the start-of-image token. And the states that condition the U-Net are
+    drawn towards the `Codes` that it has learned to draw from. Guides and codes are left behind when training is done.
     """
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict, texts: bool = True, draws: bool = True):
@@ -64,8 +124,9 @@ class LearnStories(nn.Module):
         self.decoder, self.unet = blocks["synchronizer"], blocks["unet"] if draws else None
         self.noise = make_scheduler("ddpm", scheduler)
         self.texts, self.draws = texts, draws
-        c, classes = self.decoder.config, sum(map(len, HEADS.values()))
-        self.guides = nn.ModuleList([nn.Linear(c.llm_width, classes), nn.Linear(c.resampler.width, classes)])
+        c = self.decoder.config
+        self.sees, self.knows = sight(self.encoder), nn.Linear(c.llm_width, sum(SIZES))
+        self.codes = Codes(c.resampler.queries, c.resampler.width)
 
     def forward(self, batch: Batch, latents: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled; needed to draw."""
@@ -80,59 +141,38 @@ class LearnStories(nn.Module):
         if self.texts:
             logits = self.llm.logits(hidden).float()
             losses["text"] = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+        losses["sees"] = guide(self.sees(features.tokens.flatten(1)), batch.shown.flatten(0, 1))
+        total = losses.get("text", 0) + GUIDE_WEIGHT * losses["sees"]
         if batch.draws:
-            states, losses["guide"] = self.tell(batch, hidden)
+            states, told = self.tell(batch, hidden)
+            losses |= told
+            total = total + GUIDE_WEIGHT * (told["knows"] + told["says"]) + CODE_WEIGHT * told["code"]
             if self.draws:
                 losses["image"] = self.draw(states, maps, latents)
-        total = losses.get("text", 0) + IMAGE_WEIGHT * losses.get("image", 0) + GUIDE_WEIGHT * losses.get("guide", 0)
+                total = total + IMAGE_WEIGHT * losses["image"]
         return {"loss": total, **losses}
 
-    def tell(self, batch: Batch, hidden) -> tuple[torch.Tensor, torch.Tensor]:
-        """What conditions the drawing of every picture of every story, and the guides' error.
+    def tell(self, batch: Batch, hidden) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What conditions the drawing of every picture of every story, and the errors of guide and codes.
 
         Drawings are ordered picture by picture: the p-th of every story, then the next.
         """
         n, p = batch.starts.shape
         contexts = [hidden[i, : batch.starts[i, j] + 1] for j in range(p) for i in range(n)]
         states = self.decoder.condition(contexts)
-        said = torch.stack([context[-1] for context in contexts]), states.mean(1)
         labels = batch.labels.transpose(0, 1).flatten(0, 1)
-        return states, sum(self.guide(guide(x.float()), labels) for guide, x in zip(self.guides, said))
+        knows = guide(self.knows(torch.stack([context[-1] for context in contexts])), labels)
+        code, says = self.codes.error(states, labels)
+        return states, {"knows": knows, "says": says, "code": code}
 
     def draw(self, states, maps, latents) -> torch.Tensor:
-        """Mean squared error of what the U-Net predicts for every picture of every story.
-
-        What that is is a matter of the schedule's kind. `epsilon`: the noise, as in the reference. `v_prediction`
-        (Salimans and Ho 2022, section 4): the same model, with the errors of its clean picture weighed evenly; made
-        from nothing, it learns far sooner what to draw.
-        """
+        """The diffusion error for every picture of every story, each in view of those before it."""
         count = NOISES if self.training else 1
-        states = states.repeat(count, 1, 1)
-        if self.training:
-            dropped = torch.rand(len(states), 1, 1, device=states.device) < UNCONDITIONAL
-            states = torch.where(dropped, self.decoder.negative.to(states), states)
         prepared = self.decoder.prepare(*self.seen(maps))
         wanted = latents.transpose(0, 1).flatten(0, 1).repeat(count, 1, 1, 1)
-        noise = torch.randn_like(wanted)
-        times = torch.rand(len(wanted), device=wanted.device)
-        if self.training:  # what a picture shows is decided early: half of the draws are of the noisier two fifths
-            times = torch.where(torch.rand_like(times) < 0.5, times, 0.6 + 0.4 * times)
-        times = (times * self.noise.config.num_train_timesteps).long()
-        noisy = self.noise.add_noise(wanted, noise, times)
+        states = states.repeat(count, 1, 1)
         with sites_attached(self.unet, self.decoder, prepared):
-            found = self.unet(noisy, times, encoder_hidden_states=states).sample
-        if self.noise.config.prediction_type == "v_prediction":
-            noise = self.noise.get_velocity(wanted, noise, times)
-        return F.mse_loss(found.float(), noise.float())
-
-    @staticmethod
-    def guide(logits, labels) -> torch.Tensor:
-        """The summed cross-entropy of all heads (N, their classes), over the labels (N, heads) that can be known."""
-        total = 0
-        for found, wanted in zip(logits.split([len(values) for values in HEADS.values()], dim=-1), labels.T):
-            error = F.cross_entropy(found, wanted, ignore_index=IGNORE, reduction="sum")
-            total = total + error / (wanted != IGNORE).sum().clamp(1)
-        return total
+            return diffusion_error(self.unet, self.noise, self.decoder.negative, states, wanted, self.training)
 
     def seen(self, maps) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The pictures that each drawing looks at: of those before it the last few, in training at random how many.

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import SettingError
+from .muon import Muon
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     learner = learner.to(accelerator.device)
     named = {name: p for name, p in learner.named_parameters() if p.requires_grad}
-    decayed = [p for p in named.values() if p.ndim > 1]
-    plain = [p for p in named.values() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), fused=True)
+    optimizer = Muon(named, stage.learning_rate, stage.weight_decay)
     ema = EMA(named, stage.ema)
     start = _resume(folder / "state.pt", named, optimizer, ema)
     wrapped, optimizer = accelerator.prepare(learner, optimizer)
