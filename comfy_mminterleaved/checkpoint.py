@@ -356,6 +356,12 @@ def load_blocks(folder, dtype=torch.float32, device="cpu", blocks=BLOCKS) -> tup
     return config, modules
 
 
+def read_words(folder: str | Path) -> frozenset[str] | None:
+    """The words that a model of a small world was taught, in lower case; None for a model of open vocabulary."""
+    path = Path(folder) / WORDS
+    return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else None
+
+
 def read_tokenizer(folder: str | Path, config: Config):
     """The Tokenizer beside a checkpoint, or None: tokenizer.json, or llm/ in any form that transformers reads."""
     from .tokenizer import Tokenizer

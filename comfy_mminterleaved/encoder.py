@@ -174,11 +174,9 @@ class ChannelNorm(nn.LayerNorm):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x):
-        y = x.float()
-        y = y - y.mean(1, keepdim=True)
-        y = y / torch.sqrt(y.pow(2).mean(1, keepdim=True) + self.eps)
-        weight, bias = (p.to(y)[:, None, None] for p in (self.weight, self.bias))
-        return (weight * y + bias).to(x.dtype)
+        y = x.movedim(1, -1).float()
+        y = F.layer_norm(y, y.shape[-1:], self.weight.float(), self.bias.float(), self.eps)
+        return y.movedim(-1, 1).to(x.dtype)
 
 
 class SpatialPrior(nn.Module):

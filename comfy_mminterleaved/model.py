@@ -75,8 +75,7 @@ class MMInterleaved:
             source = checkpoint.STARTER
         config, blocks = checkpoint.load_blocks(source, dtype, device)
         model = cls(config, blocks, checkpoint.read_tokenizer(source, config))
-        if (Path(source) / checkpoint.WORDS).is_file():
-            model.words = frozenset((Path(source) / checkpoint.WORDS).read_text(encoding="utf-8").split())
+        model.words = checkpoint.read_words(source)
         return model.compiled() if compile else model
 
     def compiled(self, **options) -> MMInterleaved:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -100,6 +102,7 @@ class LLMBlock(Block):
         limit = config.llm.vocab_size - config.llm.new_tokens
         self.tokenizer = None if tokenizer is None else Tokenizer.of_text(tokenizer, config.llm.tokens, limit, what)
         self.model = GraphModel(config, {"llm": self.module}, self.tokenizer)
+        self.noticed: set[str] = set()
         # What was read last lies beside the weights: it goes when they go.
         callback = comfy.patcher_extension.CallbacksMP.ON_DETACH
         self.patcher.add_callback(callback, lambda *_: self.model.forget())
@@ -107,6 +110,7 @@ class LLMBlock(Block):
     def load(self, story: Story, new_tokens: int = 1) -> None:
         """Loads the LLM with room to read a story and `new_tokens` more; raises if it cannot read it."""
         self.check(story)
+        self.notice(story)
         c = self.config.llm
         tokens = len(self.model.layout(story)) + new_tokens
         size = torch.finfo(self.dtype).bits // 8
@@ -125,6 +129,15 @@ class LLMBlock(Block):
             bar.update_absolute(count, segments)
 
         self.model.read(story, on_segment)
+
+    def notice(self, story: Story) -> None:
+        """One line in the log for words that the model was not taught, once for each word."""
+        words = [word for word in self.model.unknown_words(story) if word not in self.noticed]
+        if words:
+            self.noticed.update(words)
+            logging.warning(
+                "MM-Interleaved: this model does not know the words %s; it does its best.", ", ".join(words)
+            )
 
     def check(self, story: Story) -> None:
         """One sentence for a story whose pictures this LLM cannot see."""

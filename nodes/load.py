@@ -99,6 +99,7 @@ class LoadMMInterleaved(io.ComfyNode):
             load_block(kind, folder / f"{kind.name}.safetensors")
             for kind in (EncoderBlock, LLMBlock, SynchronizerBlock)
         ]
+        blocks[1].model.words = checkpoint.read_words(folder)
         unet, vae = (read(folder / f"{name}.safetensors")[0] for name in ("unet", "vae"))
         model, vae = load_unet(config, unet), load_vae(config, vae)
         if config.vae.get("_class_name") == "AutoencoderTiny":

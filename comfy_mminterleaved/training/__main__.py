@@ -102,11 +102,13 @@ def learn_vae(stage: Stage, out: Path, config: Config, blocks, book: Book, held_
 
 def learn_to_see(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
     learner = LearnToSee(blocks["encoder"])
+    blocks["encoder"].to(memory_format=torch.channels_last)  # a third faster on CPUs
 
     def batch_of(seed: int, book: Book = book) -> tuple:
         rng = random.Random(f"pictures {seed}")
         rows = sorted(rng.randrange(len(book)) for _ in range(stage.batch))
-        return book.pictures(rows).to(device_of(learner)), book.labels[rows].to(device_of(learner))
+        pictures = book.pictures(rows).contiguous(memory_format=torch.channels_last)
+        return pictures.to(device_of(learner)), book.labels[rows].to(device_of(learner))
 
     return learner, {"encoder": blocks["encoder"]}, batch_of, [batch_of(seed, held_out) for seed in range(8)], None
 
@@ -130,6 +132,7 @@ def learn_to_draw(stage: Stage, out: Path, config: Config, blocks, book: Book, h
 def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
     tokenizer, draws = tokenizer_of(out), stage.name == "joint"
     learner = LearnStories(blocks, config.scheduler, draws=draws)
+    blocks["encoder"].to(memory_format=torch.channels_last)
     latents = {source: latents_of(out, source, blocks["vae"]) for source in (book, held_out) if draws}
 
     def batch_of(seed: int, source: Book = book) -> tuple:

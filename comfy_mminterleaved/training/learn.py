@@ -48,17 +48,33 @@ class LearnVAE(nn.Module):
 
 
 class LearnToSee(nn.Module):
-    """What a picture shows, read from the encoder's visual tokens by a linear guide that is left behind."""
+    """What a picture shows, read by guides that are left behind: from the visual tokens, and from the finest maps.
+
+    The ViT hears of the adapter's convolutions through gates that begin at zero, so these learn far sooner when they
+    are asked themselves; and the synchronizers read the maps.
+    """
+
+    MAPS = 3  # of the four; each is read on a grid of at most this side
+    SIDE = 8
 
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
-        self.guide = sight(encoder)
+        self.tokens = sight(encoder)
+        self.maps = nn.ModuleList(
+            nn.Sequential(
+                nn.AdaptiveMaxPool2d(self.SIDE), nn.Conv2d(encoder.config.width, 32, 1), nn.ReLU(), nn.Flatten(),
+                nn.Linear(32 * self.SIDE**2, 256), nn.ReLU(), nn.Linear(256, sum(SIZES)),
+            )
+            for _ in range(self.MAPS)
+        )  # fmt: skip
 
     def forward(self, pictures: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """pictures (N, 3, side, side) in [0, 1], labels (N, heads)."""
-        loss = guide(self.guide(self.encoder(pictures).tokens.flatten(1)), labels)
-        return {"loss": loss}
+        features = self.encoder(pictures)
+        tokens = guide(self.tokens(features.tokens.flatten(1)), labels)
+        read = [guide(reader(found), labels) for reader, found in zip(self.maps, features.maps)]
+        return {"loss": tokens + sum(read) / len(read), "tokens": tokens, "maps": sum(read) / len(read)}
 
 
 class LearnToDraw(nn.Module):

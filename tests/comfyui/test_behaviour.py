@@ -276,3 +276,12 @@ def test_a_storyboard_with_a_missing_picture_is_told_so(comfyui):
         comfyui.run({"1": LOAD, "2": node("MMInterleavedLoadStoryboard", storyboard="gone.json", index=0,
                                           encoder=["1", 0]), "3": show(["2", 1])})  # fmt: skip
     assert "gone.png" in failed.value.sentence and "\n" not in failed.value.sentence
+
+
+def test_words_the_model_does_not_know_are_named_once(comfyui):
+    before = comfyui.log.read_text(encoding="utf-8", errors="replace").count("does not know the words")
+    comfyui.run(tell(opening="Mia rides a zeppelin in the forest.", panels=1, seed=6))
+    comfyui.run(tell(opening="Mia rides a zeppelin in the forest.", panels=1, seed=7))
+    lines = comfyui.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    told = [line for line in lines if "does not know the words" in line][before:]
+    assert len([line for line in told if "rides, zeppelin; it does its best" in line]) == 1
