@@ -115,7 +115,7 @@ def learn_to_see(stage: Stage, out: Path, config: Config, blocks, book: Book, he
 
 def learn_to_draw(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
     learner = LearnToDraw(blocks["unet"], blocks["synchronizer"], config.scheduler)
-    latents = {source: latents_of(out, source, blocks["vae"]) for source in (book, held_out)}
+    latents = {source: latents_of(out, source, config) for source in (book, held_out)}
 
     def batch_of(seed: int, source: Book = book) -> tuple:
         rng = random.Random(f"pictures {seed}")
@@ -133,7 +133,7 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
     tokenizer, draws = tokenizer_of(out), stage.name == "joint"
     learner = LearnStories(blocks, config.scheduler, draws=draws)
     blocks["encoder"].to(memory_format=torch.channels_last)
-    latents = {source: latents_of(out, source, blocks["vae"]) for source in (book, held_out) if draws}
+    latents = {source: latents_of(out, source, config) for source in (book, held_out) if draws}
 
     def batch_of(seed: int, source: Book = book) -> tuple:
         made, device = Batches(source, config, tokenizer, stage.batch).make(seed), device_of(learner)
@@ -206,13 +206,14 @@ def tokenizer_of(out: Path):
 
 
 @torch.no_grad()
-def latents_of(out: Path, book: Book, vae) -> np.ndarray:
-    """Scaled latents of all pictures of a book, float16, made once for a VAE."""
+def latents_of(out: Path, book: Book, config: Config) -> np.ndarray:
+    """Scaled latents of all pictures of a book, float16, made once for a VAE, by its thin form, which is the same."""
     weights = out / "vae" / "vae.safetensors"
     path = out / f"latents-{len(book)}-{int(weights.stat().st_mtime)}.npy"
     if not path.exists():
-        vae = vae.eval()
-        parts = [encode_latents(vae, book.pictures(range(i, min(i + 64, len(book))))) for i in range(0, len(book), 64)]
+        thin = thin_autoencoder(diffusers_model(config.vae)).eval()
+        thin.load_state_dict(checkpoint.read_tensors(out / "vae" / "thin.safetensors"))
+        parts = [encode_latents(thin, book.pictures(range(i, min(i + 64, len(book))))) for i in range(0, len(book), 64)]
         np.save(path.with_suffix(".part.npy"), torch.cat(parts).half().numpy())
         path.with_suffix(".part.npy").rename(path)
     return np.load(path, mmap_mode="r")
