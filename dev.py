@@ -1,7 +1,7 @@
 """Everything a newcomer needs, with nothing but Python: makes an environment beside this file and works in it.
 
 python dev.py demo                       an illustrated story page in demo/
-python dev.py demo --picture cat.jpg --text "Mia the cat waited for the rain to stop."
+python dev.py demo --picture cat.jpg --text "Mia waves in the village. It rains."
 python dev.py test                       lint and tests; what follows goes to pytest
 python dev.py test --oldest              the tests with the oldest supported diffusers and transformers
 """
@@ -39,7 +39,7 @@ def environment(name: str, constraints: str, extra: str = "") -> Path:
 def demo(args: list[str]) -> int:
     python = environment(".venv", "tests/constraints.txt")
     if not any(a in args for a in ("--text", "--picture", "--story", "--storyboard")):
-        args = ["--text", "Mia the cat sat by the door and waited for the rain to stop.", *args]
+        args = ["--text", "Mia is a cat in a red coat with a bow. Mia waves in the village with a kite. It rains.", *args]
     for option, value in (
         ("--panels", "4" if "--picture" in args else "5"),
         ("--steps", "20"),

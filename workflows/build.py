@@ -143,7 +143,7 @@ class Workflow:
 
 
 EXAMPLE = "example (three stories)"
-MIA = "Mia is at the beach with a ball. Mia is a fox in a red coat and she wears a crown."
+MIA = "Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball."
 
 
 def load(w: Workflow, x=0, y=0) -> Node:
@@ -207,7 +207,7 @@ def own_picture(w: Workflow) -> None:
            "of its own world, as template 1 makes them.")  # fmt: skip
     model = load(w)
     picture = w.add("LoadImage", 0, 260, (300, 330), image="example.png")
-    begun = w.add("MMInterleavedStoryText", 380, 0, (320, 130), text="Mia is in the garden with a kite.")
+    begun = w.add("MMInterleavedStoryText", 380, 0, (320, 130), text="Mia runs in the meadow with a kite.")
     shown = w.add("MMInterleavedStoryPicture", 380, 260, (320, 90), story=begun[0], encoder=model[0], image=picture[0])
     told = w.add("MMInterleavedTellStory", 780, 0, (360, 640), encoder=model[0], llm=model[1], synchronizer=model[2],
                  model=model[3], vae=model[4], story=shown[0], panels=3, seed=8)  # fmt: skip
