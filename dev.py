@@ -39,7 +39,7 @@ def environment(name: str, constraints: str, extra: str = "") -> Path:
 def demo(args: list[str]) -> int:
     python = environment(".venv", "tests/constraints.txt")
     if not any(a in args for a in ("--text", "--picture", "--story", "--storyboard")):
-        args = ["--text", "Mia is a cat in a red coat with a bow. Mia waves in the village with a kite. It rains.", *args]
+        args = ["--text", "Mia is a cat in a red coat with a bow. Mia waves in the village with a kite.", *args]
     for option, value in (
         ("--panels", "4" if "--picture" in args else "5"),
         ("--steps", "20"),
