@@ -32,11 +32,8 @@ def _parser() -> argparse.ArgumentParser:
         return p
 
     def model_options(p):
-        p.add_argument(
-            "--model",
-            default="starter",
-            help="a checkpoint folder; starter: the small model that ships; untrained: random weights",
-        )
+        p.add_argument("--model", default="starter", help="a checkpoint folder; starter: the small model that ships; "
+                       "untrained: random weights")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
         p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, float16 on CUDA)")
         p.add_argument("--compile", action="store_true", help="torch.compile: slow to begin, for many pictures")

@@ -46,9 +46,7 @@ class Block:
         self.config = config
         load_device, offload_device = management.text_encoder_device(), management.text_encoder_offload_device()
         self.dtype = torch.float32 if management.is_device_cpu(load_device) else torch.float16
-        module = checkpoint.build(config, (self.name,), operations=comfy.ops.manual_cast, attention=attention)[
-            self.name
-        ]
+        module = checkpoint.build(config, (self.name,), operations=comfy.ops.manual_cast, attention=attention)[self.name]
         found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         checkpoint.check(checkpoint.shapes(module), found, what)
         module.load_state_dict({k: t.to(offload_device, self.dtype) for k, t in tensors.items()}, assign=True)
@@ -135,9 +133,8 @@ class LLMBlock(Block):
         words = [word for word in self.model.unknown_words(story) if word not in self.noticed]
         if words:
             self.noticed.update(words)
-            logging.warning(
-                "MM-Interleaved: this model does not know the words %s; it does its best.", ", ".join(words)
-            )
+            unknown = ", ".join(words)
+            logging.warning("MM-Interleaved: this model does not know the words %s; it does its best.", unknown)
 
     def check(self, story: Story) -> None:
         """One sentence for a story whose pictures this LLM cannot see."""

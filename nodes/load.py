@@ -95,16 +95,16 @@ class LoadMMInterleaved(io.ComfyNode):
     def execute(cls, model) -> io.NodeOutput:
         folder = model_folder(model)
         config = checkpoint.read_config(folder)
-        blocks = [
+        encoder, llm, synchronizer = (
             load_block(kind, folder / f"{kind.name}.safetensors")
             for kind in (EncoderBlock, LLMBlock, SynchronizerBlock)
-        ]
-        blocks[1].model.words = checkpoint.read_words(folder)
+        )
+        llm.model.words = checkpoint.read_words(folder)
         unet, vae = (read(folder / f"{name}.safetensors")[0] for name in ("unet", "vae"))
         model, vae = load_unet(config, unet), load_vae(config, vae)
         if config.vae.get("_class_name") == "AutoencoderTiny":
             fit_previews(model, vae)
-        return io.NodeOutput(*blocks, model, vae)
+        return io.NodeOutput(encoder, llm, synchronizer, model, vae)
 
 
 def _one_block(node_id, title, kind, category, socket, output, what):

@@ -83,10 +83,10 @@ class PanelsToStory(io.ComfyNode):
         pictures = [picture for image in images for picture in pictures_of(image)]
         texts = texts or [""] * len(pictures)
         if len(texts) != len(pictures):
-            raise StoryError(
-                f"There are {len(pictures)} pictures and {len(texts)} texts; there must be as many of both."
-            )
+            raise StoryError(f"There are {len(pictures)} pictures and {len(texts)} texts; there must be as many of both.")
         story = Story()
         for text, picture in zip(texts, pictures):
             story = story.add(text.strip(), picture)
         return io.NodeOutput(with_features(encoder[0], story))
+
+

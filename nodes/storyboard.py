@@ -70,8 +70,6 @@ class LoadStoryboard(io.ComfyNode):
     def execute(cls, storyboard, index, encoder=None) -> io.NodeOutput:
         plans = load_storyboard(storyboard_path(storyboard))
         if index >= len(plans):
-            raise SettingError(
-                f"The storyboard {storyboard!r} has {len(plans)} stories, 0 to {len(plans) - 1}, not {index}."
-            )
+            raise SettingError(f"The storyboard {storyboard!r} has {len(plans)} stories, 0 to {len(plans) - 1}, not {index}.")
         plan = plans[index]
         return io.NodeOutput(with_features(encoder, plan.opening), len(plan.panels), plan.seed, plan.title)

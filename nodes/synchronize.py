@@ -38,9 +38,7 @@ def check_blocks(llm: LLMBlock, synchronizer: SynchronizerBlock, model) -> None:
         )
 
 
-def look_at(
-    model, synchronizer: SynchronizerBlock, story: Story, strength: float, start: float, end: float, pictures: int
-):
+def look_at(model, synchronizer: SynchronizerBlock, story: Story, strength: float, start: float, end: float, pictures: int):
     """A clone of MODEL whose skips and mid output look at the story's last `pictures` pictures."""
     if strength == 0 or start >= end:
         return model.clone()

@@ -111,19 +111,14 @@ class TellStory(io.ComfyNode):
         told = wires.get("story")
         if opening.strip():
             told = graph.node("MMInterleavedStoryText", "opening", text=opening, **_maybe(story=told)).out(0)
-        latent = graph.node("EmptyLatentImage", "latent", width=width or size, height=height or size, batch_size=1).out(
-            0
-        )
+        latent = graph.node(
+            "EmptyLatentImage", "latent", width=width or size, height=height or size, batch_size=1
+        ).out(0)
         for number, (seed, panel) in enumerate(zip(found, plan), 1):
             for step in panel:
                 if step == "write":
                     told = graph.node(
-                        "MMInterleavedWrite",
-                        f"write {number}",
-                        llm=wires["llm"],
-                        seed=seed,
-                        **_maybe(story=told),
-                        **settings,
+                        "MMInterleavedWrite", f"write {number}", llm=wires["llm"], seed=seed, **_maybe(story=told), **settings
                     ).out(0)
                     continue
                 ready = graph.node(
@@ -138,10 +133,7 @@ class TellStory(io.ComfyNode):
                 )  # fmt: skip
                 image = graph.node("VAEDecode", f"decode {number}", samples=drawn.out(0), vae=wires["vae"])
                 told = graph.node(
-                    "MMInterleavedStoryPicture",
-                    f"add {number}",
-                    encoder=wires["encoder"],
-                    image=image.out(0),
+                    "MMInterleavedStoryPicture", f"add {number}", encoder=wires["encoder"], image=image.out(0),
                     **_maybe(story=told),
                 ).out(0)
         taken = graph.node("MMInterleavedPanelsInside", "panels", story=told)

@@ -191,9 +191,7 @@ def four_blocks(w: Workflow) -> None:
         image = w.add("VAEDecode", 1590, y + 120, (230, 60), samples=drawn[0], vae=vae)
         w.add("PreviewImage", 1590, y + 250, (230, 280), images=image[0])
         encoder = w.reroute(1820, y, encoder)
-        told = w.add("MMInterleavedStoryPicture", 1900, y + 60, (280, 90), encoder=encoder, image=image[0], story=told)[
-            0
-        ]
+        told = w.add("MMInterleavedStoryPicture", 1900, y + 60, (280, 90), encoder=encoder, image=image[0], story=told)[0]
         if number < 2:  # back to the left, between the rows
             told = w.reroute(340, y + 612, w.reroute(2040, y + 612, told))
         w.group(f"Panel {number + 1}", -30, y - 60, 2250, 650, (PURPLE, BLUE, GREEN)[number])
@@ -247,9 +245,7 @@ def storyboard_batch(w: Workflow) -> None:
     board = w.add("MMInterleavedLoadStoryboard", 0, 260, (300, 170), encoder=model[0], storyboard=EXAMPLE)
     told = w.add("MMInterleavedTellStory", 400, 0, (360, 640), encoder=model[0], llm=model[1], synchronizer=model[2],
                  model=model[3], vae=model[4], story=board[0], panels=board[1], seed=board[2])  # fmt: skip
-    w.add(
-        "MMInterleavedSaveStory", 840, 0, (420, 460), story=told[0], title=board[3], filename_prefix="storyboard/story"
-    )
+    w.add("MMInterleavedSaveStory", 840, 0, (420, 460), story=told[0], title=board[3], filename_prefix="storyboard/story")
     w.group("1. Model and storyboard", -20, -70, 340, 520, BLUE)
     w.group("2. Tell", 380, -70, 400, 1040, PURPLE)
     w.group("3. Save", 820, -70, 460, 560, GREEN)

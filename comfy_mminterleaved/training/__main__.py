@@ -20,7 +20,8 @@ import torch
 from .. import checkpoint
 from ..checkpoint import diffusers_model
 from ..config import Config
-from ..drawing import decode_latents, encode_latents
+from ..decoder import PreparedSites
+from ..drawing import Drawing, decode_latents, draw, encode_latents, make_scheduler
 from ..errors import CheckpointError, MMInterleavedError
 from ..files import make_folder, write_bytes, write_json
 from ..initialize import new_blocks
@@ -91,7 +92,7 @@ def learn_vae(stage: Stage, out: Path, config: Config, blocks, book: Book, held_
 
     def batch_of(seed: int) -> tuple:
         rng = random.Random(f"pictures {seed}")
-        return (busy_crops(book.random_pictures(stage.batch, rng), rng).to(device_of(learner)),)
+        return (busy_crops(book.pictures(book.random_rows(stage.batch, rng)), rng).to(device_of(learner)),)
 
     def sample(step: int) -> None:
         vae_sheet(vae, held_out.pictures(range(0, 240, 15)), out / stage.name / f"samples-{step:06d}.png")
@@ -105,8 +106,7 @@ def learn_to_see(stage: Stage, out: Path, config: Config, blocks, book: Book, he
     blocks["encoder"].to(memory_format=torch.channels_last)  # a third faster on CPUs
 
     def batch_of(seed: int, book: Book = book) -> tuple:
-        rng = random.Random(f"pictures {seed}")
-        rows = sorted(rng.randrange(len(book)) for _ in range(stage.batch))
+        rows = book.random_rows(stage.batch, random.Random(f"pictures {seed}"))
         pictures = book.pictures(rows).contiguous(memory_format=torch.channels_last)
         return pictures.to(device_of(learner)), book.labels[rows].to(device_of(learner))
 
@@ -118,13 +118,12 @@ def learn_to_draw(stage: Stage, out: Path, config: Config, blocks, book: Book, h
     latents = {source: latents_of(out, source, config) for source in (book, held_out)}
 
     def batch_of(seed: int, source: Book = book) -> tuple:
-        rng = random.Random(f"pictures {seed}")
-        rows = sorted(rng.randrange(len(source)) for _ in range(stage.batch))
+        rows = source.random_rows(stage.batch, random.Random(f"pictures {seed}"))
         device = device_of(learner)
         return torch.from_numpy(latents[source][rows]).float().to(device), source.labels[rows].to(device)
 
     def sample(step: int) -> None:
-        code_sheet(learner, blocks["vae"], config, held_out, out / stage.name / f"samples-{step:06d}.png")
+        code_sheet(learner, blocks, config, held_out, out / stage.name / f"samples-{step:06d}.png")
 
     return learner, {"unet": blocks["unet"]}, batch_of, [batch_of(seed, held_out) for seed in range(8)], sample
 
@@ -133,10 +132,11 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
     tokenizer, draws = tokenizer_of(out), stage.name == "joint"
     learner = LearnStories(blocks, config.scheduler, draws=draws)
     blocks["encoder"].to(memory_format=torch.channels_last)
+    batches = {source: Batches(source, config, tokenizer, stage.batch) for source in (book, held_out)}
     latents = {source: latents_of(out, source, config) for source in (book, held_out) if draws}
 
     def batch_of(seed: int, source: Book = book) -> tuple:
-        made, device = Batches(source, config, tokenizer, stage.batch).make(seed), device_of(learner)
+        made, device = batches[source].make(seed), device_of(learner)
         if not draws:
             return (made.to(device),)
         known = torch.from_numpy(latents[source][made.rows.flatten().numpy()]).float()
@@ -247,22 +247,16 @@ def vae_sheet(vae, pictures: torch.Tensor, path: Path) -> None:
     _grid([row.cpu() for row in (pictures, decode_latents(vae, encode_latents(vae, pictures)))], path)
 
 
-@torch.no_grad()
-def code_sheet(learner: LearnToDraw, vae, config: Config, book: Book, path: Path, count: int = 12) -> None:
-    """Held-out pictures over what the U-Net draws when told what they show."""
-    from ..drawing import make_scheduler
-
-    rows = range(0, 10 * count, 10)
-    labels = book.labels[list(rows)].to(device_of(learner))
-    scheduler = make_scheduler("ddim", config.scheduler)
-    scheduler.set_timesteps(20)
-    size = (count, 4, *(config.unet["sample_size"],) * 2)
-    x = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(labels.device)
-    states = torch.cat([learner.negative.expand(count, -1, -1), learner.codes(labels)])
-    for time in scheduler.timesteps:
-        plain, told = learner.unet(torch.cat([x, x]), time, encoder_hidden_states=states).sample.chunk(2)
-        x = scheduler.step(plain + 3 * (told - plain), time, x).prev_sample
-    _grid([book.pictures(rows), decode_latents(vae, x).cpu()], path)
+def code_sheet(learner: LearnToDraw, blocks, config: Config, book: Book, path: Path, count: int = 12) -> None:
+    """Held-out pictures over what the U-Net draws when told what they show, without any synchronizer."""
+    rows = [row * len(book) // count for row in range(count)]
+    labels = book.labels[rows].to(device_of(learner))
+    drawn = draw(
+        learner.unet, blocks["vae"], make_scheduler("ddim", config.scheduler), blocks["synchronizer"],
+        learner.codes(labels), PreparedSites((), labels.new_zeros(count, 0, dtype=torch.bool)),
+        Drawing(steps=20, guidance=3.0, strength=0.0), list(range(count)), (config.decoder.picture_size,) * 2,
+    )  # fmt: skip
+    _grid([book.pictures(rows), drawn.cpu()], path)
 
 
 @torch.no_grad()
@@ -277,8 +271,6 @@ def story_sheet(model: MMInterleaved, book: Book, path: Path, stories: int = 4) 
 
 def drawn_over(model: MMInterleaved, book: Book, number: int) -> list[torch.Tensor]:
     """A story's true pictures, and the model's: the first is given, each other drawn from the true text before it."""
-    from ..drawing import Drawing
-
     pages, first = book.stories[number], int(book.first[number])
     true = book.pictures(range(first, first + len(pages)))
     story, drawn = Story.of(pages[0].text, Picture(true[0])), [true[0]]

@@ -17,6 +17,7 @@ from . import paint, world
 from .labels import HEADS, IGNORE, LOOK, labels_of
 
 CAPTION, ASK = "Caption:", "Question: {question} Answer:"
+STORIES_SHARE = 0.7  # of the batches; the rest are captions and questions on single pictures
 PICTURE_FIRST = 0.2  # of the stories: their pictures are drawn without being told what they show
 
 
@@ -95,8 +96,8 @@ class Book:
         """Pictures by number, float (len(rows), 3, side, side) in [0, 1]."""
         return torch.from_numpy(self.pixels[np.asarray(rows)]).permute(0, 3, 1, 2).float() / 255
 
-    def random_pictures(self, count: int, rng: random.Random) -> torch.Tensor:
-        return self.pictures(sorted(rng.randrange(len(self)) for _ in range(count)))
+    def random_rows(self, count: int, rng: random.Random) -> list[int]:
+        return sorted(rng.randrange(len(self)) for _ in range(count))
 
 
 def busy_crops(pictures: torch.Tensor, rng: random.Random) -> torch.Tensor:
@@ -118,18 +119,17 @@ class Batches:
 
     Args:
         pictures: how many pictures a batch has, about.
-        stories_share: of the batches; the rest are captions and questions on single pictures.
     """
 
-    def __init__(self, book: Book, config: Config, tokenizer: Tokenizer, pictures: int, stories_share: float = 0.7):
+    def __init__(self, book: Book, config: Config, tokenizer: Tokenizer, pictures: int):
         self.book, self.config, self.tokenizer = book, config, tokenizer
-        self.pictures, self.stories_share = pictures, stories_share
+        self.pictures = pictures
         self.blank = Picture(torch.zeros(3, 8, 8))  # the layout of a story needs no pixels
 
     def make(self, seed: int) -> Batch:
         """The batch of a seed."""
         rng = random.Random(f"batch {seed}")
-        if rng.random() < self.stories_share:
+        if rng.random() < STORIES_SHARE:
             panels = rng.choice(sorted(self.book.by_length))
             count = max(1, round(self.pictures / panels))
             numbers = [rng.choice(self.book.by_length[panels]) for _ in range(count)]

@@ -127,19 +127,19 @@ class LearnStories(nn.Module):
     Args:
         blocks: by name; those to be trained have parameters that require gradients.
         scheduler: settings of the noise schedule.
-        texts, draws: which of the two losses.
+        draws: whether the diffusion loss is learned beside the text's.
 
     Beside them, guides read what a scene has (`labels.HEADS`), as far as the text and the panels before tell it: from
     the visual tokens and from the LLM's state at the start-of-image token. And the states that condition the U-Net are
     drawn towards the `Codes` that it has learned to draw from. Guides and codes are left behind when training is done.
     """
 
-    def __init__(self, blocks: dict[str, nn.Module], scheduler: dict, texts: bool = True, draws: bool = True):
+    def __init__(self, blocks: dict[str, nn.Module], scheduler: dict, draws: bool = True):
         super().__init__()
         self.encoder, self.llm = blocks["encoder"], blocks["llm"]
         self.decoder, self.unet = blocks["synchronizer"], blocks["unet"] if draws else None
         self.noise = make_scheduler("ddpm", scheduler)
-        self.texts, self.draws = texts, draws
+        self.draws = draws
         c = self.decoder.config
         self.sees, self.knows = sight(self.encoder), nn.Linear(c.llm_width, sum(SIZES))
         self.codes = Codes(c.resampler.queries, c.resampler.width)
@@ -153,12 +153,10 @@ class LearnStories(nn.Module):
             maps = [m.unflatten(0, (n, p)) for m in features.maps]
             x = self.llm.embed(batch.ids, features.tokens.flatten(0, 1))
             hidden = self.llm(x, self.llm.prepare(maps), batch.visible)
-        losses = {}
-        if self.texts:
-            logits = self.llm.logits(hidden).float()
-            losses["text"] = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+        logits = self.llm.logits(hidden).float()
+        losses = {"text": F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)}
         losses["sees"] = guide(self.sees(features.tokens.flatten(1)), batch.shown.flatten(0, 1))
-        total = losses.get("text", 0) + GUIDE_WEIGHT * losses["sees"]
+        total = losses["text"] + GUIDE_WEIGHT * losses["sees"]
         if batch.draws:
             states, told = self.tell(batch, hidden)
             losses |= told
