@@ -59,6 +59,7 @@ def load_unet(config: Config, tensors: dict[str, torch.Tensor]):
     # Noise schedule and latents of its own; the rest is Stable Diffusion 2.
     model_config = Settings(settings)
     model_config.latent_format = comfy.latent_formats.SD15(scale)
+    model_config.latent_format.latent_channels = settings["in_channels"]
     model_config.sampling_settings = {
         "linear_start": config.scheduler.get("beta_start", 0.00085),
         "linear_end": config.scheduler.get("beta_end", 0.012),

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("resvg_py")
 pytest.importorskip("accelerate")
 from comfy_mminterleaved.config import small
+from comfy_mminterleaved.drawing import encode_latents
 from comfy_mminterleaved.errors import CheckpointError, SettingError
 from comfy_mminterleaved.initialize import new_blocks
 from comfy_mminterleaved.tokenizer import Tokenizer, byte_level
@@ -15,7 +16,7 @@ from comfy_mminterleaved.training import __main__ as training
 from comfy_mminterleaved.training import loop, recipe, world
 from comfy_mminterleaved.training.data import Batches, Book, busy_crops
 from comfy_mminterleaved.training.labels import HEADS, IGNORE, LOOK, Codes
-from comfy_mminterleaved.training.learn import LearnStories, LearnToDraw, LearnVAE
+from comfy_mminterleaved.training.learn import LearnDetail, LearnStories, LearnToDraw, LearnVAE
 from comfy_mminterleaved.training.loop import Stage, train
 from comfy_mminterleaved.training.muon import Muon, is_matrix, orthogonalized
 
@@ -158,6 +159,40 @@ def test_losses_reach_every_trained_parameter(batches, config):
     assert not without
 
 
+def test_only_what_is_to_be_drawn_is_kept_where_only_drawing_is_learned(book, config, tokenizer):
+    stories = Batches(book, config, tokenizer, pictures=8, drawn_only=True)
+    for seed in range(20):
+        batch = stories.make(seed)
+        assert batch.draws and (batch.starts[:, 0] > 2).all() and (batch.labels[:, 1:] != IGNORE).all()
+
+
+def test_a_vaes_decoder_learns_what_the_encoder_sees(config):
+    torch.manual_seed(0)
+    blocks = new_blocks(config)
+    blocks["encoder"].requires_grad_(False)
+    learner = LearnDetail(blocks["vae"], blocks["encoder"])
+    side = config.encoder.image_size
+    pictures = torch.rand(4, 3, 4, 4).repeat_interleave(side // 4, 2).repeat_interleave(side // 4, 3)
+    latents = encode_latents(blocks["vae"], pictures).detach()
+    before = learner.eval()(latents, pictures)["seen"].item()
+    optimizer = Muon(dict(blocks["vae"].decoder.named_parameters()), 3e-3, 0.0)
+    for _ in range(40):
+        optimizer.zero_grad()
+        learner.train()(latents, pictures)["loss"].backward()
+        optimizer.step()
+    assert all(p.grad is None for p in blocks["encoder"].parameters())
+    assert learner.eval()(latents, pictures)["seen"].item() < 0.5 * before
+
+
+def test_some_pictures_are_read_as_they_would_be_drawn(config):
+    vae = new_blocks(config)["vae"]
+    pictures, latents = torch.rand(40, 3, 64, 64), torch.randn(40, 4, 8, 8)
+    torch.manual_seed(0)
+    drawn = training.redrawn(vae, pictures, latents)
+    same = (drawn == pictures).flatten(1).all(1)
+    assert drawn.shape == pictures.shape and 5 < same.sum() < 35 and drawn.min() >= 0 and drawn.max() <= 1
+
+
 def test_codes_say_their_labels_and_what_is_not_known():
     codes = Codes(16, 24)
     labels = torch.tensor([[0] * len(HEADS), [1] * (len(HEADS) - 1) + [IGNORE]])
@@ -165,6 +200,12 @@ def test_codes_say_their_labels_and_what_is_not_known():
     assert states.shape == (2, 16, 24) and torch.equal(states, Codes(16, 24)(labels))
     assert torch.allclose(states.mean(-1), torch.zeros(2, 16), atol=1e-5)
     assert torch.equal(states[0, len(HEADS) :], states[1, len(HEADS) :])
+    hidden = codes.without_looks(states)
+    told = [k for k, head in enumerate(HEADS) if head[:-1] not in LOOK]
+    assert torch.equal(hidden[:, told], states[:, told]) and not torch.equal(hidden, states)
+    unknown = labels.clone()
+    unknown[:, [k for k in range(len(HEADS)) if k not in told]] = IGNORE
+    assert torch.equal(hidden, codes(unknown))
     error, read = codes.error(states, labels)
     assert error == 0 and read < codes.error(states.flip(0), labels)[1]
 
@@ -186,7 +227,7 @@ def test_a_unet_learns_to_draw_what_codes_say(config):
         found = learner.eval().unet(noise, 999, encoder_hidden_states=learner.codes(labels)).sample
         return (found + latents).square().mean().item()
 
-    for _ in range(60):
+    for _ in range(90):
         optimizer.zero_grad()
         learner.train()(latents, labels)["loss"].backward()
         optimizer.step()
@@ -195,10 +236,14 @@ def test_a_unet_learns_to_draw_what_codes_say(config):
 
 def test_muon_takes_orthogonal_steps_of_matrices_and_adams_of_the_rest():
     torch.manual_seed(0)
-    gradient = torch.randn(32, 64) @ torch.diag(torch.logspace(0, -1.5, 64))
-    singular = torch.linalg.svdvals(orthogonalized(gradient))
-    assert singular.min() > 0.3 and singular.max() < 1.3
-    assert torch.allclose(orthogonalized(gradient.T), orthogonalized(gradient).T, atol=1e-5)
+    for width in (64, 160):  # the wide one by its Gram matrix's polynomials
+        gradient = torch.randn(32, width) @ torch.diag(torch.logspace(0, -1.5, width))
+        found = orthogonalized(gradient)
+        assert torch.linalg.svdvals(found).min() > 0.3 and torch.linalg.svdvals(found).max() < 1.3
+        left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+        core = left.T @ found @ right.T  # the same singular vectors
+        assert torch.allclose(core, core.diag().diag(), atol=1e-3)
+        assert torch.allclose(orthogonalized(gradient.T), found.T, atol=1e-5)
     named = {name: torch.nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
     before = {name: p.detach().clone() for name, p in named.items()}
     for p in named.values():

@@ -30,13 +30,14 @@ from ..pictures import encode_png
 from ..story import Picture, Story
 from . import world
 from .data import Batches, Book, busy_crops
-from .learn import LearnStories, LearnToDraw, LearnToSee, LearnVAE
+from .learn import LearnDetail, LearnStories, LearnToDraw, LearnToSee, LearnVAE
 from .loop import Stage, train
 from .recipe import make_tokenizer, starter
 from .thin import thin_autoencoder, widened
 
-STAGES = ("vae", "encoder", "language", "decoder", "joint")
+STAGES = ("vae", "encoder", "detail", "language", "decoder", "joint")
 HELD_OUT_STORIES = 200
+REDRAWN, REDRAWN_NOISE = 0.5, 0.4  # the share of the pictures that are read as a VAE draws them, and the latents' noise
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,12 +76,15 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
             if unused or key.endswith(("position_map", "positions", "sink")):
                 parameter.requires_grad_(False)
     book, held_out = Book(out, stories), Book(out, min(HELD_OUT_STORIES, stories), held_out=True)
-    learn = {"vae": learn_vae, "encoder": learn_to_see, "decoder": learn_to_draw}.get(stage.name, learn_stories)
+    own = {"vae": learn_vae, "encoder": learn_to_see, "detail": learn_detail, "decoder": learn_to_draw}
+    learn = own.get(stage.name, learn_stories)
     learner, blocks, batch_of, validation, sample = learn(stage, out, config, blocks, book, held_out)
     folder = out / stage.name
     done = train(stage, learner, blocks, folder, batch_of, validation, precision, minutes, sample)
     if done and stage.name == "vae":
-        finish_vae(out, config, held_out.pictures(range(64)))
+        set_scale(out, config, held_out.pictures(range(64)))
+    if done and "thin" in blocks:
+        widen_vae(folder, config)
 
 
 # Each gives what `train` takes: the learner, the blocks to keep, (seed) -> a batch, batches for validation, on_sample.
@@ -113,6 +117,23 @@ def learn_to_see(stage: Stage, out: Path, config: Config, blocks, book: Book, he
     return learner, {"encoder": blocks["encoder"]}, batch_of, [batch_of(seed, held_out) for seed in range(8)], None
 
 
+def learn_detail(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
+    vae = newest_thin_vae(out, config)
+    vae.encoder.requires_grad_(False)
+    learner = LearnDetail(vae, blocks["encoder"].to(memory_format=torch.channels_last))
+    latents = {source: latents_of(out, source, config) for source in (book, held_out)}
+
+    def batch_of(seed: int, source: Book = book) -> tuple:
+        rows = source.random_rows(stage.batch, random.Random(f"pictures {seed}"))
+        pictures = source.pictures(rows).contiguous(memory_format=torch.channels_last)
+        return torch.from_numpy(latents[source][rows]).float().to(device_of(learner)), pictures.to(device_of(learner))
+
+    def sample(step: int) -> None:
+        vae_sheet(vae, held_out.pictures(range(0, 240, 15)), out / stage.name / f"samples-{step:06d}.png")
+
+    return learner, {"thin": vae}, batch_of, [batch_of(seed, held_out) for seed in range(8)], sample
+
+
 def learn_to_draw(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
     learner = LearnToDraw(blocks["unet"], blocks["synchronizer"], config.scheduler)
     latents = {source: latents_of(out, source, config) for source in (book, held_out)}
@@ -132,15 +153,18 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
     tokenizer, draws = tokenizer_of(out), stage.name == "joint"
     learner = LearnStories(blocks, config.scheduler, draws=draws)
     blocks["encoder"].to(memory_format=torch.channels_last)
-    batches = {source: Batches(source, config, tokenizer, stage.batch) for source in (book, held_out)}
-    latents = {source: latents_of(out, source, config) for source in (book, held_out) if draws}
+    only = "llm" not in stage.blocks  # what teaches nothing but the LLM is left out
+    batches = {source: Batches(source, config, tokenizer, stage.batch, drawn_only=only) for source in (book, held_out)}
+    latents = {source: latents_of(out, source, config) for source in (book, held_out)}
+    vae = newest_thin_vae(out, config).eval().requires_grad_(False)
 
     def batch_of(seed: int, source: Book = book) -> tuple:
         made, device = batches[source].make(seed), device_of(learner)
-        if not draws:
-            return (made.to(device),)
         known = torch.from_numpy(latents[source][made.rows.flatten().numpy()]).float()
-        return made.to(device), known.unflatten(0, tuple(made.rows.shape)).to(device)
+        if source is book:
+            made = replace(made, pixels=redrawn(vae, made.pixels.flatten(0, 1), known).view_as(made.pixels))
+        known = known.unflatten(0, tuple(made.rows.shape))
+        return (made.to(device), known.to(device)) if draws else (made.to(device),)
 
     def sample(step: int) -> None:
         model = MMInterleaved(config, {name: block.eval() for name, block in blocks.items()}, tokenizer)
@@ -155,17 +179,36 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
 
 
 @torch.no_grad()
-def finish_vae(out: Path, config: Config, pictures: torch.Tensor) -> None:
-    """Widens the trained VAE to its stock layout; sets the factor that brings its latents of `pictures` to size 1."""
+def set_scale(out: Path, config: Config, pictures: torch.Tensor) -> None:
+    """Sets the factor that brings the trained VAE's latents of `pictures` to size 1, in the run's config."""
+    thin = thin_autoencoder(diffusers_model(config.vae))
+    thin.load_state_dict(checkpoint.read_tensors(out / "vae" / "thin.safetensors"))
+    scale = 1 / float(thin.encode(pictures * 2 - 1).latents.std())
+    config = replace(config, vae={**config.vae, "scaling_factor": round(scale, 4)})
+    write_json(out / "config.json", config.to_dict())
+
+
+def widen_vae(folder: Path, config: Config) -> None:
+    """Writes the stock form of a stage's thin VAE."""
     from safetensors.torch import save_file
 
     vae = diffusers_model(config.vae)
-    vae.load_state_dict(widened(vae, checkpoint.read_tensors(out / "vae" / "thin.safetensors")))
-    scale = 1 / float(vae.encode(pictures * 2 - 1).latents.std())
-    config = replace(config, vae={**config.vae, "scaling_factor": round(scale, 4)})
-    write_json(out / "config.json", config.to_dict())
-    save_file(vae.state_dict(), out / "vae" / "vae.safetensors.part")
-    os.replace(out / "vae" / "vae.safetensors.part", out / "vae" / "vae.safetensors")
+    vae.load_state_dict(widened(vae, checkpoint.read_tensors(folder / "thin.safetensors")))
+    save_file(vae.state_dict(), folder / "vae.safetensors.part")
+    os.replace(folder / "vae.safetensors.part", folder / "vae.safetensors")
+
+
+@torch.no_grad()
+def redrawn(vae, pictures: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Pictures (N, 3, side, side), about half of them as a decoder that is not quite right would draw them.
+
+    A told story is read back from its own drawings, so what reads pictures must have met such.
+    """
+    chosen = torch.rand(len(pictures)) < REDRAWN
+    noise = torch.randn_like(latents) * torch.rand(len(latents), 1, 1, 1) * REDRAWN_NOISE
+    drawn = pictures.clone()
+    drawn[chosen] = decode_latents(vae, (latents + noise)[chosen])
+    return drawn
 
 
 # ---- what a run keeps ----
@@ -205,14 +248,21 @@ def tokenizer_of(out: Path):
     return Tokenizer.load(path, starter().llm.tokens, TEXT_TOKENS)
 
 
+def newest_thin_vae(out: Path, config: Config):
+    """The run's VAE in its thin form, with the decoder half of the detail stage if that is done."""
+    stage = "detail" if (out / "detail" / "vae.safetensors").exists() else "vae"
+    thin = thin_autoencoder(diffusers_model(config.vae)).to(memory_format=torch.channels_last)
+    thin.load_state_dict(checkpoint.read_tensors(out / stage / "thin.safetensors"))
+    return thin
+
+
 @torch.no_grad()
 def latents_of(out: Path, book: Book, config: Config) -> np.ndarray:
     """Scaled latents of all pictures of a book, float16, made once for a VAE, by its thin form, which is the same."""
-    weights = out / "vae" / "vae.safetensors"
-    path = out / f"latents-{len(book)}-{int(weights.stat().st_mtime)}.npy"
+    made = int((out / "vae" / "vae.safetensors").stat().st_mtime)
+    path = out / f"latents-{len(book)}-{made}.npy"
     if not path.exists():
-        thin = thin_autoencoder(diffusers_model(config.vae)).eval()
-        thin.load_state_dict(checkpoint.read_tensors(out / "vae" / "thin.safetensors"))
+        thin = newest_thin_vae(out, config).eval()
         parts = [encode_latents(thin, book.pictures(range(i, min(i + 64, len(book))))) for i in range(0, len(book), 64)]
         np.save(path.with_suffix(".part.npy"), torch.cat(parts).half().numpy())
         path.with_suffix(".part.npy").rename(path)

@@ -119,21 +119,22 @@ class Batches:
 
     Args:
         pictures: how many pictures a batch has, about.
+        drawn_only: only stories text first, as learning to draw needs them.
     """
 
-    def __init__(self, book: Book, config: Config, tokenizer: Tokenizer, pictures: int):
+    def __init__(self, book: Book, config: Config, tokenizer: Tokenizer, pictures: int, drawn_only: bool = False):
         self.book, self.config, self.tokenizer = book, config, tokenizer
-        self.pictures = pictures
+        self.pictures, self.drawn_only = pictures, drawn_only
         self.blank = Picture(torch.zeros(3, 8, 8))  # the layout of a story needs no pixels
 
     def make(self, seed: int) -> Batch:
         """The batch of a seed."""
         rng = random.Random(f"batch {seed}")
-        if rng.random() < STORIES_SHARE:
+        if self.drawn_only or rng.random() < STORIES_SHARE:
             panels = rng.choice(sorted(self.book.by_length))
             count = max(1, round(self.pictures / panels))
             numbers = [rng.choice(self.book.by_length[panels]) for _ in range(count)]
-            first = rng.random() < PICTURE_FIRST
+            first = not self.drawn_only and rng.random() < PICTURE_FIRST
             sequences = [self._story(number, first) for number in numbers]
             rows = [[int(self.book.first[number]) + i for i in range(panels)] for number in numbers]
             return self._collate(sequences, rows, draws=True, told=not first)

@@ -63,6 +63,14 @@ class Codes:
         rest = self.rest.to(labels.device).expand(len(labels), -1, -1)
         return torch.cat([torch.stack(said, 1), rest], 1)
 
+    def without_looks(self, states: torch.Tensor) -> torch.Tensor:
+        """The states (N, slots, width) with the looks of heroes not known."""
+        states = states.clone()
+        for k, (head, table) in enumerate(zip(HEADS, self.tables)):
+            if head[:-1] in LOOK:
+                states[:, k] = table[-1].to(states)
+        return states
+
     def error(self, states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of states (N, slots, width): the mean square against the codes, and the cross-entropy of reading them."""
         states = states.float()

@@ -15,6 +15,7 @@ UNCONDITIONAL = 0.1
 GUIDE_WEIGHT = 0.2
 CODE_WEIGHT = 1.0
 FORGOTTEN = 0.1  # of what a drawing could be told, in learning to draw
+LOOKS_FORGOTTEN = 0.5  # of the drawings that are not told how heroes look, so that their synchronizers learn to look
 NOISES = 2  # of each picture in a batch: what it is told and looks at is made once for them
 
 
@@ -35,16 +36,9 @@ class LearnVAE(nn.Module):
         latents = self.vae.encode(wanted).latents
         noise = torch.randn_like(latents) * 0.05 if self.training else 0
         found = self.vae.decode(latents + noise).sample
-        pixels = (found - wanted).abs().mean()
-        squares = (found - wanted).pow(2).mean()
-        edges = sum((found.diff(dim=d) - wanted.diff(dim=d)).abs().mean() for d in (-1, -2))
+        losses = pixel_errors(found, wanted)
         size = latents.float().pow(2).mean()
-        return {
-            "loss": pixels + squares + edges + 0.01 * (size - 1).pow(2),
-            "pixels": pixels,
-            "edges": edges,
-            "latent_size": size,
-        }
+        return {"loss": sum(losses.values()) + 0.01 * (size - 1).pow(2), **losses, "latent_size": size}
 
 
 class LearnToSee(nn.Module):
@@ -75,6 +69,49 @@ class LearnToSee(nn.Module):
         tokens = guide(self.tokens(features.tokens.flatten(1)), labels)
         read = [guide(reader(found), labels) for reader, found in zip(self.maps, features.maps)]
         return {"loss": tokens + sum(read) / len(read), "tokens": tokens, "maps": sum(read) / len(read)}
+
+
+class LearnDetail(nn.Module):
+    """The decoder half of a VAE, so that the encoder sees in what it makes of latents what it sees in the picture.
+
+    A face far away is a few pixels, and errors of pixels hardly miss it; features that were learned by telling faces
+    and tools apart do (Johnson et al. 2016). Latents stay as they are, and with them what a U-Net knows, so this can be
+    done at any time; they get noise, as what a U-Net draws is never quite clean.
+    """
+
+    NOISE = 0.15  # at most, in units of the latents' size
+
+    def __init__(self, vae, encoder):
+        super().__init__()
+        self.vae, self.encoder = vae, encoder
+
+    def forward(self, latents: torch.Tensor, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+        """latents (N, 4, h, w), scaled, of pictures (N, 3, side, side) in [0, 1]."""
+        if self.training:
+            size = torch.rand(len(latents), 1, 1, 1, device=latents.device) * self.NOISE
+            latents = latents + torch.randn_like(latents) * size
+        found = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        losses = pixel_errors(found, pictures * 2 - 1)
+        with torch.no_grad():
+            true = self.encoder(pictures)
+        seen = self.encoder((found / 2 + 0.5).contiguous(memory_format=torch.channels_last))
+        errors = [relative_error(a, b) for a, b in zip((seen.tokens, *seen.maps), (true.tokens, *true.maps))]
+        losses["seen"] = sum(errors) / len(errors)
+        return {"loss": sum(losses.values()), **losses}
+
+
+def pixel_errors(found: torch.Tensor, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
+    """L1 and L2 of pixels, and L1 of their differences, so that edges stay edges."""
+    return {
+        "pixels": (found - wanted).abs().mean(),
+        "squares": (found - wanted).pow(2).mean(),
+        "edges": sum((found.diff(dim=d) - wanted.diff(dim=d)).abs().mean() for d in (-1, -2)),
+    }
+
+
+def relative_error(found: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """Mean square of found - true, in units of true's variance."""
+    return (found - true).pow(2).mean() / true.var().clamp(min=1e-6)
 
 
 class LearnToDraw(nn.Module):
@@ -111,8 +148,8 @@ def diffusion_error(unet, noise_schedule, negative, states, latents, training: b
         states = torch.where(dropped, negative.to(states), states)
     noise = torch.randn_like(latents)
     times = torch.rand(len(latents), device=latents.device)
-    if training:  # what a picture shows is decided early: half of the draws are of the noisier two fifths
-        times = torch.where(torch.rand_like(times) < 0.5, times, 0.6 + 0.4 * times)
+    if training:  # faces and tools are decided in the middle: half of the draws are from there
+        times = torch.where(torch.rand_like(times) < 0.5, times, 0.1 + 0.5 * times)
     times = (times * noise_schedule.config.num_train_timesteps).long()
     found = unet(noise_schedule.add_noise(latents, noise, times), times, encoder_hidden_states=states).sample
     wanted = noise
@@ -185,6 +222,9 @@ class LearnStories(nn.Module):
         prepared = self.decoder.prepare(*self.seen(maps))
         wanted = latents.transpose(0, 1).flatten(0, 1).repeat(count, 1, 1, 1)
         states = states.repeat(count, 1, 1)
+        if self.training:
+            forgotten = torch.rand(len(states), 1, 1, device=states.device) < LOOKS_FORGOTTEN
+            states = torch.where(forgotten, self.codes.without_looks(states), states)
         with sites_attached(self.unet, self.decoder, prepared):
             return diffusion_error(self.unet, self.noise, self.decoder.negative, states, wanted, self.training)
 

@@ -18,13 +18,26 @@ def is_matrix(name: str, parameter: torch.Tensor) -> bool:
 
 
 def orthogonalized(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """About the nearest semi-orthogonal matrix: all singular values between 0.7 and 1.2 (Newton-Schulz, quintic)."""
+    """About the nearest semi-orthogonal matrix: all singular values between 0.7 and 1.2 (Newton-Schulz, quintic).
+
+    All factors are polynomials of the first Gram matrix, so they commute: for a matrix much wider than high, as a
+    convolution's is, they are multiplied among themselves and meet it only once, at the end.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    wide = x.shape[1] >= 3 * x.shape[0]
+    gram, factor = x @ x.T, None
+    for step in range(steps):
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        if wide:
+            factor = polynomial if factor is None else polynomial @ factor
+        else:
+            x = polynomial @ x
+        if step < steps - 1:
+            gram = polynomial @ gram @ polynomial if wide else x @ x.T
+    x = factor @ x if wide else x
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
