@@ -181,7 +181,7 @@ def test_a_vaes_decoder_learns_what_the_encoder_sees(config):
         learner.train()(latents, pictures)["loss"].backward()
         optimizer.step()
     assert all(p.grad is None for p in blocks["encoder"].parameters())
-    assert learner.eval()(latents, pictures)["seen"].item() < 0.5 * before
+    assert learner.eval()(latents, pictures)["seen"].item() < 0.7 * before
 
 
 def test_some_pictures_are_read_as_they_would_be_drawn(config):
