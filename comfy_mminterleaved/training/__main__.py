@@ -82,6 +82,7 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
     folder = out / stage.name
     done = train(stage, learner, blocks, folder, batch_of, validation, precision, minutes, sample)
     if done and stage.name == "vae":
+        (out / "detail" / "vae.safetensors").unlink(missing_ok=True)  # it decodes other latents
         set_scale(out, config, held_out.pictures(range(64)))
     if done and "thin" in blocks:
         widen_vae(folder, config)
@@ -159,12 +160,13 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
     vae = newest_thin_vae(out, config).eval().requires_grad_(False)
 
     def batch_of(seed: int, source: Book = book) -> tuple:
-        made, device = batches[source].make(seed), device_of(learner)
-        known = torch.from_numpy(latents[source][made.rows.flatten().numpy()]).float()
+        device = device_of(learner)
+        made = batches[source].make(seed).to(device)
+        known = torch.from_numpy(latents[source][made.rows.flatten().cpu().numpy()]).float().to(device)
         if source is book:
-            made = replace(made, pixels=redrawn(vae, made.pixels.flatten(0, 1), known).view_as(made.pixels))
-        known = known.unflatten(0, tuple(made.rows.shape))
-        return (made.to(device), known.to(device)) if draws else (made.to(device),)
+            pixels = redrawn(vae.to(device), made.pixels.flatten(0, 1), known)
+            made = replace(made, pixels=pixels.view_as(made.pixels))
+        return (made, known.unflatten(0, tuple(made.rows.shape))) if draws else (made,)
 
     def sample(step: int) -> None:
         model = MMInterleaved(config, {name: block.eval() for name, block in blocks.items()}, tokenizer)
@@ -181,9 +183,7 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
 @torch.no_grad()
 def set_scale(out: Path, config: Config, pictures: torch.Tensor) -> None:
     """Sets the factor that brings the trained VAE's latents of `pictures` to size 1, in the run's config."""
-    thin = thin_autoencoder(diffusers_model(config.vae))
-    thin.load_state_dict(checkpoint.read_tensors(out / "vae" / "thin.safetensors"))
-    scale = 1 / float(thin.encode(pictures * 2 - 1).latents.std())
+    scale = 1 / float(newest_thin_vae(out, config).encode(pictures * 2 - 1).latents.std())
     config = replace(config, vae={**config.vae, "scaling_factor": round(scale, 4)})
     write_json(out / "config.json", config.to_dict())
 
@@ -204,8 +204,8 @@ def redrawn(vae, pictures: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 
     A told story is read back from its own drawings, so what reads pictures must have met such.
     """
-    chosen = torch.rand(len(pictures)) < REDRAWN
-    noise = torch.randn_like(latents) * torch.rand(len(latents), 1, 1, 1) * REDRAWN_NOISE
+    chosen = torch.rand(len(pictures), device=pictures.device) < REDRAWN
+    noise = torch.randn_like(latents) * torch.rand_like(latents[:, :1, :1, :1]) * REDRAWN_NOISE
     drawn = pictures.clone()
     drawn[chosen] = decode_latents(vae, (latents + noise)[chosen])
     return drawn
