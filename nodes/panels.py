@@ -88,5 +88,3 @@ class PanelsToStory(io.ComfyNode):
         for text, picture in zip(texts, pictures):
             story = story.add(text.strip(), picture)
         return io.NodeOutput(with_features(encoder[0], story))
-
-

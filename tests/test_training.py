@@ -159,6 +159,19 @@ def test_losses_reach_every_trained_parameter(batches, config):
     assert not without
 
 
+def test_what_stands_still_is_not_guided(batches, config):
+    blocks = new_blocks(config)
+    for name in ("encoder", "llm"):
+        blocks[name].requires_grad_(False)
+    learner = LearnStories(blocks, config.scheduler).train()
+    batch = batch_that(batches, draws=True)
+    losses = learner(batch, torch.randn(*batch.rows.shape, 4, 16, 16))
+    assert set(losses) == {"loss", "says", "code", "image"}
+    losses["loss"].backward()
+    reached = {name for name, p in learner.named_parameters() if p.grad is not None}
+    assert reached and all(name.startswith(("decoder.", "unet.")) for name in reached)
+
+
 def test_only_what_is_to_be_drawn_is_kept_where_only_drawing_is_learned(book, config, tokenizer):
     stories = Batches(book, config, tokenizer, pictures=8, drawn_only=True)
     for seed in range(20):

@@ -83,7 +83,7 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
     done = train(stage, learner, blocks, folder, batch_of, validation, precision, minutes, sample)
     if done and stage.name == "vae":
         (out / "detail" / "vae.safetensors").unlink(missing_ok=True)  # it decodes other latents
-        set_scale(out, config, held_out.pictures(range(64)))
+        set_scale(out, config, held_out.pictures(range(min(64, len(held_out)))))
     if done and "thin" in blocks:
         widen_vae(folder, config)
 
@@ -100,9 +100,10 @@ def learn_vae(stage: Stage, out: Path, config: Config, blocks, book: Book, held_
         return (busy_crops(book.pictures(book.random_rows(stage.batch, rng)), rng).to(device_of(learner)),)
 
     def sample(step: int) -> None:
-        vae_sheet(vae, held_out.pictures(range(0, 240, 15)), out / stage.name / f"samples-{step:06d}.png")
+        vae_sheet(vae, held_out, out / stage.name / f"samples-{step:06d}.png")
 
-    validation = [(held_out.pictures(range(i * 16, i * 16 + 16)).to(device_of(learner)),) for i in range(4)]
+    some = held_out.pictures([row % len(held_out) for row in range(64)]).to(device_of(learner))
+    validation = [(part,) for part in some.split(16)]
     return learner, {"thin": vae}, batch_of, validation, sample
 
 
@@ -130,7 +131,7 @@ def learn_detail(stage: Stage, out: Path, config: Config, blocks, book: Book, he
         return torch.from_numpy(latents[source][rows]).float().to(device_of(learner)), pictures.to(device_of(learner))
 
     def sample(step: int) -> None:
-        vae_sheet(vae, held_out.pictures(range(0, 240, 15)), out / stage.name / f"samples-{step:06d}.png")
+        vae_sheet(vae, held_out, out / stage.name / f"samples-{step:06d}.png")
 
     return learner, {"thin": vae}, batch_of, [batch_of(seed, held_out) for seed in range(8)], sample
 
@@ -290,16 +291,16 @@ def _grid(rows: list[torch.Tensor], path: Path) -> None:
 
 
 @torch.no_grad()
-def vae_sheet(vae, pictures: torch.Tensor, path: Path) -> None:
+def vae_sheet(vae, book: Book, path: Path, count: int = 16) -> None:
     """Pictures over their reconstructions."""
     vae = vae.eval()
-    pictures = pictures.to(device_of(vae))
+    pictures = book.pictures(book.spread(count)).to(device_of(vae))
     _grid([row.cpu() for row in (pictures, decode_latents(vae, encode_latents(vae, pictures)))], path)
 
 
 def code_sheet(learner: LearnToDraw, blocks, config: Config, book: Book, path: Path, count: int = 12) -> None:
     """Held-out pictures over what the U-Net draws when told what they show, without any synchronizer."""
-    rows = [row * len(book) // count for row in range(count)]
+    rows = book.spread(count)
     labels = book.labels[rows].to(device_of(learner))
     drawn = draw(
         learner.unet, blocks["vae"], make_scheduler("ddim", config.scheduler), blocks["synchronizer"],

@@ -96,6 +96,10 @@ class Book:
         """Pictures by number, float (len(rows), 3, side, side) in [0, 1]."""
         return torch.from_numpy(self.pixels[np.asarray(rows)]).permute(0, 3, 1, 2).float() / 255
 
+    def spread(self, count: int) -> list[int]:
+        """Numbers of pictures from all over the book."""
+        return [row * len(self) // count for row in range(count)]
+
     def random_rows(self, count: int, rng: random.Random) -> list[int]:
         return sorted(rng.randrange(len(self)) for _ in range(count))
 

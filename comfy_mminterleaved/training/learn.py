@@ -10,10 +10,8 @@ from ..drawing import make_scheduler, sites_attached
 from .data import Batch
 from .labels import IGNORE, SIZES, Codes, guide
 
-IMAGE_WEIGHT = 10.0  # of the noise prediction's loss beside the text's
+WEIGHTS = {"text": 1.0, "image": 10.0, "sees": 0.2, "knows": 0.2, "says": 0.2, "code": 1.0}  # text, image: the paper's
 UNCONDITIONAL = 0.1
-GUIDE_WEIGHT = 0.2
-CODE_WEIGHT = 1.0
 FORGOTTEN = 0.1  # of what a drawing could be told, in learning to draw
 LOOKS_FORGOTTEN = 0.5  # of the drawings that are not told how heroes look, so that their synchronizers learn to look
 NOISES = 2  # of each picture in a batch: what it is told and looks at is made once for them
@@ -169,6 +167,7 @@ class LearnStories(nn.Module):
     Beside them, guides read what a scene has (`labels.HEADS`), as far as the text and the panels before tell it: from
     the visual tokens and from the LLM's state at the start-of-image token. And the states that condition the U-Net are
     drawn towards the `Codes` that it has learned to draw from. Guides and codes are left behind when training is done.
+    If encoder and LLM stand still, there are no guides and there is no loss of text: they would teach nobody.
     """
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict, draws: bool = True):
@@ -178,30 +177,30 @@ class LearnStories(nn.Module):
         self.noise = make_scheduler("ddpm", scheduler)
         self.draws = draws
         c = self.decoder.config
-        self.sees, self.knows = sight(self.encoder), nn.Linear(c.llm_width, sum(SIZES))
+        self.reads = any(q.requires_grad for block in (self.encoder, self.llm) for q in block.parameters())
+        if self.reads:
+            self.sees, self.knows = sight(self.encoder), nn.Linear(c.llm_width, sum(SIZES))
         self.codes = Codes(c.resampler.queries, c.resampler.width)
 
     def forward(self, batch: Batch, latents: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled; needed to draw."""
         n, p = batch.pixels.shape[:2]
-        reads = any(q.requires_grad for block in (self.encoder, self.llm) for q in block.parameters())
-        with torch.set_grad_enabled(reads and torch.is_grad_enabled()):
+        losses = {}
+        with torch.set_grad_enabled(self.reads and torch.is_grad_enabled()):
             features = self.encoder(batch.pixels.flatten(0, 1))
             maps = [m.unflatten(0, (n, p)) for m in features.maps]
             x = self.llm.embed(batch.ids, features.tokens.flatten(0, 1))
             hidden = self.llm(x, self.llm.prepare(maps), batch.visible)
-        logits = self.llm.logits(hidden).float()
-        losses = {"text": F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)}
-        losses["sees"] = guide(self.sees(features.tokens.flatten(1)), batch.shown.flatten(0, 1))
-        total = losses["text"] + GUIDE_WEIGHT * losses["sees"]
+        if self.reads:
+            logits = self.llm.logits(hidden).float()
+            losses["text"] = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+            losses["sees"] = guide(self.sees(features.tokens.flatten(1)), batch.shown.flatten(0, 1))
         if batch.draws:
             states, told = self.tell(batch, hidden)
             losses |= told
-            total = total + GUIDE_WEIGHT * (told["knows"] + told["says"]) + CODE_WEIGHT * told["code"]
             if self.draws:
                 losses["image"] = self.draw(states, maps, latents)
-                total = total + IMAGE_WEIGHT * losses["image"]
-        return {"loss": total, **losses}
+        return {"loss": sum(WEIGHTS[name] * error for name, error in losses.items()), **losses}
 
     def tell(self, batch: Batch, hidden) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What conditions the drawing of every picture of every story, and the errors of guide and codes.
@@ -212,9 +211,11 @@ class LearnStories(nn.Module):
         contexts = [hidden[i, : batch.starts[i, j] + 1] for j in range(p) for i in range(n)]
         states = self.decoder.condition(contexts)
         labels = batch.labels.transpose(0, 1).flatten(0, 1)
-        knows = guide(self.knows(torch.stack([context[-1] for context in contexts])), labels)
         code, says = self.codes.error(states, labels)
-        return states, {"knows": knows, "says": says, "code": code}
+        losses = {"says": says, "code": code}
+        if self.reads:
+            losses["knows"] = guide(self.knows(torch.stack([context[-1] for context in contexts])), labels)
+        return states, losses
 
     def draw(self, states, maps, latents) -> torch.Tensor:
         """The diffusion error for every picture of every story, each in view of those before it."""
