@@ -30,14 +30,15 @@ from ..pictures import encode_png
 from ..story import Picture, Story
 from . import world
 from .data import Batches, Book, busy_crops
-from .learn import LearnDetail, LearnStories, LearnToDraw, LearnToSee, LearnVAE
+from .learn import LearnDetail, LearnStories, LearnToDraw, LearnToLook, LearnToSee, LearnVAE
 from .loop import Stage, train
 from .recipe import make_tokenizer, starter
 from .thin import thin_autoencoder, widened
 
-STAGES = ("vae", "encoder", "detail", "language", "decoder", "joint")
+STAGES = ("vae", "encoder", "detail", "language", "decoder", "look", "joint")
 HELD_OUT_STORIES = 200
-REDRAWN, REDRAWN_NOISE = 0.5, 0.4  # the share of the pictures that are read as a VAE draws them, and the latents' noise
+OF_TWO = 0.2  # of the pictures that encoder and U-Net learn from, only such as show two heroes
+REDRAWN, REDRAWN_NOISE = 0.3, 0.4  # the share of the pictures that are read as a VAE draws them, and the latents' noise
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,9 +71,11 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
     config, blocks = load_run(out, stage.needs)
     for name, block in blocks.items():
         block.requires_grad_(name in stage.blocks)
-    for name in stage.blocks:  # what is fixed stays fixed; without a U-Net, the sites in it have nothing to learn
+    # What is fixed stays fixed; of the synchronizer, what has nothing to do in a stage stands still.
+    idle = {"language": lambda key: "site" in key, "look": lambda key: "site" not in key}.get(stage.name)
+    for name in stage.blocks:
         for key, parameter in blocks[name].named_parameters():
-            unused = stage.name == "language" and name == "synchronizer" and "site" in key
+            unused = name == "synchronizer" and idle is not None and idle(key)
             if unused or key.endswith(("position_map", "positions", "sink")):
                 parameter.requires_grad_(False)
     book, held_out = Book(out, stories), Book(out, min(HELD_OUT_STORIES, stories), held_out=True)
@@ -110,11 +113,15 @@ def learn_vae(stage: Stage, out: Path, config: Config, blocks, book: Book, held_
 def learn_to_see(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
     learner = LearnToSee(blocks["encoder"])
     blocks["encoder"].to(memory_format=torch.channels_last)  # a third faster on CPUs
+    latents, vae = latents_of(out, book, config), newest_thin_vae(out, config).eval().requires_grad_(False)
 
-    def batch_of(seed: int, book: Book = book) -> tuple:
-        rows = book.random_rows(stage.batch, random.Random(f"pictures {seed}"))
-        pictures = book.pictures(rows).contiguous(memory_format=torch.channels_last)
-        return pictures.to(device_of(learner)), book.labels[rows].to(device_of(learner))
+    def batch_of(seed: int, source: Book = book) -> tuple:
+        device = device_of(learner)
+        rows = source.random_rows(stage.batch, random.Random(f"pictures {seed}"), OF_TWO if source is book else 0.0)
+        pictures = source.pictures(rows).to(device)
+        if source is book:
+            pictures = redrawn(vae.to(device), pictures, torch.from_numpy(latents[rows]).float().to(device))
+        return pictures.contiguous(memory_format=torch.channels_last), source.labels[rows].to(device)
 
     return learner, {"encoder": blocks["encoder"]}, batch_of, [batch_of(seed, held_out) for seed in range(8)], None
 
@@ -141,9 +148,10 @@ def learn_to_draw(stage: Stage, out: Path, config: Config, blocks, book: Book, h
     latents = {source: latents_of(out, source, config) for source in (book, held_out)}
 
     def batch_of(seed: int, source: Book = book) -> tuple:
-        rows = source.random_rows(stage.batch, random.Random(f"pictures {seed}"))
-        device = device_of(learner)
-        return torch.from_numpy(latents[source][rows]).float().to(device), source.labels[rows].to(device)
+        rows = source.random_rows(stage.batch, random.Random(f"pictures {seed}"), OF_TWO if source is book else 0.0)
+        known = torch.from_numpy(latents[source][rows]).float()
+        made = known, source.labels[rows], source.emphasis(rows, known.shape[-1])
+        return tuple(part.to(device_of(learner)) for part in made)
 
     def sample(step: int) -> None:
         code_sheet(learner, blocks, config, held_out, out / stage.name / f"samples-{step:06d}.png")
@@ -152,8 +160,9 @@ def learn_to_draw(stage: Stage, out: Path, config: Config, blocks, book: Book, h
 
 
 def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
-    tokenizer, draws = tokenizer_of(out), stage.name == "joint"
-    learner = LearnStories(blocks, config.scheduler, draws=draws)
+    tokenizer, draws = tokenizer_of(out), stage.name != "language"
+    look = stage.name == "look"
+    learner = LearnToLook(blocks, config.scheduler) if look else LearnStories(blocks, config.scheduler, draws)
     blocks["encoder"].to(memory_format=torch.channels_last)
     only = "llm" not in stage.blocks  # what teaches nothing but the LLM is left out
     batches = {source: Batches(source, config, tokenizer, stage.batch, drawn_only=only) for source in (book, held_out)}
@@ -167,7 +176,10 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
         if source is book:
             pixels = redrawn(vae.to(device), made.pixels.flatten(0, 1), known)
             made = replace(made, pixels=pixels.view_as(made.pixels))
-        return (made, known.unflatten(0, tuple(made.rows.shape))) if draws else (made,)
+        if not draws:
+            return (made,)
+        emphasis = source.emphasis(made.rows.flatten().tolist(), known.shape[-1]).to(device)
+        return made, *(part.unflatten(0, tuple(made.rows.shape)) for part in (known, emphasis))
 
     def sample(step: int) -> None:
         model = MMInterleaved(config, {name: block.eval() for name, block in blocks.items()}, tokenizer)
@@ -178,7 +190,7 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
             write_bytes(path.with_suffix(".txt"), captions(model, held_out).encode("utf-8"))
 
     kept = {name: blocks[name] for name in stage.blocks}
-    return learner, kept, batch_of, [batch_of(seed, held_out) for seed in range(8)], sample
+    return learner, kept, batch_of, [batch_of(seed, held_out) for seed in range(8)], None if look else sample
 
 
 @torch.no_grad()
@@ -201,7 +213,7 @@ def widen_vae(folder: Path, config: Config) -> None:
 
 @torch.no_grad()
 def redrawn(vae, pictures: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Pictures (N, 3, side, side), about half of them as a decoder that is not quite right would draw them.
+    """Pictures (N, 3, side, side), some of them as a decoder that is not quite right would draw them.
 
     A told story is read back from its own drawings, so what reads pictures must have met such.
     """

@@ -14,7 +14,7 @@ from ..config import Config
 from ..story import Picture, Story, TokenLayout, layout
 from ..tokenizer import Tokenizer
 from . import paint, world
-from .labels import HEADS, IGNORE, LOOK, labels_of
+from .labels import COATS, HEADS, IGNORE, LOOKS, labels_of
 
 CAPTION, ASK = "Caption:", "Question: {question} Answer:"
 STORIES_SHARE = 0.7  # of the batches; the rest are captions and questions on single pictures
@@ -80,6 +80,7 @@ class Book:
         self.pixels = np.load(path, mmap_mode="r")
         scenes = [page.scene for story in self.stories for page in story]
         self.labels = torch.tensor([list(labels_of(scene).values()) for scene in scenes])  # (pictures, heads)
+        self.two = [row for row, scene in enumerate(scenes) if len(scene.heroes) > 1]
         self.by_length: dict[int, list[int]] = {}
         for number, story in enumerate(self.stories):
             self.by_length.setdefault(len(story), []).append(number)
@@ -96,12 +97,29 @@ class Book:
         """Pictures by number, float (len(rows), 3, side, side) in [0, 1]."""
         return torch.from_numpy(self.pixels[np.asarray(rows)]).permute(0, 3, 1, 2).float() / 255
 
+    def emphasis(self, rows, side: int) -> torch.Tensor:
+        """How much of each cell of a grid is about a hero or the prop, float (len(rows), 1, side, side) in [0, 1]."""
+        found = torch.zeros(len(rows), 1, side, side)
+        for grid, row in zip(found[:, 0], rows):
+            for box in paint.boxes(self.page(row).scene):
+                across, down = (_overlap(box[i], box[i + 2], side) for i in (0, 1))
+                torch.maximum(grid, down[:, None] * across, out=grid)
+        return found
+
     def spread(self, count: int) -> list[int]:
         """Numbers of pictures from all over the book."""
         return [row * len(self) // count for row in range(count)]
 
-    def random_rows(self, count: int, rng: random.Random) -> list[int]:
-        return sorted(rng.randrange(len(self)) for _ in range(count))
+    def random_rows(self, count: int, rng: random.Random, of_two: float = 0.0) -> list[int]:
+        """Numbers of pictures, a share `of_two` of them only of those that show two heroes."""
+        chosen = (self.two if self.two and rng.random() < of_two else range(len(self)) for _ in range(count))
+        return sorted(rng.choice(rows) for rows in chosen)
+
+
+def _overlap(low: float, high: float, cells: int) -> torch.Tensor:
+    """How much of each of `cells` equal parts of a picture's side lies between two places in px."""
+    edges = torch.linspace(0, paint.SIDE, cells + 1).clamp(low, high)
+    return edges.diff() * cells / paint.SIDE
 
 
 def busy_crops(pictures: torch.Tensor, rng: random.Random) -> torch.Tensor:
@@ -167,15 +185,22 @@ class Batches:
         return layout(story, self.tokenizer, self.config.llm)
 
     def _labels(self, shown: torch.Tensor, rows: list[list[int]], told: bool) -> torch.Tensor:
-        """Of what is shown: what the text says if it was told before, how heroes look if told or shown before."""
+        """What the states are to tell of what is shown.
+
+        What the text says, if it was told before. How heroes look, if the text has introduced them; else, after the
+        first picture, the species, and where two heroes must be told apart all of it. The coat and the accessory of
+        one hero are for the sites to find in the pictures.
+        """
         labels = shown.clone()
         for i, row in enumerate(rows):
-            introduced = told and bool(world.parse(self.book.page(row[0]).text).heroes)
-            for k, head in enumerate(HEADS):
-                if head[:-1] not in LOOK:
+            first = self.book.page(row[0])
+            introduced = told and bool(world.parse(first.text).heroes)
+            for k in range(len(HEADS)):
+                if k not in LOOKS:
                     labels[i, :, k] = labels[i, :, k] if told else IGNORE
                 elif not introduced:
-                    labels[i, 0, k] = IGNORE
+                    left_to_sites = k in COATS and len(first.scene.heroes) == 1
+                    labels[i, : None if left_to_sites else 1, k] = IGNORE
         return labels
 
     def _collate(

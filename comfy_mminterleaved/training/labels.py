@@ -28,6 +28,8 @@ def labels_of(scene: world.Scene) -> dict[str, int]:
 
 
 SIZES = [len(values) for values in HEADS.values()]
+LOOKS = [k for k, head in enumerate(HEADS) if head[:-1] in LOOK]  # the heads of how heroes look
+COATS = [k for k in LOOKS if not list(HEADS)[k].startswith("species")]  # of these, coats and accessories
 
 
 def guide(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -63,17 +65,33 @@ class Codes:
         rest = self.rest.to(labels.device).expand(len(labels), -1, -1)
         return torch.cat([torch.stack(said, 1), rest], 1)
 
-    def without_looks(self, states: torch.Tensor) -> torch.Tensor:
-        """The states (N, slots, width) with the looks of heroes not known."""
-        states = states.clone()
-        for k, (head, table) in enumerate(zip(HEADS, self.tables)):
-            if head[:-1] in LOOK:
-                states[:, k] = table[-1].to(states)
-        return states
-
     def error(self, states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of states (N, slots, width): the mean square against the codes, and the cross-entropy of reading them."""
         states = states.float()
         logits = [state @ table[:-1].to(state).T for state, table in zip(states.unbind(1), self.tables)]
         read = guide(torch.cat(logits, -1) / states.shape[-1] ** 0.5, labels)
         return F.mse_loss(states, self(labels)), read
+
+
+class SiteCodes:
+    """Fixed vectors for how heroes look: what each site is to find in the pictures before, at every place alike.
+
+    As with `Codes`, a U-Net can learn to draw what its sites will find before they find anything.
+
+    Args:
+        widths: of the sites.
+    """
+
+    def __init__(self, widths):
+        rng = torch.Generator().manual_seed(1)
+        size = len(LOOKS) ** -0.5  # so that their sum has variance 1
+        self.tables = [[torch.randn(SIZES[k], width, generator=rng) * size for k in LOOKS] for width in widths]
+
+    def __call__(self, labels: torch.Tensor) -> list[torch.Tensor]:
+        """labels (N, heads) -> for each site (N, width); what is not known adds nothing."""
+        known = labels[:, LOOKS] != IGNORE
+        wanted = labels[:, LOOKS].where(known, torch.zeros_like(labels[:, LOOKS]))
+        return [
+            sum(table.to(labels.device)[wanted[:, i]] * known[:, i : i + 1] for i, table in enumerate(tables))
+            for tables in self.tables
+        ]

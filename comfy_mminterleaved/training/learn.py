@@ -7,13 +7,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..drawing import make_scheduler, sites_attached
+from ..encoder import cell_centres
+from ..positions import resize_positions
 from .data import Batch
-from .labels import IGNORE, SIZES, Codes, guide
+from .labels import COATS, IGNORE, LOOKS, SIZES, Codes, SiteCodes, guide
 
-WEIGHTS = {"text": 1.0, "image": 10.0, "sees": 0.2, "knows": 0.2, "says": 0.2, "code": 1.0}  # text, image: the paper's
+WEIGHTS = {  # of text and image the paper's
+    "text": 1.0, "image": 10.0, "sees": 0.2, "glance": 0.2, "knows": 0.2, "says": 0.2, "code": 1.0, "sites": 1.0,
+}  # fmt: skip
 UNCONDITIONAL = 0.1
 FORGOTTEN = 0.1  # of what a drawing could be told, in learning to draw
-LOOKS_FORGOTTEN = 0.5  # of the drawings that are not told how heroes look, so that their synchronizers learn to look
+EMPHASIS = 4.0  # the weight of heroes and props against what is behind them, at times below EMPHASIZED
+EMPHASIZED = 0.6
 NOISES = 2  # of each picture in a batch: what it is told and looks at is made once for them
 
 
@@ -40,10 +45,10 @@ class LearnVAE(nn.Module):
 
 
 class LearnToSee(nn.Module):
-    """What a picture shows, read by guides that are left behind: from the visual tokens, and from the finest maps.
+    """What a picture shows, read by guides that are left behind: from the visual tokens, and from the maps.
 
     The ViT hears of the adapter's convolutions through gates that begin at zero, so these learn far sooner when they
-    are asked themselves; and the synchronizers read the maps.
+    are asked themselves. And the maps are read as the synchronizers read them: linearly, at a glance.
     """
 
     MAPS = 3  # of the four; each is read on a grid of at most this side
@@ -52,7 +57,7 @@ class LearnToSee(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
-        self.tokens = sight(encoder)
+        self.tokens, self.glance = sight(encoder), nn.Linear(encoder.config.width, sum(SIZES))
         self.maps = nn.ModuleList(
             nn.Sequential(
                 nn.AdaptiveMaxPool2d(self.SIDE), nn.Conv2d(encoder.config.width, 32, 1), nn.ReLU(), nn.Flatten(),
@@ -64,9 +69,13 @@ class LearnToSee(nn.Module):
     def forward(self, pictures: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """pictures (N, 3, side, side) in [0, 1], labels (N, heads)."""
         features = self.encoder(pictures)
-        tokens = guide(self.tokens(features.tokens.flatten(1)), labels)
         read = [guide(reader(found), labels) for reader, found in zip(self.maps, features.maps)]
-        return {"loss": tokens + sum(read) / len(read), "tokens": tokens, "maps": sum(read) / len(read)}
+        losses = {
+            "tokens": guide(self.tokens(features.tokens.flatten(1)), labels),
+            "maps": sum(read) / len(read),
+            "glance": guide(self.glance(glance(features.maps)), labels),
+        }
+        return {"loss": sum(losses.values()), **losses}
 
 
 class LearnDetail(nn.Module):
@@ -113,20 +122,61 @@ def relative_error(found: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 
 
 class LearnToDraw(nn.Module):
-    """Drawing from `Codes`, before there is an LLM to say what to draw: the U-Net alone."""
+    """Drawing from `Codes`, before there is an LLM to say what to draw: the U-Net alone.
+
+    How heroes look it is told by the states, or as sites will find it in the pictures before (`SiteCodes`), or both; if
+    these differ, the states are right, for sites cannot know which of two heroes is meant.
+    """
 
     def __init__(self, unet, decoder, scheduler: dict):
         super().__init__()
         self.unet, self.noise = unet, make_scheduler("ddpm", scheduler)
         self.negative = decoder.negative
         self.codes = Codes(decoder.config.resampler.queries, decoder.config.resampler.width)
+        self.sites = TaughtSites(decoder.config.site_widths)
 
-    def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """latents (N, 4, h, w), scaled; labels (N, heads) of what they show."""
+    def forward(self, latents, labels, emphasis=None) -> dict[str, torch.Tensor]:
+        """latents (N, 4, h, w), scaled; labels (N, heads) of what they show; emphasis as in `diffusion_error`."""
         if self.training:
-            labels = labels.masked_fill(torch.rand(labels.shape, device=labels.device) < FORGOTTEN, IGNORE)
-        states = self.codes(labels)
-        return {"loss": diffusion_error(self.unet, self.noise, self.negative, states, latents, self.training)}
+            way = torch.rand(len(labels), 1, device=labels.device)
+            found = torch.where((way > 0.85) & (way < 0.95), labels.roll(1, 0), labels)  # what is told is right then
+            found = without(found, LOOKS, (way < 0.35) | (way > 0.95))
+            told = without(labels, COATS, (way > 0.35) & (way < 0.75))
+            told = without(told, LOOKS, ((way > 0.35) & (way < 0.55)) | (way > 0.95))
+            told = told.masked_fill(torch.rand(told.shape, device=told.device) < FORGOTTEN, IGNORE)
+            return {"loss": self.error(latents, told, found, emphasis)}
+        every = torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device)
+        told = self.error(latents, labels, without(labels, LOOKS, every))
+        found = self.error(latents, without(labels, COATS, every), labels)
+        return {"loss": (told + found) / 2, "told": told, "found": found}
+
+    def error(self, latents, told, found, emphasis=None) -> torch.Tensor:
+        """Told by the states and found by the sites: labels (N, heads)."""
+        with sites_attached(self.unet, self.sites, self.sites.prepare(found, 0.3 if self.training else 0.0)):
+            states = self.codes(told)
+            return diffusion_error(self.unet, self.noise, self.negative, states, latents, self.training, emphasis)
+
+
+class TaughtSites:
+    """In the place of a Decoder's sites: they find what the pictures before would show, with no pictures."""
+
+    def __init__(self, widths):
+        self.codes = SiteCodes(widths)
+        self.skip_sites = range(len(widths) - 1)
+
+    def prepare(self, labels: torch.Tensor, noise: float = 0.0) -> list[torch.Tensor]:
+        """Of each site what it finds (N, width), as no synchronizer is ever quite right with some noise."""
+        return [code + torch.randn_like(code) * noise for code in self.codes(labels)]
+
+    def site(self, index: int, x, prepared, strength: float = 1.0):
+        return x + strength * prepared[index].to(x)[:, :, None, None]
+
+
+def without(labels: torch.Tensor, heads: list[int], rows: torch.Tensor) -> torch.Tensor:
+    """Labels (N, heads) of which some are not known in some rows: bool (N, 1)."""
+    chosen = torch.zeros(labels.shape[1], dtype=torch.bool, device=labels.device)
+    chosen[heads] = True
+    return labels.masked_fill(rows & chosen, IGNORE)
 
 
 def sight(encoder) -> nn.Linear:
@@ -134,12 +184,23 @@ def sight(encoder) -> nn.Linear:
     return nn.Linear(encoder.config.resampler.queries * encoder.config.out_width, sum(SIZES))
 
 
-def diffusion_error(unet, noise_schedule, negative, states, latents, training: bool) -> torch.Tensor:
+def glance(maps) -> torch.Tensor:
+    """What a synchronizer that looks everywhere alike finds in an encoder's maps but the largest: (N, C)."""
+    cells = [found.flatten(2).transpose(1, 2) for found in maps[1:]]
+    return torch.stack([F.layer_norm(c, c.shape[-1:]).mean(1) for c in cells]).mean(0)
+
+
+def diffusion_error(
+    unet, noise_schedule, negative, states, latents, training: bool, emphasis: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean squared error of what the U-Net predicts of noised latents (N, 4, h, w), told `states`.
 
     What that is is a matter of the schedule's kind. `epsilon`: the noise, as in the reference. `v_prediction`
     (Salimans and Ho 2022, section 4): the same model, with the errors of its clean picture weighed evenly; made from
     nothing, it learns far sooner what to draw.
+
+    `emphasis`, float (N, 1, h, w) in [0, 1], is where what matters stands: the error weighs more there, but only at
+    times when the noise no longer hides where that is, or the U-Net would draw heroes everywhere.
     """
     if training:
         dropped = torch.rand(len(states), 1, 1, device=states.device) < UNCONDITIONAL
@@ -153,7 +214,11 @@ def diffusion_error(unet, noise_schedule, negative, states, latents, training: b
     wanted = noise
     if noise_schedule.config.prediction_type == "v_prediction":
         wanted = noise_schedule.get_velocity(latents, noise, times)
-    return F.mse_loss(found.float(), wanted.float())
+    if emphasis is None:
+        return F.mse_loss(found.float(), wanted.float())
+    late = (times < EMPHASIZED * noise_schedule.config.num_train_timesteps).view(-1, 1, 1, 1)
+    weight = 1 + (EMPHASIS - 1) * emphasis * late
+    return ((found.float() - wanted.float()).pow(2) * weight).mean() / weight.mean()
 
 
 class LearnStories(nn.Module):
@@ -165,9 +230,9 @@ class LearnStories(nn.Module):
         draws: whether the diffusion loss is learned beside the text's.
 
     Beside them, guides read what a scene has (`labels.HEADS`), as far as the text and the panels before tell it: from
-    the visual tokens and from the LLM's state at the start-of-image token. And the states that condition the U-Net are
-    drawn towards the `Codes` that it has learned to draw from. Guides and codes are left behind when training is done.
-    If encoder and LLM stand still, there are no guides and there is no loss of text: they would teach nobody.
+    the visual tokens and from the LLM's state at the start-of-image token. The states that condition the U-Net are
+    drawn towards the `Codes` that it has learned to draw from, and what its sites find towards the `SiteCodes`. Guides
+    and codes are left behind when training is done. Of a block that stands still nothing is asked.
     """
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict, draws: bool = True):
@@ -175,75 +240,157 @@ class LearnStories(nn.Module):
         self.encoder, self.llm = blocks["encoder"], blocks["llm"]
         self.decoder, self.unet = blocks["synchronizer"], blocks["unet"] if draws else None
         self.noise = make_scheduler("ddpm", scheduler)
-        self.draws = draws
         c = self.decoder.config
-        self.reads = any(q.requires_grad for block in (self.encoder, self.llm) for q in block.parameters())
-        if self.reads:
-            self.sees, self.knows = sight(self.encoder), nn.Linear(c.llm_width, sum(SIZES))
-        self.codes = Codes(c.resampler.queries, c.resampler.width)
+        self.sees = self.knows = None
+        if learns(self.encoder):
+            self.sees, self.glance = sight(self.encoder), nn.Linear(self.encoder.config.width, sum(SIZES))
+        if learns(self.llm):
+            self.knows = nn.Linear(c.llm_width, sum(SIZES))
+        self.codes, self.site_codes = Codes(c.resampler.queries, c.resampler.width), SiteCodes(c.site_widths)
 
-    def forward(self, batch: Batch, latents: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled; needed to draw."""
-        n, p = batch.pixels.shape[:2]
+    def forward(self, batch: Batch, latents=None, emphasis=None) -> dict[str, torch.Tensor]:
+        """Needed to draw, of the batch's pictures: `latents` (N, P, 4, h, w), scaled, `emphasis` (N, P, 1, h, w)."""
         losses = {}
-        with torch.set_grad_enabled(self.reads and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.sees is not None and torch.is_grad_enabled()):
             features = self.encoder(batch.pixels.flatten(0, 1))
-            maps = [m.unflatten(0, (n, p)) for m in features.maps]
-            x = self.llm.embed(batch.ids, features.tokens.flatten(0, 1))
-            hidden = self.llm(x, self.llm.prepare(maps), batch.visible)
-        if self.reads:
-            logits = self.llm.logits(hidden).float()
-            losses["text"] = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
-            losses["sees"] = guide(self.sees(features.tokens.flatten(1)), batch.shown.flatten(0, 1))
-        if batch.draws:
-            states, told = self.tell(batch, hidden)
-            losses |= told
-            if self.draws:
-                losses["image"] = self.draw(states, maps, latents)
+        maps = [m.unflatten(0, batch.pixels.shape[:2]) for m in features.maps]
+        if self.sees is not None:
+            shown = batch.shown.flatten(0, 1)
+            losses["sees"] = guide(self.sees(features.tokens.flatten(1)), shown)
+            losses["glance"] = guide(self.glance(glance(features.maps)), shown)
+        states, told = self.tell(batch, features, maps)
+        losses |= told
+        if batch.draws and self.unet is not None:
+            losses |= self.draw(batch, states, maps, latents, emphasis)
         return {"loss": sum(WEIGHTS[name] * error for name, error in losses.items()), **losses}
 
-    def tell(self, batch: Batch, hidden) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What conditions the drawing of every picture of every story, and the errors of guide and codes.
-
-        Drawings are ordered picture by picture: the p-th of every story, then the next.
-        """
+    def tell(self, batch: Batch, features, maps) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """What conditions the drawing of every picture of every story, and the errors of text, guide and codes."""
+        losses = {}
+        with torch.set_grad_enabled((self.sees or self.knows) is not None and torch.is_grad_enabled()):
+            x = self.llm.embed(batch.ids, features.tokens.flatten(0, 1))
+            hidden = self.llm(x, self.llm.prepare(maps), batch.visible)
+        if self.knows is not None:
+            logits = self.llm.logits(hidden).float()
+            losses["text"] = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+        if not batch.draws:
+            return None, losses
         n, p = batch.starts.shape
         contexts = [hidden[i, : batch.starts[i, j] + 1] for j in range(p) for i in range(n)]
-        states = self.decoder.condition(contexts)
-        labels = batch.labels.transpose(0, 1).flatten(0, 1)
-        code, says = self.codes.error(states, labels)
-        losses = {"says": says, "code": code}
-        if self.reads:
+        states, labels = self.decoder.condition(contexts), by_picture(batch.labels)
+        losses["code"], losses["says"] = self.codes.error(states, labels)
+        if self.knows is not None:
             losses["knows"] = guide(self.knows(torch.stack([context[-1] for context in contexts])), labels)
         return states, losses
 
-    def draw(self, states, maps, latents) -> torch.Tensor:
-        """The diffusion error for every picture of every story, each in view of those before it."""
+    def draw(self, batch: Batch, states, maps, latents, emphasis) -> dict[str, torch.Tensor]:
+        """The diffusion error for every picture of every story, each in view of those before it, and its sites'."""
         count = NOISES if self.training else 1
-        prepared = self.decoder.prepare(*self.seen(maps))
-        wanted = latents.transpose(0, 1).flatten(0, 1).repeat(count, 1, 1, 1)
-        states = states.repeat(count, 1, 1)
-        if self.training:
-            forgotten = torch.rand(len(states), 1, 1, device=states.device) < LOOKS_FORGOTTEN
-            states = torch.where(forgotten, self.codes.without_looks(states), states)
-        with sites_attached(self.unet, self.decoder, prepared):
-            return diffusion_error(self.unet, self.noise, self.decoder.negative, states, wanted, self.training)
+        maps, visible = seen(maps, self.decoder.config.look_back, self.training)
+        labels = by_picture(batch.shown).masked_fill(~visible.any(1, keepdim=True), IGNORE)
+        sites = ListeningSites(self.decoder, len(self.decoder.skip_sites))
+        states, latents, emphasis = (
+            part.repeat(count, *[1] * (part.ndim - 1)) for part in (states, by_picture(latents), by_picture(emphasis))
+        )
+        with sites_attached(self.unet, sites, self.decoder.prepare(maps, visible)):
+            image = diffusion_error(
+                self.unet, self.noise, self.decoder.negative, states, latents, self.training,
+                emphasis if self.training else None,
+            )  # fmt: skip
+        wanted = (code.repeat(count, 1)[:, :, None, None] for code in self.site_codes(labels))
+        errors = [(sites.found[index].float() - code).pow(2).mean() for index, code in enumerate(wanted)]
+        return {"image": image, "sites": sum(errors) / len(errors)}
 
-    def seen(self, maps) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The pictures that each drawing looks at: of those before it the last few, in training at random how many.
 
-        Args:
-            maps: the encoder's, each (N, P, C, h, w).
+class LearnToLook(nn.Module):
+    """The sites alone: to find in the pictures before how the heroes of the picture to come look (`SiteCodes`).
 
-        Returns:
-            Maps (P * N, most, C, h, w), picture by picture, and which of them count: bool (P * N, most).
-        """
-        n, p = maps[0].shape[:2]
-        most = min(self.decoder.config.look_back, p - 1)
-        if self.training and most > 1:
-            most = int(torch.multinomial(torch.tensor([4.0, 3, 2, 1][:most]), 1)) + 1
-        before = torch.arange(p).view(p, 1) - torch.arange(most, 0, -1)  # (P, most), oldest first
-        shown = (before >= 0).to(maps[0].device)
-        before = before.clamp(min=0).to(maps[0].device)
-        taken = [m[:, before].transpose(0, 1).flatten(0, 1) for m in maps]
-        return taken, shown.repeat_interleave(n, dim=0)
+    They are asked by the U-Net as it is, told by `Codes`; at some places only, as they cost as much as the U-Net does.
+    """
+
+    PLACES = 16  # of each site's grid
+
+    def __init__(self, blocks: dict[str, nn.Module], scheduler: dict):
+        super().__init__()
+        self.encoder, self.unet, self.decoder = blocks["encoder"], blocks["unet"], blocks["synchronizer"]
+        self.noise = make_scheduler("ddpm", scheduler)
+        c = self.decoder.config
+        self.codes, self.site_codes = Codes(c.resampler.queries, c.resampler.width), SiteCodes(c.site_widths)
+
+    def forward(self, batch: Batch, latents, emphasis=None) -> dict[str, torch.Tensor]:
+        """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled."""
+        maps = [m.unflatten(0, batch.pixels.shape[:2]) for m in self.encoder(batch.pixels.flatten(0, 1)).maps]
+        maps, visible = seen(maps, self.decoder.config.look_back, self.training)
+        labels = by_picture(batch.shown).masked_fill(~visible.any(1, keepdim=True), IGNORE)
+        prepared, wanted = self.decoder.prepare(maps, visible), self.site_codes(labels)
+        asking = self.queries(by_picture(latents), self.codes(by_picture(batch.labels)))
+        errors = []
+        for index, (site, code) in enumerate(zip(self.decoder.sites, wanted)):
+            x, size = asking[index], tuple(asking[index].shape[-2:])
+            some = torch.randperm(size[0] * size[1], device=x.device)[: self.PLACES]
+            positions, centres = resize_positions(site.positions, size).to(x), cell_centres(size).to(x.device)
+            x = x.flatten(2)[..., some].unsqueeze(-1)
+            found = site(x, prepared.sites[index], visible, positions[..., some, :], centres[some])
+            errors.append((found.float() - code[:, :, None, None]).pow(2).mean())
+        return {"loss": sum(errors) / len(errors), "best": min(errors), "worst": max(errors)}
+
+    @torch.no_grad()
+    def queries(self, latents, states) -> list[torch.Tensor]:
+        """What the U-Net asks the sites with at some time of a drawing, (N, C, h, w) each."""
+        times = torch.randint(self.noise.config.num_train_timesteps, (len(latents),), device=latents.device)
+        noised = self.noise.add_noise(latents, torch.randn_like(latents), times)
+        sites = ListeningSites(None, len(self.decoder.skip_sites))
+        with sites_attached(self.unet, sites, None):
+            self.unet(noised, times, encoder_hidden_states=states)
+        return [sites.asked[index] for index in range(len(self.decoder.sites))]
+
+
+def seen(maps, look_back: int, at_random: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The pictures that each drawing looks at: of those before it the last `look_back`, or at random fewer.
+
+    Args:
+        maps: the encoder's, each (N, P, C, h, w).
+
+    Returns:
+        Maps (P * N, most, C, h, w), picture by picture, and which of them count: bool (P * N, most).
+    """
+    n, p = maps[0].shape[:2]
+    most = min(look_back, p - 1)
+    if at_random and most > 1:
+        most = int(torch.multinomial(torch.tensor([4.0, 3, 2, 1][:most]), 1)) + 1
+    before = torch.arange(p).view(p, 1) - torch.arange(most, 0, -1)  # (P, most), oldest first
+    shown = (before >= 0).to(maps[0].device)
+    before = before.clamp(min=0).to(maps[0].device)
+    taken = [m[:, before].transpose(0, 1).flatten(0, 1) for m in maps]
+    return taken, shown.repeat_interleave(n, dim=0)
+
+
+class ListeningSites:
+    """Sites that keep what they are asked with and what they find, by number.
+
+    Args:
+        decoder: whose sites they are; None for sites that find nothing.
+        skips: how many there are but for the mid's.
+    """
+
+    def __init__(self, decoder, skips: int):
+        self.decoder, self.skip_sites = decoder, range(skips)
+        self.asked: dict[int, torch.Tensor] = {}
+        self.found: dict[int, torch.Tensor] = {}
+
+    def site(self, index: int, x, prepared, strength: float = 1.0):
+        self.asked[index] = x
+        if self.decoder is None:
+            return x
+        y = self.decoder.site(index, x, prepared, strength)
+        self.found[index] = y - x
+        return y
+
+
+def learns(block: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in block.parameters())
+
+
+def by_picture(found: torch.Tensor) -> torch.Tensor:
+    """(N, P, ...) of N stories -> (P * N, ...): the first picture of every story, then the second of every one."""
+    return found.transpose(0, 1).flatten(0, 1)

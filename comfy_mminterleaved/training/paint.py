@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -275,8 +276,21 @@ def _posed(hero: Hero, action: str, x: float, y: float, scale: float) -> str:
     return shadow + f'<g transform="translate({x:.1f} {y:.1f}) scale({scale:.3f})">{inner}</g>'
 
 
-def svg(scene: Scene) -> str:
-    """A scene as an SVG of 128 x 128 units."""
+@dataclass(frozen=True)
+class Composition:
+    """A scene laid out: what is behind and before, as SVG, and where heroes and prop stand (feet, in units of 128)."""
+
+    behind: str
+    before: str
+    heroes: tuple[tuple[float, float], ...]
+    scale: float
+    prop: tuple[float, float]
+    prop_size: float
+    ground: float
+
+
+def compose(scene: Scene) -> Composition:
+    """Where everything in a scene stands."""
     rng = random.Random(scene.seed)
     parts = [_rect(0, 0, SIDE, SIDE, SKY[scene.sky]), _above(scene, rng), _place(scene, rng)]
     if scene.sky == "night":
@@ -301,16 +315,35 @@ def svg(scene: Scene) -> str:
     size = (30 if scene.far else 38) * (0.86 if two else 1)
     flies = scene.prop in ("balloon", "kite")
     prop_y = y - rng.uniform(22, 34) if flies else y + 2
-    shadow = _oval(prop_x, y + 1, size * 0.36, 2.6, "#000", 'opacity=".2"')
     heroes = []
-    for i, (hero, x) in enumerate(zip(scene.heroes, places)):
+    for i, x in enumerate(places):
         # Two lie one behind the other, or they would not fit.
         dx, dy = ((64 - x) * 0.5, -22 * scale if i == 0 else 0) if lies and two else (0, 0)
-        heroes.append(_posed(hero, scene.action, x + dx, y + dy, scale))
-    parts += [shadow, icon(PROP_ICONS[scene.prop], prop_x, prop_y, size), *heroes, _weather(scene, rng)]
+        heroes.append((x + dx, y + dy))
+    return Composition("".join(parts), _weather(scene, rng), tuple(heroes), scale, (prop_x, prop_y), size, y)
+
+
+def boxes(scene: Scene) -> list[tuple[float, float, float, float]]:
+    """What the scene is about, each hero and the prop, as (left, top, right, bottom) in units of 128, about."""
+    laid = compose(scene)
+    x, y = laid.prop
+    found = [(x - laid.prop_size / 2, y - laid.prop_size, x + laid.prop_size / 2, y)]
+    left, top, right = (-38, -34, 38) if scene.action == "sleep" else (-22, -96 if scene.action == "jump" else -82, 22)
+    for x, y in laid.heroes:
+        found.append(tuple(a + laid.scale * b for a, b in zip((x, y, x, y), (left, top, right, 3))))
+    return found
+
+
+def svg(scene: Scene) -> str:
+    """A scene as an SVG of 128 x 128 units."""
+    laid = compose(scene)
+    (x, y), size = laid.prop, laid.prop_size
+    parts = [laid.behind, _oval(x, laid.ground + 1, size * 0.36, 2.6, "#000", 'opacity=".2"')]
+    parts.append(icon(PROP_ICONS[scene.prop], x, y, size))
+    parts += [_posed(hero, scene.action, *feet, laid.scale) for hero, feet in zip(scene.heroes, laid.heroes)]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {SIDE} {SIDE}" width="{SIDE}" height="{SIDE}">'
-        + "".join(parts)
+        + "".join([*parts, laid.before])
         + "</svg>"
     )
 
