@@ -135,7 +135,8 @@ def learn_detail(stage: Stage, out: Path, config: Config, blocks, book: Book, he
     def batch_of(seed: int, source: Book = book) -> tuple:
         rows = source.random_rows(stage.batch, random.Random(f"pictures {seed}"))
         pictures = source.pictures(rows).contiguous(memory_format=torch.channels_last)
-        return torch.from_numpy(latents[source][rows]).float().to(device_of(learner)), pictures.to(device_of(learner))
+        made = torch.from_numpy(latents[source][rows]).float(), pictures, source.emphasis(rows, pictures.shape[-1])
+        return tuple(part.to(device_of(learner)) for part in made)
 
     def sample(step: int) -> None:
         vae_sheet(vae, held_out, out / stage.name / f"samples-{step:06d}.png")

@@ -92,13 +92,18 @@ class LearnDetail(nn.Module):
         super().__init__()
         self.vae, self.encoder = vae, encoder
 
-    def forward(self, latents: torch.Tensor, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """latents (N, 4, h, w), scaled, of pictures (N, 3, side, side) in [0, 1]."""
+    def forward(self, latents: torch.Tensor, pictures: torch.Tensor, emphasis=None) -> dict[str, torch.Tensor]:
+        """latents (N, 4, h, w), scaled, of pictures (N, 3, side, side) in [0, 1].
+
+        emphasis: (N, 1, side, side) in [0, 1], in training, where pixels weigh EMPHASIS times as much.
+        """
+        weight = None
         if self.training:
+            weight = None if emphasis is None else 1 + (EMPHASIS - 1) * emphasis
             size = torch.rand(len(latents), 1, 1, 1, device=latents.device) * self.NOISE
             latents = latents + torch.randn_like(latents) * size
         found = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        losses = pixel_errors(found, pictures * 2 - 1)
+        losses = pixel_errors(found, pictures * 2 - 1, weight)
         with torch.no_grad():
             true = self.encoder(pictures)
         seen = self.encoder((found / 2 + 0.5).contiguous(memory_format=torch.channels_last))
@@ -107,12 +112,15 @@ class LearnDetail(nn.Module):
         return {"loss": sum(losses.values()), **losses}
 
 
-def pixel_errors(found: torch.Tensor, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
-    """L1 and L2 of pixels, and L1 of their differences, so that edges stay edges."""
+def pixel_errors(found: torch.Tensor, wanted: torch.Tensor, weight=None) -> dict[str, torch.Tensor]:
+    """L1 and L2 of pixels, and L1 of their differences, so that edges stay edges; `weight` is (N, 1, side, side)."""
+    weight = torch.ones_like(found[:, :1]) if weight is None else weight / weight.mean()
+    error = found - wanted
+    differences = ((error.diff(dim=dim), weight.narrow(dim, 1, weight.shape[dim] - 1)) for dim in (-1, -2))
     return {
-        "pixels": (found - wanted).abs().mean(),
-        "squares": (found - wanted).pow(2).mean(),
-        "edges": sum((found.diff(dim=d) - wanted.diff(dim=d)).abs().mean() for d in (-1, -2)),
+        "pixels": (error.abs() * weight).mean(),
+        "squares": (error.pow(2) * weight).mean(),
+        "edges": sum((difference.abs() * there).mean() for difference, there in differences),
     }
 
 
