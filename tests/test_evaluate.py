@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("resvg_py")
 from comfy_mminterleaved import Drawing
@@ -76,10 +77,16 @@ def test_evaluated_stories_show_their_heroes_only_in_pictures():
         assert all(world.look_held_out(*hero.look) for page in pages for hero in page.scene.heroes)
 
 
-def test_a_whole_evaluation_of_any_model(untrained, trained):
+def test_a_whole_evaluation_of_any_model(untrained, trained, tmp_path):
     """With random weights nothing is right, but every figure is there with its cases."""
     kept = [layer.synchronizer.gate.clone() for layer in untrained.llm.layers if layer.synchronizer is not None]
-    found = evaluate.evaluate(untrained, trained, seed=1, stories=2, steps=1)
+    found = evaluate.evaluate(untrained, trained, seed=1, stories=2, steps=1, sheet=tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        pages = evaluate.stories_of(1, 2)
+        assert sheet.size == (150 + 128 * max(map(len, pages)), 2 * 5 * 132)
+        first = sheet.crop((150, 0, 278, 1320)).resize((1, 10), Image.Resampling.BOX).getdata()
+    white = [number for number, colour in enumerate(first) if min(colour) > 250]
+    assert white == [4, 9]  # where earlier pictures are hidden there is no first one
     assert set(found["pictures"]) == set(evaluate.KINDS)
     panels = sum(len(pages) - 1 for pages in evaluate.stories_of(1, 2))
     for kind in evaluate.KINDS:

@@ -15,11 +15,13 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from ..drawing import Drawing
 from ..errors import MMInterleavedError
-from ..files import make_folder, write_json
+from ..files import make_folder, write_bytes, write_json
 from ..model import MMInterleaved
+from ..pictures import encode_png, to_pil, to_pixels
 from ..story import Picture, Story, Text
 from ..writing import Sampling
 from . import paint, world
@@ -165,20 +167,46 @@ def frechet_distance(judge: Judge, found: list[torch.Tensor], true: list[torch.T
     return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * roots)
 
 
-def evaluate(model: MMInterleaved, judge: Judge, seed: int, stories: int, steps: int = 20) -> dict:
-    """All figures, JSON-ready."""
+def comparison(stories, drawn: dict[str, list[list[torch.Tensor]]], count: int = 2) -> Image.Image:
+    """The first stories as rows of pictures: the true ones, then those of each kind; the first picture is given."""
+    side, left, font = paint.SIDE, 150, ImageFont.load_default()
+    rows = []
+    for pages, *kinds in list(zip(stories, *drawn.values()))[:count]:
+        true = [pixels_of(page.scene) for page in pages]
+        rows.append(("true", true))
+        rows += [(name, [*([] if name == KINDS[-1] else true[:1]), *row]) for name, row in zip(drawn, kinds)]
+    widest = max(len(pages) for pages in stories[:count])
+    sheet = Image.new("RGB", (left + widest * side, len(rows) * (side + 4)), "white")
+    write = ImageDraw.Draw(sheet)
+    for number, (name, pictures) in enumerate(rows):
+        top = number * (side + 4)
+        write.text((6, top + side // 2 - 6), name, fill="black", font=font)
+        for i, picture in enumerate(pictures):  # where the first is hidden, its place stays empty
+            column = i + len(stories[number // (len(drawn) + 1)]) - len(pictures)
+            sheet.paste(to_pil(picture), (left + column * side, top))
+    return sheet
+
+
+def evaluate(
+    model: MMInterleaved, judge: Judge, seed: int, stories: int, steps: int = 20, sheet: Path | None = None
+) -> dict:
+    """All figures, JSON-ready; `sheet` is a file for the `comparison` of the first stories."""
     pages = stories_of(seed, stories)
     drawing = Drawing(steps=steps, scheduler="dpm++", guidance=3.0, seed=seed)
     result: dict = {"seed": seed, "stories": stories, "steps": steps, "pictures": {}}
+    shown = {}
     for kind in KINDS:
         off = Drawing(**{**vars(drawing), "strength": 0.0}) if kind.startswith("no ") else drawing
         with gates_closed(model) if kind == "no synchronizer" else contextlib.nullcontext():
             drawn = drawn_from_true_text(model, pages, off, hidden=kind == KINDS[-1])
         result["pictures"][kind] = evaluate_pictures(judge, pages, drawn)
+        shown[kind] = drawn[:2]
         if kind == "full":
             true = [pixels_of(page.scene) for story in pages for page in story[1:]]
             result["frechet distance"] = frechet_distance(judge, [p for row in drawn for p in row], true)
         sys.stderr.write(f"{kind}: {json.dumps(result['pictures'][kind])}\n")
+    if sheet is not None:
+        write_bytes(sheet, encode_png(to_pixels(comparison(pages, shown))))
     result["captions"] = evaluate_captions(model, [page.scene for story in pages for page in story][: 2 * stories])
     result |= evaluate_telling(model, judge, pages, drawing)
     return result
@@ -191,11 +219,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stories", type=int, default=100)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--out", default="runs/evaluation", help="a folder for evaluation.json")
+    parser.add_argument("--out", default="runs/evaluation", help="a folder for evaluation.json and comparison.png")
     args = parser.parse_args(argv)
     try:
         out, judge = make_folder(args.out), load(args.judge)
-        result = evaluate(MMInterleaved.load(args.model), judge, args.seed, args.stories, args.steps)
+        model = MMInterleaved.load(args.model)
+        result = evaluate(model, judge, args.seed, args.stories, args.steps, Path(out) / "comparison.png")
         write_json(Path(out) / "evaluation.json", {"model": args.model, **result})
     except MMInterleavedError as error:
         sys.stderr.write(f"Error: {error}\n")
