@@ -235,7 +235,7 @@ def test_site_codes_are_sums_of_what_is_known():
     labels[2, LOOKS] = IGNORE
     labels[3, [k for k in range(len(HEADS)) if k not in LOOKS]] = 0  # of what sites do not find
     small, wide = codes(labels)
-    assert small.shape == (4, 24) and wide.shape == (4, 400) and wide[0].std() == pytest.approx(1, abs=0.15)
+    assert small.shape == (4, 24) and wide.shape == (4, 400) and wide[0].std() == pytest.approx(2, abs=0.3)
     assert not wide[2].any() and torch.equal(wide[3], wide[0])
     assert torch.allclose(wide[0] - wide[1], codes.tables[1][0][1], atol=1e-5)
     assert torch.equal(SiteCodes([24, 400])(labels)[1], wide)

@@ -76,15 +76,18 @@ class Codes:
 class SiteCodes:
     """Fixed vectors for how heroes look: what each site is to find in the pictures before, at every place alike.
 
-    As with `Codes`, a U-Net can learn to draw what its sites will find before they find anything.
+    As with `Codes`, a U-Net can learn to draw what its sites will find before they find anything. Skips have standard
+    deviations of 1 to 4; the sum of all that is known has SIZE.
 
     Args:
         widths: of the sites.
     """
 
+    SIZE = 2.0
+
     def __init__(self, widths):
         rng = torch.Generator().manual_seed(1)
-        size = len(LOOKS) ** -0.5  # so that their sum has variance 1
+        size = self.SIZE * len(LOOKS) ** -0.5
         self.tables = [[torch.randn(SIZES[k], width, generator=rng) * size for k in LOOKS] for width in widths]
 
     def __call__(self, labels: torch.Tensor) -> list[torch.Tensor]:

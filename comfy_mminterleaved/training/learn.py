@@ -73,7 +73,7 @@ class LearnToSee(nn.Module):
         losses = {
             "tokens": guide(self.tokens(features.tokens.flatten(1)), labels),
             "maps": sum(read) / len(read),
-            "glance": guide(self.glance(glance(features.maps)), labels),
+            "glance": guide(self.glance(glance(features.maps)), looks_only(labels)),
         }
         return {"loss": sum(losses.values()), **losses}
 
@@ -147,10 +147,10 @@ class LearnToDraw(nn.Module):
         """latents (N, 4, h, w), scaled; labels (N, heads) of what they show; emphasis as in `diffusion_error`."""
         if self.training:
             way = torch.rand(len(labels), 1, device=labels.device)
-            found = torch.where((way > 0.85) & (way < 0.95), labels.roll(1, 0), labels)  # what is told is right then
-            found = without(found, LOOKS, (way < 0.35) | (way > 0.95))
-            told = without(labels, COATS, (way > 0.35) & (way < 0.75))
-            told = without(told, LOOKS, ((way > 0.35) & (way < 0.55)) | (way > 0.95))
+            found = torch.where((way > 0.87) & (way < 0.95), labels.roll(1, 0), labels)  # what is told is right then
+            found = without(found, LOOKS, (way < 0.25) | (way > 0.95))
+            told = without(labels, COATS, (way > 0.25) & (way < 0.8))
+            told = without(told, LOOKS, ((way > 0.25) & (way < 0.35)) | (way > 0.95))
             told = told.masked_fill(torch.rand(told.shape, device=told.device) < FORGOTTEN, IGNORE)
             return {"loss": self.error(latents, told, found, emphasis)}
         every = torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device)
@@ -174,7 +174,7 @@ class TaughtSites:
 
     def prepare(self, labels: torch.Tensor, noise: float = 0.0) -> list[torch.Tensor]:
         """Of each site what it finds (N, width), as no synchronizer is ever quite right with some noise."""
-        return [code + torch.randn_like(code) * noise for code in self.codes(labels)]
+        return [code + torch.randn_like(code) * SiteCodes.SIZE * noise for code in self.codes(labels)]
 
     def site(self, index: int, x, prepared, strength: float = 1.0):
         return x + strength * prepared[index].to(x)[:, :, None, None]
@@ -185,6 +185,12 @@ def without(labels: torch.Tensor, heads: list[int], rows: torch.Tensor) -> torch
     chosen = torch.zeros(labels.shape[1], dtype=torch.bool, device=labels.device)
     chosen[heads] = True
     return labels.masked_fill(rows & chosen, IGNORE)
+
+
+def looks_only(labels: torch.Tensor) -> torch.Tensor:
+    """Labels (N, heads) of which only how heroes look is known."""
+    others = [k for k in range(labels.shape[1]) if k not in LOOKS]
+    return without(labels, others, torch.ones_like(labels[:, :1], dtype=torch.bool))
 
 
 def sight(encoder) -> nn.Linear:
@@ -265,7 +271,7 @@ class LearnStories(nn.Module):
         if self.sees is not None:
             shown = batch.shown.flatten(0, 1)
             losses["sees"] = guide(self.sees(features.tokens.flatten(1)), shown)
-            losses["glance"] = guide(self.glance(glance(features.maps)), shown)
+            losses["glance"] = guide(self.glance(glance(features.maps)), looks_only(shown))
         states, told = self.tell(batch, features, maps)
         losses |= told
         if batch.draws and self.unet is not None:
@@ -307,7 +313,7 @@ class LearnStories(nn.Module):
             )  # fmt: skip
         wanted = (code.repeat(count, 1)[:, :, None, None] for code in self.site_codes(labels))
         errors = [(sites.found[index].float() - code).pow(2).mean() for index, code in enumerate(wanted)]
-        return {"image": image, "sites": sum(errors) / len(errors)}
+        return {"image": image, "sites": sum(errors) / len(errors) / SiteCodes.SIZE**2}
 
 
 class LearnToLook(nn.Module):
@@ -339,7 +345,7 @@ class LearnToLook(nn.Module):
             positions, centres = resize_positions(site.positions, size).to(x), cell_centres(size).to(x.device)
             x = x.flatten(2)[..., some].unsqueeze(-1)
             found = site(x, prepared.sites[index], visible, positions[..., some, :], centres[some])
-            errors.append((found.float() - code[:, :, None, None]).pow(2).mean())
+            errors.append((found.float() - code[:, :, None, None]).pow(2).mean() / SiteCodes.SIZE**2)
         return {"loss": sum(errors) / len(errors), "best": min(errors), "worst": max(errors)}
 
     @torch.no_grad()
