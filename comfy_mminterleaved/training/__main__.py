@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: float | None = None) -> None:
     """One run of a stage: to its end, or for some minutes."""
+    from accelerate import PartialState
+
     config, blocks = load_run(out, stage.needs)
     for name, block in blocks.items():
         block.requires_grad_(name in stage.blocks)
@@ -84,6 +86,7 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
     learner, blocks, batch_of, validation, sample = learn(stage, out, config, blocks, book, held_out)
     folder = out / stage.name
     done = train(stage, learner, blocks, folder, batch_of, validation, precision, minutes, sample)
+    done = done and PartialState().is_main_process  # one of several writes what is left to write
     if done and stage.name == "vae":
         (out / "detail" / "vae.safetensors").unlink(missing_ok=True)  # it decodes other latents
         set_scale(out, config, held_out.pictures(range(min(64, len(held_out)))))

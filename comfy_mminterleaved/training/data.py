@@ -17,7 +17,7 @@ from . import paint, world
 from .labels import COATS, HEADS, IGNORE, LOOKS, labels_of
 
 CAPTION, ASK = "Caption:", "Question: {question} Answer:"
-STORIES_SHARE = 0.7  # of the batches; the rest are captions and questions on single pictures
+STORIES_SHARE = 0.6  # of the batches; the rest are captions and questions on single pictures
 PICTURE_FIRST = 0.2  # of the stories: their pictures are drawn without being told what they show
 
 
