@@ -92,6 +92,8 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
         set_scale(out, config, held_out.pictures(range(min(64, len(held_out)))))
     if done and "thin" in blocks:
         widen_vae(folder, config)
+    if done and stage.name == "look":
+        bring_sites_to_size(folder, learner, [batch_of(seed) for seed in range(8)])
 
 
 # Each gives what `train` takes: the learner, the blocks to keep, (seed) -> a batch, batches for validation, on_sample.
@@ -213,6 +215,18 @@ def widen_vae(folder: Path, config: Config) -> None:
     vae.load_state_dict(widened(vae, checkpoint.read_tensors(folder / "thin.safetensors")))
     save_file(vae.state_dict(), folder / "vae.safetensors.part")
     os.replace(folder / "vae.safetensors.part", folder / "vae.safetensors")
+
+
+def bring_sites_to_size(folder: Path, learner: LearnToLook, batches: list[tuple]) -> None:
+    """Writes the averaged weights of a stage's synchronizer again, with its sites scaled; twice is as once."""
+    from safetensors.torch import save_file
+
+    path = folder / "synchronizer.safetensors"
+    learner.decoder.load_state_dict(checkpoint.read_tensors(path))
+    learner.eval().bring_to_size(batches)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in learner.decoder.state_dict().items()}
+    save_file(tensors, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
 
 
 @torch.no_grad()

@@ -323,6 +323,7 @@ class LearnToLook(nn.Module):
     """
 
     PLACES = 16  # of each site's grid
+    FIRM = 1.5
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict):
         super().__init__()
@@ -333,20 +334,46 @@ class LearnToLook(nn.Module):
 
     def forward(self, batch: Batch, latents, emphasis=None) -> dict[str, torch.Tensor]:
         """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled."""
+        pairs = self.found_and_wanted(batch, latents)
+        errors = [(found - code).pow(2).mean() / SiteCodes.SIZE**2 for found, code in pairs]
+        return {"loss": sum(errors) / len(errors), "best": min(errors), "worst": max(errors)}
+
+    def found_and_wanted(self, batch: Batch, latents) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each site what it finds (P * N, C, places, 1), and the codes (P * N, C, 1, 1)."""
         maps = [m.unflatten(0, batch.pixels.shape[:2]) for m in self.encoder(batch.pixels.flatten(0, 1)).maps]
         maps, visible = seen(maps, self.decoder.config.look_back, self.training)
         labels = by_picture(batch.shown).masked_fill(~visible.any(1, keepdim=True), IGNORE)
         prepared, wanted = self.decoder.prepare(maps, visible), self.site_codes(labels)
         asking = self.queries(by_picture(latents), self.codes(by_picture(batch.labels)))
-        errors = []
+        pairs = []
         for index, (site, code) in enumerate(zip(self.decoder.sites, wanted)):
             x, size = asking[index], tuple(asking[index].shape[-2:])
             some = torch.randperm(size[0] * size[1], device=x.device)[: self.PLACES]
             positions, centres = resize_positions(site.positions, size).to(x), cell_centres(size).to(x.device)
             x = x.flatten(2)[..., some].unsqueeze(-1)
             found = site(x, prepared.sites[index], visible, positions[..., some, :], centres[some])
-            errors.append((found.float() - code[:, :, None, None]).pow(2).mean() / SiteCodes.SIZE**2)
-        return {"loss": sum(errors) / len(errors), "best": min(errors), "worst": max(errors)}
+            pairs.append((found.float(), code[:, :, None, None]))
+        return pairs
+
+    @torch.no_grad()
+    def bring_to_size(self, batches) -> list[float]:
+        """Scales each site so that what it finds is, along the codes, FIRM times as large; returns the factors.
+
+        Least squares shrink what is found wherever it is in doubt, as in a model's own drawings it often is; and a
+        U-Net that is told of a coat by half does not draw half of it but another one.
+
+        Args:
+            batches: arguments of `forward`.
+        """
+        sums = torch.zeros(len(self.decoder.sites), 2)
+        for batch, latents, *_ in batches:
+            for number, (found, code) in enumerate(self.found_and_wanted(batch, latents)):
+                sums[number] += torch.stack([(found * code).mean(), code.pow(2).mean()]).cpu()
+        factors = (self.FIRM * sums[:, 1] / sums[:, 0]).tolist()
+        for site, factor in zip(self.decoder.sites, factors):
+            for parameter in site.conv.parameters():
+                parameter.mul_(factor)
+        return factors
 
     @torch.no_grad()
     def queries(self, latents, states) -> list[torch.Tensor]:
