@@ -84,8 +84,8 @@ def test_a_whole_evaluation_of_any_model(untrained, trained, tmp_path):
     found = evaluate.evaluate(untrained, trained, seed=1, stories=2, steps=1, sheet=tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         pages = evaluate.stories_of(1, 2)
-        assert sheet.size == (150 + 128 * max(map(len, pages)), 2 * 5 * 132)
-        first = np.asarray(sheet)[:, 150:278].reshape(10, -1)
+        assert sheet.size == (180 + 128 * max(map(len, pages)), 2 * 5 * 132)
+        first = np.asarray(sheet)[:, 180:308].reshape(10, -1)
     white = [number for number, row in enumerate(first) if row.min() == 255]
     assert white == [4, 9]  # where earlier pictures are hidden there is no first one
     assert set(found["pictures"]) == set(evaluate.KINDS)

@@ -169,7 +169,7 @@ def frechet_distance(judge: Judge, found: list[torch.Tensor], true: list[torch.T
 
 def comparison(stories, drawn: dict[str, list[list[torch.Tensor]]], count: int = 2) -> Image.Image:
     """The first stories as rows of pictures: the true ones, then those of each kind; the first picture is given."""
-    side, left, font = paint.SIDE, 150, ImageFont.load_default()
+    side, left, font = paint.SIDE, 180, ImageFont.load_default(size=13)
     rows = []
     for pages, *kinds in list(zip(stories, *drawn.values()))[:count]:
         true = [pixels_of(page.scene) for page in pages]

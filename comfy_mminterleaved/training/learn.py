@@ -323,7 +323,7 @@ class LearnToLook(nn.Module):
     """
 
     PLACES = 16  # of each site's grid
-    FIRM = 1.5
+    FIRM = 2.0
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict):
         super().__init__()
