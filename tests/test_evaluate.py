@@ -40,6 +40,12 @@ def test_a_judge_learns_what_it_is_shown(trained, book, tmp_path):
         judge.load(tmp_path / "none")
 
 
+def test_the_judge_that_ships_knows_the_world(tmp_path):
+    held_out = Book(tmp_path, 25, held_out=True)
+    found = judge.accuracy(judge.load(), held_out)
+    assert found["all"] > 0.85 and all(found[head] > 0.93 for head in labels.HEADS)
+
+
 def test_labels_say_all_of_a_scene():
     scene = world.make_story(1, heroes=2)[0].scene
     found = labels.labels_of(scene)

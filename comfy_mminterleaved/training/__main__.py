@@ -221,6 +221,7 @@ def bring_sites_to_size(folder: Path, learner: LearnToLook, batches: list[tuple]
     """Writes the averaged weights of a stage's synchronizer again, with its sites scaled; twice is as once."""
     from safetensors.torch import save_file
 
+    torch.manual_seed(0)
     path = folder / "synchronizer.safetensors"
     learner.decoder.load_state_dict(checkpoint.read_tensors(path))
     learner.eval().bring_to_size(batches)

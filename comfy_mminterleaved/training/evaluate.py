@@ -1,4 +1,4 @@
-"""What a model of the picture-book world can do: python -m comfy_mminterleaved.training.evaluate --model FOLDER.
+"""What a model of the picture-book world can do.
 
 Stories of combinations that training never saw. Every panel after the first is drawn from the true text and the
 model's own earlier pictures; a judge that knows only the generator's drawings says what is to be seen (see `judge`).
@@ -25,7 +25,7 @@ from ..pictures import encode_png, to_pil, to_pixels
 from ..story import Picture, Story, Text
 from ..writing import Sampling
 from . import paint, world
-from .judge import Judge, Verdict, load
+from .judge import SHIPPED, Judge, Verdict, load
 
 KINDS = ("full", "no synchronizer in the U-Net", "no synchronizer", "earlier pictures hidden")
 
@@ -214,8 +214,8 @@ def evaluate(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="comfy_mminterleaved.training.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a checkpoint folder")
-    parser.add_argument("--judge", default="runs/judge/judge.safetensors")
+    parser.add_argument("--model", default="starter", help="a checkpoint folder (default: the starter)")
+    parser.add_argument("--judge", default=SHIPPED, help="trained by training.judge (default: the one that ships)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stories", type=int, default=100)
     parser.add_argument("--steps", type=int, default=20)

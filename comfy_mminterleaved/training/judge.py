@@ -23,6 +23,8 @@ from ..files import make_folder, write_json
 from .data import Book
 from .labels import HEADS, LOOK, NONE, guide
 
+SHIPPED = Path(__file__).with_name("judge.safetensors")
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -116,13 +118,16 @@ def accuracy(judge: Judge, book: Book) -> dict[str, float]:
 
 
 def save(judge: Judge, path: Path) -> None:
+    """Writes a judge, its floats as float16."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}, path)
+    tensors = judge.state_dict()
+    halved = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+    save_file({name: tensor.contiguous() for name, tensor in halved.items()}, path)
 
 
-def load(path: str | Path) -> Judge:
-    """A judge saved by `save`; raises CheckpointError."""
+def load(path: str | Path = SHIPPED) -> Judge:
+    """A judge saved by `save`, computing in float32; raises CheckpointError."""
     from ..checkpoint import check, read_tensors, shapes
 
     path = Path(path)

@@ -146,8 +146,10 @@ class LearnToDraw(nn.Module):
     def forward(self, latents, labels, emphasis=None) -> dict[str, torch.Tensor]:
         """latents (N, 4, h, w), scaled; labels (N, heads) of what they show; emphasis as in `diffusion_error`."""
         if self.training:
+            # Who knows of looks: the states; the sites; the sites, the states only of the species; both; the states,
+            # while the sites have found another's; nobody.
             way = torch.rand(len(labels), 1, device=labels.device)
-            found = torch.where((way > 0.87) & (way < 0.95), labels.roll(1, 0), labels)  # what is told is right then
+            found = torch.where((way > 0.87) & (way < 0.95), labels.roll(1, 0), labels)
             found = without(found, LOOKS, (way < 0.25) | (way > 0.95))
             told = without(labels, COATS, (way > 0.25) & (way < 0.8))
             told = without(told, LOOKS, ((way > 0.25) & (way < 0.35)) | (way > 0.95))
@@ -333,7 +335,7 @@ class LearnToLook(nn.Module):
         self.codes, self.site_codes = Codes(c.resampler.queries, c.resampler.width), SiteCodes(c.site_widths)
 
     def forward(self, batch: Batch, latents, emphasis=None) -> dict[str, torch.Tensor]:
-        """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled."""
+        """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled; `emphasis` is not used."""
         pairs = self.found_and_wanted(batch, latents)
         errors = [(found - code).pow(2).mean() / SiteCodes.SIZE**2 for found, code in pairs]
         return {"loss": sum(errors) / len(errors), "best": min(errors), "worst": max(errors)}
