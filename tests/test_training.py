@@ -109,7 +109,7 @@ def test_a_drawing_is_told_what_the_text_says_and_what_sites_cannot_find(book, b
                     assert known[:, k].all() if text_first else not known[:, k].any()
                     continue
                 assert bool(known[0, k]) == introduced  # before there is a picture
-                later = batch.draws and (introduced or two or k not in COATS)
+                later = batch.draws and (introduced or (text_first if two else k not in COATS))
                 assert known[1:, k].all() if later else not known[1:, k].any()
             kinds.add((text_first, introduced, two))
     assert kinds >= {(True, True, False), (True, False, False), (True, False, True)}

@@ -188,19 +188,19 @@ class Batches:
         """What the states are to tell of what is shown.
 
         What the text says, if it was told before. How heroes look, if the text has introduced them; else, after the
-        first picture, the species, and where two heroes must be told apart all of it. The coat and the accessory of
-        one hero are for the sites to find in the pictures.
+        first picture, the species, and where two heroes must be told apart all of it; but which of them comes back only
+        the text can say. The coat and the accessory of one hero are for the sites to find in the pictures.
         """
         labels = shown.clone()
         for i, row in enumerate(rows):
             first = self.book.page(row[0])
-            introduced = told and bool(world.parse(first.text).heroes)
+            introduced, two = told and bool(world.parse(first.text).heroes), len(first.scene.heroes) > 1
             for k in range(len(HEADS)):
                 if k not in LOOKS:
                     labels[i, :, k] = labels[i, :, k] if told else IGNORE
                 elif not introduced:
-                    left_to_sites = k in COATS and len(first.scene.heroes) == 1
-                    labels[i, : None if left_to_sites else 1, k] = IGNORE
+                    never = not told if two else k in COATS
+                    labels[i, : None if never else 1, k] = IGNORE
         return labels
 
     def _collate(
