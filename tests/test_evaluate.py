@@ -105,6 +105,15 @@ def test_a_whole_evaluation_of_any_model(untrained, trained, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(gates, kept))
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [(["--stories", "0"], "stories must be at least 1, not 0"), (["--judge", "none"], "There is no judge 'none'")],
+)
+def test_bad_input_is_told_in_a_sentence(arguments, said, tmp_path, capsys):
+    assert evaluate.main([*arguments, "--out", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_hidden_pictures_are_not_looked_at(untrained):
     """The same text with other heroes in the first picture: hidden, the drawings are the same; else they differ."""
     pages = evaluate.stories_of(0, 1)[0][:2]

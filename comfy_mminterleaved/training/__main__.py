@@ -184,8 +184,11 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
             made = replace(made, pixels=pixels.view_as(made.pixels))
         if not draws:
             return (made,)
+        size = tuple(made.rows.shape)
+        if look:
+            return made, known.unflatten(0, size)
         emphasis = source.emphasis(made.rows.flatten().tolist(), known.shape[-1]).to(device)
-        return made, *(part.unflatten(0, tuple(made.rows.shape)) for part in (known, emphasis))
+        return made, known.unflatten(0, size), emphasis.unflatten(0, size)
 
     def sample(step: int) -> None:
         model = MMInterleaved(config, {name: block.eval() for name, block in blocks.items()}, tokenizer)

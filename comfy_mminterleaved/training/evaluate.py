@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..drawing import Drawing
-from ..errors import MMInterleavedError
+from ..errors import MMInterleavedError, SettingError
 from ..files import make_folder, write_bytes, write_json
 from ..model import MMInterleaved
 from ..pictures import encode_png, to_pil, to_pixels
@@ -190,7 +190,9 @@ def comparison(stories, drawn: dict[str, list[list[torch.Tensor]]], count: int =
 def evaluate(
     model: MMInterleaved, judge: Judge, seed: int, stories: int, steps: int = 20, sheet: Path | None = None
 ) -> dict:
-    """All figures, JSON-ready; `sheet` is a file for the `comparison` of the first stories."""
+    """All figures, JSON-ready; `sheet` is a file for the `comparison` of the first stories. Raises SettingError."""
+    if stories < 1:
+        raise SettingError(f"stories must be at least 1, not {stories}.")
     pages = stories_of(seed, stories)
     drawing = Drawing(steps=steps, scheduler="dpm++", guidance=3.0, seed=seed)
     result: dict = {"seed": seed, "stories": stories, "steps": steps, "pictures": {}}

@@ -136,6 +136,8 @@ class LearnToDraw(nn.Module):
     these differ, the states are right, for sites cannot know which of two heroes is meant.
     """
 
+    DOUBT = 0.3  # noise on what sites find, in units of its size
+
     def __init__(self, unet, decoder, scheduler: dict):
         super().__init__()
         self.unet, self.noise = unet, make_scheduler("ddpm", scheduler)
@@ -162,7 +164,7 @@ class LearnToDraw(nn.Module):
 
     def error(self, latents, told, found, emphasis=None) -> torch.Tensor:
         """Told by the states and found by the sites: labels (N, heads)."""
-        with sites_attached(self.unet, self.sites, self.sites.prepare(found, 0.3 if self.training else 0.0)):
+        with sites_attached(self.unet, self.sites, self.sites.prepare(found, self.DOUBT if self.training else 0.0)):
             states = self.codes(told)
             return diffusion_error(self.unet, self.noise, self.negative, states, latents, self.training, emphasis)
 
@@ -325,7 +327,7 @@ class LearnToLook(nn.Module):
     """
 
     PLACES = 16  # of each site's grid
-    FIRM = 2.0
+    FIRM = 2.0  # times the size of the codes; in the model's own drawings sites find less than in true pictures
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict):
         super().__init__()
@@ -334,8 +336,8 @@ class LearnToLook(nn.Module):
         c = self.decoder.config
         self.codes, self.site_codes = Codes(c.resampler.queries, c.resampler.width), SiteCodes(c.site_widths)
 
-    def forward(self, batch: Batch, latents, emphasis=None) -> dict[str, torch.Tensor]:
-        """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled; `emphasis` is not used."""
+    def forward(self, batch: Batch, latents) -> dict[str, torch.Tensor]:
+        """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled."""
         pairs = self.found_and_wanted(batch, latents)
         errors = [(found - code).pow(2).mean() / SiteCodes.SIZE**2 for found, code in pairs]
         return {"loss": sum(errors) / len(errors), "best": min(errors), "worst": max(errors)}
@@ -368,7 +370,7 @@ class LearnToLook(nn.Module):
             batches: arguments of `forward`.
         """
         sums = torch.zeros(len(self.decoder.sites), 2)
-        for batch, latents, *_ in batches:
+        for batch, latents in batches:
             for number, (found, code) in enumerate(self.found_and_wanted(batch, latents)):
                 sums[number] += torch.stack([(found * code).mean(), code.pow(2).mean()]).cpu()
         factors = (self.FIRM * sums[:, 1] / sums[:, 0]).tolist()
