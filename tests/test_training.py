@@ -14,7 +14,7 @@ from comfy_mminterleaved.initialize import new_blocks
 from comfy_mminterleaved.tokenizer import Tokenizer, byte_level
 from comfy_mminterleaved.training import __main__ as training
 from comfy_mminterleaved.training import loop, recipe, world
-from comfy_mminterleaved.training.data import Batches, Book, busy_crops
+from comfy_mminterleaved.training.data import Batch, Batches, Book, Texts
 from comfy_mminterleaved.training.labels import COATS, HEADS, IGNORE, LOOKS, SIZES, Codes, SiteCodes
 from comfy_mminterleaved.training.learn import (
     LearnDetail,
@@ -113,6 +113,59 @@ def test_a_drawing_is_told_what_the_text_says_and_what_sites_cannot_find(book, b
                 assert known[1:, k].all() if later else not known[1:, k].any()
             kinds.add((text_first, introduced, two))
     assert kinds >= {(True, True, False), (True, False, False), (True, False, True)}
+
+
+def test_whom_a_text_names(book, config, tokenizer):
+    batches = Batches(book, config, tokenizer, pictures=8, names=True)
+    kinds = {type(batches.make(seed)) for seed in range(20)}
+    assert kinds == {Batch, Texts}
+    stories = [batch for batch in map(batches.make, range(40)) if isinstance(batch, Batch) and batch.draws]
+    asked = set()
+    for batch in stories:
+        for row, meant in zip(batch.rows, batch.meant):
+            cast, text_first = book.page(int(row[0])).scene.heroes, bool(batch.starts[0, 0] > 2)
+            for number, whom in zip(row.tolist(), meant.tolist()):
+                known = text_first and len(cast) > 1
+                who = {0: cast, 1: cast[:1], 2: cast[1:], IGNORE: None}[whom]
+                assert who == (book.page(number).scene.heroes if known else None)
+                asked.add(whom)
+    assert asked == {IGNORE, 0, 1, 2}
+
+
+def test_texts_and_drills_say_whom_every_word_is_about(book, config, tokenizer):
+    batches, soi = Batches(book, config, tokenizer, pictures=8), config.llm.tokens.soi
+    texts = batches.texts(0, 6)
+    assert texts.ids.shape == texts.meant.shape and config.llm.tokens.image not in texts.ids
+    for ids, meant in zip(texts.ids.tolist(), texts.meant.tolist()):
+        ends = [i + 1 for i, id in enumerate(ids) if id == soi]
+        cast = world.parse(tokenizer.decode(ids[1 : ends[0]])).names
+        for start, end in zip([0, *ends], ends):
+            names = world.parse(tokenizer.decode(ids[max(start, 1) : end])).names
+            assert set(meant[start:end]) == {[cast, cast[:1], cast[1:]].index(names)}
+        assert set(meant[ends[-1] :]) <= {IGNORE}
+    drills = batches.drills(0, 6)
+    for ids, meant in zip(drills.ids.tolist(), drills.meant.tolist()):
+        (start,) = [i for i, id in enumerate(ids) if id == soi]
+        first, second = [name for name in tokenizer.decode(ids[:start]).split() if name in world.NAMES]
+        assert set(meant[:start]) == {IGNORE} and meant[start] == 0 and {1, 2} <= set(meant[start + 1 :])
+        for name, whom in ((first, 2), (second, 1)):
+            assert name not in tokenizer.decode([id for id, of in zip(ids, meant) if of == whom])
+
+
+def test_names_are_learned_from_drills(config, tokenizer, book):
+    torch.manual_seed(0)
+    blocks = new_blocks(config)
+    blocks["encoder"].requires_grad_(False)
+    learner = LearnStories(blocks, config.scheduler, draws=False)
+    drills = Batches(book, config, tokenizer, pictures=8).drills(0, 4)
+    named = {name: p for name, p in learner.named_parameters() if name.startswith(("llm", "meant"))}
+    optimizer = Muon(named, 3e-3, 0.0)
+    before = learner(drills)["named"].item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        learner(drills)["loss"].backward()
+        optimizer.step()
+    assert learner(drills)["named"].item() < 0.5 * before
 
 
 def test_drawings_look_at_pictures_before_them_only():
@@ -379,14 +432,20 @@ SHAPES = {
 }
 
 
-def test_the_busier_quarter_is_taken():
-    pictures = torch.zeros(2, 3, 16, 16)
-    pictures[:, :, 8:] = torch.rand(2, 3, 8, 16)
-    rng = random.Random(0)
-    taken = [busy_crops(pictures, rng) for _ in range(40)]
-    assert all(crops.shape == (2, 3, 8, 8) for crops in taken)
-    busy = [float((crop != 0).float().mean()) for crops in taken for crop in crops]
-    assert sum(busy) / len(busy) > 0.6 and len(set(busy)) > 3  # one random quarter would be half busy
+def test_most_quarters_are_about_heroes(book):
+    rows = [0, 1, 2, 3] * 20
+    quarters = book.quarters(rows, random.Random(0))
+    assert quarters.shape == (80, 3, 64, 64)
+    assert torch.equal(quarters, book.quarters(rows, random.Random(0)))
+    every = book.pictures([0])[0].unfold(1, 64, 1).unfold(2, 64, 1)  # (3, 65, 65, 64, 64)
+    some = every[..., ::9, ::9]
+    emphasis, about = book.emphasis([0], 128)[0, 0], []
+    for quarter in quarters[::4]:
+        away = (some - quarter[:, None, None, ::9, ::9]).abs().amax(dim=(0, 3, 4))
+        y, x = divmod(int(away.argmin()), 65)
+        assert torch.equal(every[:, y, x], quarter)
+        about.append(float(emphasis[y : y + 64, x : x + 64].mean()))
+    assert sum(about) / len(about) > 1.3 * float(emphasis.mean())
 
 
 def tiny_stage(**changes):

@@ -29,7 +29,7 @@ from ..model import MMInterleaved
 from ..pictures import encode_png
 from ..story import Picture, Story
 from . import world
-from .data import Batches, Book, busy_crops
+from .data import Batches, Book, Texts
 from .learn import LearnDetail, LearnStories, LearnToDraw, LearnToLook, LearnToSee, LearnVAE
 from .loop import Stage, train
 from .recipe import make_tokenizer, starter
@@ -37,8 +37,8 @@ from .thin import thin_autoencoder, widened
 
 STAGES = ("vae", "encoder", "detail", "language", "decoder", "look", "joint")
 HELD_OUT_STORIES = 200
-OF_TWO = 0.2  # of the pictures that encoder and U-Net learn from, only such as show two heroes
-REDRAWN, REDRAWN_NOISE = 0.3, 0.4  # the share of the pictures that are read as a VAE draws them, and the latents' noise
+OF_TWO = 0.3  # of the pictures that encoder and U-Net learn from, only such as show two heroes
+REDRAWN, REDRAWN_NOISE = 0.2, 0.4  # the share of the pictures that are read as a VAE draws them, and the latents' noise
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +105,7 @@ def learn_vae(stage: Stage, out: Path, config: Config, blocks, book: Book, held_
 
     def batch_of(seed: int) -> tuple:
         rng = random.Random(f"pictures {seed}")
-        return (busy_crops(book.pictures(book.random_rows(stage.batch, rng)), rng).to(device_of(learner)),)
+        return (book.quarters(book.random_rows(stage.batch, rng), rng).to(device_of(learner)),)
 
     def sample(step: int) -> None:
         vae_sheet(vae, held_out, out / stage.name / f"samples-{step:06d}.png")
@@ -171,13 +171,18 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
     learner = LearnToLook(blocks, config.scheduler) if look else LearnStories(blocks, config.scheduler, draws)
     blocks["encoder"].to(memory_format=torch.channels_last)
     only = "llm" not in stage.blocks  # what teaches nothing but the LLM is left out
-    batches = {source: Batches(source, config, tokenizer, stage.batch, drawn_only=only) for source in (book, held_out)}
+    batches = {
+        source: Batches(source, config, tokenizer, stage.batch, drawn_only=only, names=not only and source is book)
+        for source in (book, held_out)
+    }
     latents = {source: latents_of(out, source, config) for source in (book, held_out)}
     vae = newest_thin_vae(out, config).eval().requires_grad_(False)
 
     def batch_of(seed: int, source: Book = book) -> tuple:
         device = device_of(learner)
         made = batches[source].make(seed).to(device)
+        if isinstance(made, Texts):
+            return (made,)
         known = torch.from_numpy(latents[source][made.rows.flatten().cpu().numpy()]).float().to(device)
         if source is book:
             pixels = redrawn(vae.to(device), made.pixels.flatten(0, 1), known)

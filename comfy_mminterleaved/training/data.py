@@ -14,11 +14,14 @@ from ..config import Config
 from ..story import Picture, Story, TokenLayout, layout
 from ..tokenizer import Tokenizer
 from . import paint, world
-from .labels import COATS, HEADS, IGNORE, LOOKS, labels_of
+from .labels import COATS, HEADS, IGNORE, LOOKS, MEANT, labels_of
 
 CAPTION, ASK = "Caption:", "Question: {question} Answer:"
-STORIES_SHARE = 0.6  # of the batches; the rest are captions and questions on single pictures
-PICTURE_FIRST = 0.2  # of the stories: their pictures are drawn without being told what they show
+STORIES_SHARE = 0.65  # of the batches; the rest are captions and questions on single pictures
+ABOUT_HEROES = 0.6  # of the quarters that the VAE learns from, such as are about a hero or the prop
+OF_TWO = 0.6  # of the stories that teach names, only such as have two heroes
+DRILLS, TEXTS, SEQUENCES = 0.2, 0.15, 40  # of these batches, the shares that are drills and texts, and their sequences
+PICTURE_FIRST = 0.15  # of the stories: their pictures are drawn without being told what they show
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Batch:
     pixels: float (N, P, 3, side, side). ids: (N, L). targets: (N, L), the next token where it is learned, else IGNORE.
     visible: bool (N, L, P). starts: (N, P), where each picture's start-of-image token is. rows: (N, P), the pictures'
     numbers in the cache. shown: (N, P, heads) of `labels.HEADS`, what the pictures show. labels: the same, IGNORE
-    where a drawing cannot know. draws: whether the pictures are to be drawn.
+    where a drawing cannot know. meant: (N, P), where the text names one or both of two heroes, a number of `MEANT`.
+    draws: whether the pictures are to be drawn.
     """
 
     pixels: torch.Tensor
@@ -39,11 +43,26 @@ class Batch:
     rows: torch.Tensor
     shown: torch.Tensor
     labels: torch.Tensor
+    meant: torch.Tensor
     draws: bool
 
     def to(self, device) -> Batch:
         moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return Batch(**moved, draws=self.draws)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Stories of two heroes without their pictures, or drills of names.
+
+    ids: (N, L). meant: (N, L), whom the text that a token belongs to names, a number of `MEANT`, or IGNORE.
+    """
+
+    ids: torch.Tensor
+    meant: torch.Tensor
+
+    def to(self, device) -> Texts:
+        return Texts(**{k: v.to(device) for k, v in vars(self).items()})
 
 
 def _paint_story(job: tuple[int, bool, int]) -> np.ndarray:
@@ -82,8 +101,11 @@ class Book:
         self.labels = torch.tensor([list(labels_of(scene).values()) for scene in scenes])  # (pictures, heads)
         self.two = [row for row, scene in enumerate(scenes) if len(scene.heroes) > 1]
         self.by_length: dict[int, list[int]] = {}
+        self.two_by_length: dict[int, list[int]] = {}  # of these, the stories of two heroes
         for number, story in enumerate(self.stories):
             self.by_length.setdefault(len(story), []).append(number)
+            if len(story[0].scene.heroes) > 1:
+                self.two_by_length.setdefault(len(story), []).append(number)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -96,6 +118,24 @@ class Book:
     def pictures(self, rows) -> torch.Tensor:
         """Pictures by number, float (len(rows), 3, side, side) in [0, 1]."""
         return torch.from_numpy(self.pixels[np.asarray(rows)]).permute(0, 3, 1, 2).float() / 255
+
+    def quarters(self, rows, rng: random.Random) -> torch.Tensor:
+        """A quarter of each picture, float (len(rows), 3, side / 2, side / 2): some at random, most about its heroes.
+
+        An autoencoder is convolutional, so quarters teach it as much as whole pictures, at a quarter of the cost; and
+        most of a picture is sky and grass, which are learned at once.
+        """
+        side = self.pixels.shape[1]
+        half, unit, chosen = side // 2, side / paint.SIDE, []
+        for row in rows:
+            corner = [rng.uniform(0, half) for _ in range(2)]
+            if rng.random() < ABOUT_HEROES:
+                box = rng.choice(paint.boxes(self.page(row).scene))
+                centre = [(box[i] + box[i + 2]) / 2 + rng.uniform(-0.19, 0.19) * paint.SIDE for i in (0, 1)]
+                corner = [min(max(c * unit - half / 2, 0), half) for c in centre]
+            x, y = map(int, corner)
+            chosen.append(self.pixels[row, y : y + half, x : x + half])
+        return torch.from_numpy(np.stack(chosen)).permute(0, 3, 1, 2).float() / 255
 
     def emphasis(self, rows, side: int) -> torch.Tensor:
         """How much of each cell of a grid is about a hero or the prop, float (len(rows), 1, side, side) in [0, 1]."""
@@ -122,46 +162,92 @@ def _overlap(low: float, high: float, cells: int) -> torch.Tensor:
     return edges.diff() * cells / paint.SIDE
 
 
-def busy_crops(pictures: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """The busier of two random quarters of each picture (N, 3, side, side): faces and props rather than skies.
-
-    An autoencoder is convolutional, so quarters teach it as much as whole pictures, at a quarter of the cost.
-    """
-    side = pictures.shape[-1] // 2
-    chosen = []
-    for picture in pictures:
-        corners = [(rng.randrange(side + 1), rng.randrange(side + 1)) for _ in range(2)]
-        crops = [picture[:, y : y + side, x : x + side] for y, x in corners]
-        chosen.append(max(crops, key=lambda crop: float(sum(crop.diff(dim=d).abs().mean() for d in (-1, -2)))))
-    return torch.stack(chosen)
-
-
 class Batches:
     """Batches of sequences from a Book: stories text first and picture first, captions, questions.
 
     Args:
         pictures: how many pictures a batch has, about.
         drawn_only: only stories text first, as learning to draw needs them.
+        names: whether to teach whom of two heroes a name means: by drills, by texts, by more of such stories.
     """
 
-    def __init__(self, book: Book, config: Config, tokenizer: Tokenizer, pictures: int, drawn_only: bool = False):
+    def __init__(
+        self, book: Book, config: Config, tokenizer: Tokenizer, pictures: int, drawn_only: bool = False,
+        names: bool = False,
+    ):  # fmt: skip
         self.book, self.config, self.tokenizer = book, config, tokenizer
-        self.pictures, self.drawn_only = pictures, drawn_only
+        self.pictures, self.drawn_only, self.names = pictures, drawn_only, names
         self.blank = Picture(torch.zeros(3, 8, 8))  # the layout of a story needs no pixels
 
-    def make(self, seed: int) -> Batch:
+    def make(self, seed: int) -> Batch | Texts:
         """The batch of a seed."""
         rng = random.Random(f"batch {seed}")
+        if self.names and (kind := rng.random()) < DRILLS + TEXTS:
+            return self.drills(seed, SEQUENCES) if kind < DRILLS else self.texts(seed, SEQUENCES)
         if self.drawn_only or rng.random() < STORIES_SHARE:
             panels = rng.choice(sorted(self.book.by_length))
             count = max(1, round(self.pictures / panels))
-            numbers = [rng.choice(self.book.by_length[panels]) for _ in range(count)]
+            every = self.book.by_length[panels]
+            two = self.book.two_by_length.get(panels, every) if self.names else every
+            numbers = [rng.choice(two if rng.random() < OF_TWO else every) for _ in range(count)]
             first = not self.drawn_only and rng.random() < PICTURE_FIRST
             sequences = [self._story(number, first) for number in numbers]
             rows = [[int(self.book.first[number]) + i for i in range(panels)] for number in numbers]
             return self._collate(sequences, rows, draws=True, told=not first)
         rows = [rng.randrange(len(self.book)) for _ in range(self.pictures)]
         return self._collate([self._single(row, rng) for row in rows], [[row] for row in rows], draws=False)
+
+    def texts(self, seed: int, stories: int) -> Texts:
+        """Texts of stories of two heroes; they cost a tenth of what stories with pictures do."""
+        rng, t = random.Random(f"texts {seed}"), self.config.llm.tokens
+        panels = rng.choice([count for count in sorted(self.book.two_by_length) if count > 2])
+        numbers = [rng.choice(self.book.two_by_length[panels]) for _ in range(stories)]
+        rows = [[id for id in self._story(number, False)[0].ids if id != t.image] for number in numbers]
+        ids = torch.full((stories, max(map(len, rows))), t.pad)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        meant = self._meant([[int(self.book.first[n]) + i for i in range(panels)] for n in numbers])
+        panel = (ids == t.soi).cumsum(1) - (ids == t.soi).long()  # a start-of-image token ends its text
+        unknown = torch.full((stories, 1), IGNORE)
+        return Texts(ids, torch.cat([meant, unknown], 1).gather(1, panel))
+
+    def drills(self, seed: int, count: int) -> Texts:
+        """Two names joined by "and", then one or the other again and again, sometimes with a word of the world between.
+
+        Which name was the first is what has to be learned; a story asks it of a hundred words a few times, a drill with
+        every second.
+        """
+        rng, t = random.Random(f"drills {seed}"), self.config.llm.tokens
+        encode = self.tokenizer.encode
+        fillers = sorted(word for word in world.words() if word.title() not in world.NAMES)
+        rows: list[list[tuple[int, int]]] = []  # of (token, whom it means)
+        for _ in range(count):
+            cast = rng.sample(world.NAMES, 2)
+            row = [(id, IGNORE) for id in (t.bos, *encode(" and ".join(cast), after_text=rng.random() < 0.5))]
+            for filler in rng.sample(fillers, rng.randrange(4)):
+                row += [(id, IGNORE) for id in encode(filler, after_text=True)]
+            row.append((t.soi, MEANT.index("both")))
+            for _ in range(10):
+                who = rng.randrange(2)
+                said = encode(cast[who], after_text=rng.random() < 0.5)
+                if rng.random() < 0.5:
+                    said = [*said, *encode(rng.choice(fillers), after_text=True)]
+                row += [(id, who + 1) for id in said]
+            rows.append(row)
+        longest = max(map(len, rows))
+        filled = [[*row, *[(t.pad, IGNORE)] * (longest - len(row))] for row in rows]
+        ids, meant = torch.tensor(filled).unbind(-1)
+        return Texts(ids, meant)
+
+    def _meant(self, rows: list[list[int]]) -> torch.Tensor:
+        """Which of two heroes each text names, by numbers of `MEANT`; IGNORE in stories of one."""
+        found = torch.full((len(rows), len(rows[0])), IGNORE)
+        for i, row in enumerate(rows):
+            cast = self.book.page(row[0]).scene.heroes
+            if len(cast) > 1:
+                who = [self.book.page(number).scene.heroes for number in row]
+                found[i] = torch.tensor([(cast, cast[:1], cast[1:]).index(heroes) for heroes in who])
+        return found
 
     def _story(self, number: int, picture_first: bool) -> tuple[TokenLayout, int]:
         story = Story()
@@ -225,6 +311,7 @@ class Batches:
         starts = torch.tensor([[end - c.slots - 1 for end in found.picture_ends] for found, _ in sequences])
         shown = self.book.labels[torch.tensor(rows)]
         labels = self._labels(shown, rows, told) if draws else torch.full_like(shown, IGNORE)
+        meant = self._meant(rows) if told else torch.full((n, p), IGNORE)
         rows = torch.tensor(rows)
         pixels = self.book.pictures(rows.flatten().tolist()).unflatten(0, (n, p))
-        return Batch(pixels, ids, targets, visible, starts, rows, shown, labels, draws)
+        return Batch(pixels, ids, targets, visible, starts, rows, shown, labels, meant, draws)

@@ -27,8 +27,10 @@ def labels_of(scene: world.Scene) -> dict[str, int]:
     return {head: HEADS[head].index(value) for head, value in said.items()}
 
 
+MEANT = "both", "the first", "the second"  # whom of a story's two heroes a text can name
 SIZES = [len(values) for values in HEADS.values()]
 LOOKS = [k for k, head in enumerate(HEADS) if head[:-1] in LOOK]  # the heads of how heroes look
+SECOND = list(HEADS).index("species1")  # whether there is a second hero, and of which species
 COATS = [k for k in LOOKS if not list(HEADS)[k].startswith("species")]  # of these, coats and accessories
 
 

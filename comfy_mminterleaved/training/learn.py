@@ -9,11 +9,12 @@ from torch import nn
 from ..drawing import make_scheduler, sites_attached
 from ..encoder import cell_centres
 from ..positions import resize_positions
-from .data import Batch
-from .labels import COATS, IGNORE, LOOKS, SIZES, Codes, SiteCodes, guide
+from .data import Batch, Texts
+from .labels import COATS, IGNORE, LOOKS, MEANT, SECOND, SIZES, Codes, SiteCodes, guide
 
 WEIGHTS = {  # of text and image the paper's
-    "text": 1.0, "image": 10.0, "sees": 0.2, "glance": 0.2, "knows": 0.2, "says": 0.2, "code": 1.0, "sites": 1.0,
+    "text": 1.0, "image": 10.0, "sees": 0.2, "glance": 0.2, "knows": 0.2, "meant": 0.5, "says": 0.2, "code": 1.0,
+    "sites": 1.0,
 }  # fmt: skip
 UNCONDITIONAL = 0.1
 FORGOTTEN = 0.1  # of what a drawing could be told, in learning to draw
@@ -26,8 +27,10 @@ class LearnVAE(nn.Module):
     """Reconstruction of pictures through AutoencoderTiny's latents.
 
     L1 and L2 on pixels, L1 on their differences, so that edges stay edges; noise on the latents, so that near latents
-    mean near pictures; a pull to unit size, so that a diffusion model finds them as it expects them.
+    mean near pictures; a pull of every channel to unit size, so that a diffusion model finds them as it expects them.
     """
+
+    NOISE = 0.1
 
     def __init__(self, vae):
         super().__init__()
@@ -37,11 +40,11 @@ class LearnVAE(nn.Module):
         """pictures (N, 3, side, side) in [0, 1]."""
         wanted = pictures * 2 - 1
         latents = self.vae.encode(wanted).latents
-        noise = torch.randn_like(latents) * 0.05 if self.training else 0
+        noise = torch.randn_like(latents) * self.NOISE if self.training else 0
         found = self.vae.decode(latents + noise).sample
         losses = pixel_errors(found, wanted)
-        size = latents.float().pow(2).mean()
-        return {"loss": sum(losses.values()) + 0.01 * (size - 1).pow(2), **losses, "latent_size": size}
+        sizes = latents.float().pow(2).mean(dim=(0, 2, 3))
+        return {"loss": sum(losses.values()) + 0.01 * (sizes - 1).pow(2).mean(), **losses, "latent_size": sizes.mean()}
 
 
 class LearnToSee(nn.Module):
@@ -93,7 +96,7 @@ class LearnDetail(nn.Module):
         self.vae, self.encoder = vae, encoder
 
     def forward(self, latents: torch.Tensor, pictures: torch.Tensor, emphasis=None) -> dict[str, torch.Tensor]:
-        """latents (N, 4, h, w), scaled, of pictures (N, 3, side, side) in [0, 1].
+        """latents (N, C, h, w), scaled, of pictures (N, 3, side, side) in [0, 1].
 
         emphasis: (N, 1, side, side) in [0, 1], in training, where pixels weigh EMPHASIS times as much.
         """
@@ -133,10 +136,12 @@ class LearnToDraw(nn.Module):
     """Drawing from `Codes`, before there is an LLM to say what to draw: the U-Net alone.
 
     How heroes look it is told by the states, or as sites will find it in the pictures before (`SiteCodes`), or both; if
-    these differ, the states are right, for sites cannot know which of two heroes is meant.
+    these differ, the states are right, for sites cannot know which of two heroes is meant. Of two heroes in a picture
+    the states always tell.
     """
 
-    DOUBT = 0.3  # noise on what sites find, in units of its size
+    DOUBT = 0.4  # noise on what sites find, in units of the codes' size
+    SIZES = 0.7, 2.3  # of what they find, in the same units: what sites find in drawings is not as large as in pictures
 
     def __init__(self, unet, decoder, scheduler: dict):
         super().__init__()
@@ -146,15 +151,16 @@ class LearnToDraw(nn.Module):
         self.sites = TaughtSites(decoder.config.site_widths)
 
     def forward(self, latents, labels, emphasis=None) -> dict[str, torch.Tensor]:
-        """latents (N, 4, h, w), scaled; labels (N, heads) of what they show; emphasis as in `diffusion_error`."""
+        """latents (N, C, h, w), scaled; labels (N, heads) of what they show; emphasis as in `diffusion_error`."""
         if self.training:
             # Who knows of looks: the states; the sites; the sites, the states only of the species; both; the states,
             # while the sites have found another's; nobody.
             way = torch.rand(len(labels), 1, device=labels.device)
-            found = torch.where((way > 0.87) & (way < 0.95), labels.roll(1, 0), labels)
-            found = without(found, LOOKS, (way < 0.25) | (way > 0.95))
-            told = without(labels, COATS, (way > 0.25) & (way < 0.8))
-            told = without(told, LOOKS, ((way > 0.25) & (way < 0.35)) | (way > 0.95))
+            alone = labels[:, SECOND : SECOND + 1] == 0
+            found = torch.where((way > 0.83) & (way < 0.95), labels.roll(1, 0), labels)
+            found = without(found, LOOKS, (way < 0.2) | (way > 0.95))
+            told = without(labels, COATS, alone & (way > 0.2) & (way < 0.73))
+            told = without(told, LOOKS, (alone & (way > 0.2) & (way < 0.28)) | (way > 0.95))
             told = told.masked_fill(torch.rand(told.shape, device=told.device) < FORGOTTEN, IGNORE)
             return {"loss": self.error(latents, told, found, emphasis)}
         every = torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device)
@@ -164,7 +170,8 @@ class LearnToDraw(nn.Module):
 
     def error(self, latents, told, found, emphasis=None) -> torch.Tensor:
         """Told by the states and found by the sites: labels (N, heads)."""
-        with sites_attached(self.unet, self.sites, self.sites.prepare(found, self.DOUBT if self.training else 0.0)):
+        doubt, sizes = (self.DOUBT, self.SIZES) if self.training else (0.0, (1.0, 1.0))
+        with sites_attached(self.unet, self.sites, self.sites.prepare(found, doubt, sizes)):
             states = self.codes(told)
             return diffusion_error(self.unet, self.noise, self.negative, states, latents, self.training, emphasis)
 
@@ -176,9 +183,11 @@ class TaughtSites:
         self.codes = SiteCodes(widths)
         self.skip_sites = range(len(widths) - 1)
 
-    def prepare(self, labels: torch.Tensor, noise: float = 0.0) -> list[torch.Tensor]:
-        """Of each site what it finds (N, width), as no synchronizer is ever quite right with some noise."""
-        return [code + torch.randn_like(code) * SiteCodes.SIZE * noise for code in self.codes(labels)]
+    def prepare(self, labels: torch.Tensor, noise: float = 0.0, sizes=(1.0, 1.0)) -> list[torch.Tensor]:
+        """Of each site what it finds (N, width): codes of some size, and as no synchronizer is ever right, noise."""
+        low, high = sizes
+        size = low + (high - low) * torch.rand(len(labels), 1, device=labels.device)
+        return [code * size + torch.randn_like(code) * SiteCodes.SIZE * noise for code in self.codes(labels)]
 
     def site(self, index: int, x, prepared, strength: float = 1.0):
         return x + strength * prepared[index].to(x)[:, :, None, None]
@@ -211,7 +220,7 @@ def glance(maps) -> torch.Tensor:
 def diffusion_error(
     unet, noise_schedule, negative, states, latents, training: bool, emphasis: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Mean squared error of what the U-Net predicts of noised latents (N, 4, h, w), told `states`.
+    """Mean squared error of what the U-Net predicts of noised latents (N, C, h, w), told `states`.
 
     What that is is a matter of the schedule's kind. `epsilon`: the noise, as in the reference. `v_prediction`
     (Salimans and Ho 2022, section 4): the same model, with the errors of its clean picture weighed evenly; made from
@@ -263,11 +272,13 @@ class LearnStories(nn.Module):
         if learns(self.encoder):
             self.sees, self.glance = sight(self.encoder), nn.Linear(self.encoder.config.width, sum(SIZES))
         if learns(self.llm):
-            self.knows = nn.Linear(c.llm_width, sum(SIZES))
+            self.knows, self.meant = nn.Linear(c.llm_width, sum(SIZES)), nn.Linear(c.llm_width, len(MEANT))
         self.codes, self.site_codes = Codes(c.resampler.queries, c.resampler.width), SiteCodes(c.site_widths)
 
-    def forward(self, batch: Batch, latents=None, emphasis=None) -> dict[str, torch.Tensor]:
-        """Needed to draw, of the batch's pictures: `latents` (N, P, 4, h, w), scaled, `emphasis` (N, P, 1, h, w)."""
+    def forward(self, batch: Batch | Texts, latents=None, emphasis=None) -> dict[str, torch.Tensor]:
+        """Needed to draw, of the batch's pictures: `latents` (N, P, C, h, w), scaled, `emphasis` (N, P, 1, h, w)."""
+        if isinstance(batch, Texts):
+            return self.name(batch)
         losses = {}
         with torch.set_grad_enabled(self.sees is not None and torch.is_grad_enabled()):
             features = self.encoder(batch.pixels.flatten(0, 1))
@@ -298,8 +309,25 @@ class LearnStories(nn.Module):
         states, labels = self.decoder.condition(contexts), by_picture(batch.labels)
         losses["code"], losses["says"] = self.codes.error(states, labels)
         if self.knows is not None:
-            losses["knows"] = guide(self.knows(torch.stack([context[-1] for context in contexts])), labels)
+            last = torch.stack([context[-1] for context in contexts])
+            losses["knows"] = guide(self.knows(last), labels)
+            losses["meant"] = self.meant_error(last, by_picture(batch.meant))
         return states, losses
+
+    def name(self, texts: Texts) -> dict[str, torch.Tensor]:
+        """The error of telling at every word whom its text names.
+
+        That a name is the first or the second of two is a matter of words alone; in whole stories, with all else there
+        is to learn, it is learned very late.
+        """
+        hidden = self.llm(self.llm.embed(texts.ids))
+        error = self.meant_error(hidden.flatten(0, 1), texts.meant.flatten())
+        return {"loss": WEIGHTS["meant"] * error, "named": error}
+
+    def meant_error(self, states, meant) -> torch.Tensor:
+        """The cross-entropy of reading from the LLM's states (N, width) whom of two heroes the text means."""
+        error = F.cross_entropy(self.meant(states).float(), meant, ignore_index=IGNORE, reduction="sum")
+        return error / (meant != IGNORE).sum().clamp(1)
 
     def draw(self, batch: Batch, states, maps, latents, emphasis) -> dict[str, torch.Tensor]:
         """The diffusion error for every picture of every story, each in view of those before it, and its sites'."""
@@ -337,7 +365,7 @@ class LearnToLook(nn.Module):
         self.codes, self.site_codes = Codes(c.resampler.queries, c.resampler.width), SiteCodes(c.site_widths)
 
     def forward(self, batch: Batch, latents) -> dict[str, torch.Tensor]:
-        """`latents`: (N, P, 4, h, w) of the batch's pictures, scaled."""
+        """`latents`: (N, P, C, h, w) of the batch's pictures, scaled."""
         pairs = self.found_and_wanted(batch, latents)
         errors = [(found - code).pow(2).mean() / SiteCodes.SIZE**2 for found, code in pairs]
         return {"loss": sum(errors) / len(errors), "best": min(errors), "worst": max(errors)}
