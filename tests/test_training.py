@@ -1,6 +1,10 @@
 import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -446,6 +450,40 @@ def test_most_quarters_are_about_heroes(book):
         assert torch.equal(every[:, y, x], quarter)
         about.append(float(emphasis[y : y + 64, x : x + 64].mean()))
     assert sum(about) / len(about) > 1.3 * float(emphasis.mean())
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import torch
+from comfy_mminterleaved.training.loop import Stage, train
+
+class Learner(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.odd, self.even = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, seed):
+        return {"loss": (self.odd if seed % 2 else self.even)(torch.ones(1, 4)).square().mean()}
+
+torch.manual_seed(0)
+learner = Learner()
+stage = Stage("toy", (), (), 6, 1, 1e-2, warmup=1)
+train(stage, learner, {"odd": learner.odd}, Path(sys.argv[1]), lambda seed: (seed // 2,), [(0,)])
+"""
+
+
+def test_two_processes_learn_together_though_a_batch_leaves_parameters_out(tmp_path):
+    script = tmp_path / "learn.py"
+    script.write_text(TWO_PROCESSES, encoding="utf-8")
+    root = Path(training.__file__).parents[2]
+    where = {"PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    ran = subprocess.run(
+        [*command, str(tmp_path / "toy")], env={**os.environ, **where}, capture_output=True, text=True, timeout=240
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert (tmp_path / "toy" / "odd.safetensors").exists()
 
 
 def tiny_stage(**changes):

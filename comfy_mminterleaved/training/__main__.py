@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
 def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: float | None = None) -> None:
     """One run of a stage: to its end, or for some minutes."""
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     config, blocks = load_run(out, stage.needs)
     for name, block in blocks.items():
         block.requires_grad_(name in stage.blocks)
@@ -80,13 +82,14 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
             unused = name == "synchronizer" and idle is not None and idle(key)
             if unused or key.endswith(("position_map", "positions", "sink")):
                 parameter.requires_grad_(False)
-    book, held_out = Book(out, stories), Book(out, min(HELD_OUT_STORIES, stories), held_out=True)
     own = {"vae": learn_vae, "encoder": learn_to_see, "detail": learn_detail, "decoder": learn_to_draw}
     learn = own.get(stage.name, learn_stories)
-    learner, blocks, batch_of, validation, sample = learn(stage, out, config, blocks, book, held_out)
+    with state.main_process_first():  # it paints pictures and makes latents, the others find them
+        book, held_out = Book(out, stories), Book(out, min(HELD_OUT_STORIES, stories), held_out=True)
+        learner, blocks, batch_of, validation, sample = learn(stage, out, config, blocks, book, held_out)
     folder = out / stage.name
     done = train(stage, learner, blocks, folder, batch_of, validation, precision, minutes, sample)
-    done = done and PartialState().is_main_process  # one of several writes what is left to write
+    done = done and state.is_main_process  # one of several writes what is left to write
     if done and stage.name == "vae":
         (out / "detail" / "vae.safetensors").unlink(missing_ok=True)  # it decodes other latents
         set_scale(out, config, held_out.pictures(range(min(64, len(held_out)))))

@@ -182,8 +182,11 @@ class Batches:
     def make(self, seed: int) -> Batch | Texts:
         """The batch of a seed."""
         rng = random.Random(f"batch {seed}")
-        if self.names and (kind := rng.random()) < DRILLS + TEXTS:
-            return self.drills(seed, SEQUENCES) if kind < DRILLS else self.texts(seed, SEQUENCES)
+        kind = rng.random() if self.names else 1.0
+        if kind < DRILLS:
+            return self.drills(seed, SEQUENCES)
+        if kind < DRILLS + TEXTS and self.book.two_by_length:
+            return self.texts(seed, SEQUENCES)
         if self.drawn_only or rng.random() < STORIES_SHARE:
             panels = rng.choice(sorted(self.book.by_length))
             count = max(1, round(self.pictures / panels))
@@ -200,7 +203,7 @@ class Batches:
     def texts(self, seed: int, stories: int) -> Texts:
         """Texts of stories of two heroes; they cost a tenth of what stories with pictures do."""
         rng, t = random.Random(f"texts {seed}"), self.config.llm.tokens
-        panels = rng.choice([count for count in sorted(self.book.two_by_length) if count > 2])
+        panels = rng.choice(sorted(self.book.two_by_length))
         numbers = [rng.choice(self.book.two_by_length[panels]) for _ in range(stories)]
         rows = [[id for id in self._story(number, False)[0].ids if id != t.image] for number in numbers]
         ids = torch.full((stories, max(map(len, rows))), t.pad)
@@ -214,7 +217,7 @@ class Batches:
     def drills(self, seed: int, count: int) -> Texts:
         """Two names joined by "and", then one or the other again and again, sometimes with a word of the world between.
 
-        Which name was the first is what has to be learned; a story asks it of a hundred words a few times, a drill with
+        Which name was the first is what has to be learned: a story asks it a few times in a hundred words, a drill with
         every second.
         """
         rng, t = random.Random(f"drills {seed}"), self.config.llm.tokens

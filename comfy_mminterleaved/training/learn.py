@@ -141,7 +141,7 @@ class LearnToDraw(nn.Module):
     """
 
     DOUBT = 0.4  # noise on what sites find, in units of the codes' size
-    SIZES = 0.7, 2.3  # of what they find, in the same units: what sites find in drawings is not as large as in pictures
+    FIRMNESS = 0.7, 2.3  # the size of what they find, in the same units: in drawings sites find less than in pictures
 
     def __init__(self, unet, decoder, scheduler: dict):
         super().__init__()
@@ -170,7 +170,7 @@ class LearnToDraw(nn.Module):
 
     def error(self, latents, told, found, emphasis=None) -> torch.Tensor:
         """Told by the states and found by the sites: labels (N, heads)."""
-        doubt, sizes = (self.DOUBT, self.SIZES) if self.training else (0.0, (1.0, 1.0))
+        doubt, sizes = (self.DOUBT, self.FIRMNESS) if self.training else (0.0, (1.0, 1.0))
         with sites_attached(self.unet, self.sites, self.sites.prepare(found, doubt, sizes)):
             states = self.codes(told)
             return diffusion_error(self.unet, self.noise, self.negative, states, latents, self.training, emphasis)

@@ -96,11 +96,13 @@ def train(
     Returns:
         Whether the last step is done.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import set_seed
 
     began = time.monotonic()
-    accelerator = Accelerator(mixed_precision=precision)
+    # Captions, texts and stories do not all use the same parameters.
+    some = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[some])
     folder.mkdir(parents=True, exist_ok=True)
     learner = learner.to(accelerator.device)
     named = {name: p for name, p in learner.named_parameters() if p.requires_grad}
