@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import comfy.utils
@@ -23,9 +24,9 @@ def models() -> list[str]:
     """The starter, and every folder in models/mm_interleaved that holds a checkpoint."""
     found = []
     for folder in map(Path, folder_paths.get_folder_paths(FOLDER)):
-        if folder.is_dir():
-            found += [path.parent.relative_to(folder).as_posix() for path in sorted(folder.glob("**/config.json"))
-                      if (path.parent / "llm.safetensors").is_file()]  # fmt: skip
+        # Models are often links to another disk; Path.glob does not follow them.
+        found += [Path(path).relative_to(folder).as_posix() for path, _, files in sorted(os.walk(folder, followlinks=True))
+                  if {"config.json", "llm.safetensors"} <= set(files)]  # fmt: skip
     return [STARTER, *dict.fromkeys(found)]
 
 

@@ -20,16 +20,8 @@ from comfy_mminterleaved.training import __main__ as training
 from comfy_mminterleaved.training import loop, recipe, world
 from comfy_mminterleaved.training.data import Batch, Batches, Book, Texts
 from comfy_mminterleaved.training.labels import COATS, HEADS, IGNORE, LOOKS, SIZES, Codes, SiteCodes
-from comfy_mminterleaved.training.learn import (
-    LearnDetail,
-    LearnStories,
-    LearnToDraw,
-    LearnToLook,
-    LearnVAE,
-    TaughtSites,
-    diffusion_error,
-    seen,
-)
+from comfy_mminterleaved.training.learn import LearnDetail, LearnToDraw, LearnVAE, TaughtSites, diffusion_error
+from comfy_mminterleaved.training.learn_stories import LearnStories, LearnToLook, seen
 from comfy_mminterleaved.training.loop import Stage, train
 from comfy_mminterleaved.training.muon import Muon, is_matrix, orthogonalized
 

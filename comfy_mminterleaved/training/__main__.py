@@ -30,7 +30,8 @@ from ..pictures import encode_png
 from ..story import Picture, Story
 from . import world
 from .data import Batches, Book, Texts
-from .learn import LearnDetail, LearnStories, LearnToDraw, LearnToLook, LearnToSee, LearnVAE
+from .learn import LearnDetail, LearnToDraw, LearnToSee, LearnVAE
+from .learn_stories import LearnStories, LearnToLook
 from .loop import Stage, train
 from .recipe import make_tokenizer, starter
 from .thin import thin_autoencoder, widened

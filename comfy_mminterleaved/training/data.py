@@ -21,6 +21,7 @@ STORIES_SHARE = 0.65  # of the batches; the rest are captions and questions on s
 ABOUT_HEROES = 0.6  # of the quarters that the VAE learns from, such as are about a hero or the prop
 OF_TWO = 0.6  # of the stories that teach names, only such as have two heroes
 DRILLS, TEXTS, SEQUENCES = 0.2, 0.15, 40  # of these batches, the shares that are drills and texts, and their sequences
+FILLERS = sorted(word for word in world.words() if word.title() not in world.NAMES)  # between the names of a drill
 PICTURE_FIRST = 0.15  # of the stories: their pictures are drawn without being told what they show
 
 
@@ -222,19 +223,18 @@ class Batches:
         """
         rng, t = random.Random(f"drills {seed}"), self.config.llm.tokens
         encode = self.tokenizer.encode
-        fillers = sorted(word for word in world.words() if word.title() not in world.NAMES)
         rows: list[list[tuple[int, int]]] = []  # of (token, whom it means)
         for _ in range(count):
             cast = rng.sample(world.NAMES, 2)
             row = [(id, IGNORE) for id in (t.bos, *encode(" and ".join(cast), after_text=rng.random() < 0.5))]
-            for filler in rng.sample(fillers, rng.randrange(4)):
+            for filler in rng.sample(FILLERS, rng.randrange(4)):
                 row += [(id, IGNORE) for id in encode(filler, after_text=True)]
             row.append((t.soi, MEANT.index("both")))
             for _ in range(10):
                 who = rng.randrange(2)
                 said = encode(cast[who], after_text=rng.random() < 0.5)
                 if rng.random() < 0.5:
-                    said = [*said, *encode(rng.choice(fillers), after_text=True)]
+                    said = [*said, *encode(rng.choice(FILLERS), after_text=True)]
                 row += [(id, who + 1) for id in said]
             rows.append(row)
         longest = max(map(len, rows))

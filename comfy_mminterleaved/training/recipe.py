@@ -7,7 +7,7 @@ from ..tokenizer import Tokenizer
 from . import world
 
 TEXT_TOKENS = 768
-LATENTS = 16  # channels; with 4, no latents at all gave small faces and props back
+LATENTS = 16  # channels; in 4 small faces and props are lost
 PROMPTS = {"caption": "{story}Caption:", "ask": "{story}Question: {question} Answer:"}
 
 
@@ -35,9 +35,8 @@ def starter() -> Config:
         ),
         unet={
             "_class_name": "UNet2DConditionModel", "sample_size": 16, "in_channels": LATENTS, "out_channels": LATENTS,
-            "block_out_channels": blocks,
-            "layers_per_block": layers, "cross_attention_dim": context, "attention_head_dim": [2, 4, 6],
-            "use_linear_projection": True, "norm_num_groups": 32,
+            "block_out_channels": blocks, "layers_per_block": layers, "cross_attention_dim": context,
+            "attention_head_dim": [2, 4, 6], "use_linear_projection": True, "norm_num_groups": 32,
             "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
         },
