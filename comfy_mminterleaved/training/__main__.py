@@ -357,7 +357,7 @@ def code_sheet(learner: LearnToDraw, blocks, config: Config, book: Book, path: P
 def story_sheet(model: MMInterleaved, book: Book, path: Path, stories: int = 4) -> None:
     """Held-out stories: the true pictures over the model's, of which the first is given."""
     rows = []
-    for number in range(stories):
+    for number in range(min(stories, len(book.stories))):
         rows += drawn_over(model, book, number)
     model.forget()
     _grid(rows, path)
@@ -396,7 +396,7 @@ def captions(model: MMInterleaved, book: Book, count: int = 12) -> str:
     from . import world
 
     greedy, lines = Sampling(max_new_tokens=40, min_new_tokens=1, sample=False, repetition_penalty=1.0), []
-    for story in range(count):
+    for story in range(min(count, len(book.stories))):
         picture = Picture(book.pictures([int(book.first[story])])[0])
         lines += [world.caption(book.stories[story][0].scene), model.caption(picture, greedy)[0].text, ""]
     model.forget()
