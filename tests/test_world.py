@@ -28,6 +28,12 @@ def test_a_seed_is_a_story():
     assert make_story(5) != make_story(5, held_out=True)
 
 
+def test_stories_of_all_combinations():
+    looks = [hero.look for seed in range(100) for hero in make_story(seed, None)[0].scene.heroes]
+    share = sum(world.look_held_out(*look) for look in looks) / len(looks)
+    assert 0.04 < share < 0.25  # one in eight, as in the world
+
+
 def test_looks_are_only_in_pictures_after_the_first_page():
     said = set(world.SPECIES) | set(world.COLOURS) | set(world.ACCESSORIES)
     introduced = 0

@@ -66,7 +66,7 @@ class Texts:
         return Texts(**{k: v.to(device) for k, v in vars(self).items()})
 
 
-def _paint_story(job: tuple[int, bool, int]) -> np.ndarray:
+def _paint_story(job: tuple[int, bool | None, int]) -> np.ndarray:
     seed, held_out, side = job
     return np.stack([paint.paint(page.scene, side) for page in world.make_story(seed, held_out)])
 
@@ -77,15 +77,17 @@ class Book:
     Args:
         folder: where the file is, or will be made; it is kept if it has as many stories already.
         stories: how many; seeds count from 0.
-        held_out: of combinations that training never sees.
+        held_out: of combinations that training never sees, or of all there are, as in `world.make_story`.
     """
 
+    KINDS = {False: "pictures", True: "held-out", None: "any"}
+
     def __init__(
-        self, folder: str | Path, stories: int, held_out: bool = False, side: int = paint.SIDE, workers: int = 2
+        self, folder: str | Path, stories: int, held_out: bool | None = False, side: int = paint.SIDE, workers: int = 2
     ):
         self.stories = [world.make_story(seed, held_out) for seed in range(stories)]
         self.first = np.cumsum([0, *map(len, self.stories)])
-        path = Path(folder) / f"{'held-out' if held_out else 'pictures'}-{side}-{stories}.npy"
+        path = Path(folder) / f"{self.KINDS[held_out]}-{side}-{stories}.npy"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".part.npy")

@@ -2,7 +2,8 @@
 
 One convolutional net with a head for everything a scene has: how many heroes, the look of each from left to right, the
 action, place, prop, sky, and whether it is far. `python -m comfy_mminterleaved.training.judge` trains it on stories of
-the training kind and reports how often each head is right on held-out ones.
+all combinations, those held out of the model's training too: a judge that never saw a trumpet in the snow takes it for
+a teddy. It reports how often each head is right on other stories, of held-out combinations only.
 """
 
 from __future__ import annotations
@@ -80,11 +81,13 @@ class Judge(nn.Module):
         return verdicts
 
 
-def train_judge(book: Book, steps: int, batch: int = 64, learning_rate: float = 2e-3, seed: int = 0) -> Judge:
-    """Trains a judge on a book's pictures: cross-entropy of all heads, a one-cycle schedule."""
+def train_judge(
+    book: Book, steps: int, batch: int = 64, learning_rate: float = 2e-3, seed: int = 0, judge: Judge | None = None
+) -> Judge:
+    """Trains a new judge, or an old one on, on a book's pictures: cross-entropy of all heads, a one-cycle schedule."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    judge = Judge().train()
+    judge = (judge or Judge()).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     for step in range(steps):
@@ -146,9 +149,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/judge")
     parser.add_argument("--stories", type=int, default=6000)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--judge", help="one to train on, instead of a new one")
     args = parser.parse_args(argv)
     out = make_folder(args.out)
-    judge = train_judge(Book(out, args.stories), args.steps)
+    book, old = Book(out, args.stories, held_out=None), load(args.judge) if args.judge else None
+    judge = train_judge(book, args.steps, learning_rate=args.learning_rate, judge=old)
     save(judge, out / "judge.safetensors")
     found = accuracy(judge, Book(out, 300, held_out=True))
     write_json(out / "accuracy.json", found)

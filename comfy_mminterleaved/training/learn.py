@@ -82,6 +82,7 @@ class LearnDetail(nn.Module):
     """
 
     NOISE = 0.15  # at most, in units of the latents' size
+    SEEN = 3.0  # the weight of what the encoder sees against errors of pixels
 
     def __init__(self, vae, encoder):
         super().__init__()
@@ -104,7 +105,7 @@ class LearnDetail(nn.Module):
         seen = self.encoder((found / 2 + 0.5).contiguous(memory_format=torch.channels_last))
         errors = [relative_error(a, b) for a, b in zip((seen.tokens, *seen.maps), (true.tokens, *true.maps))]
         losses["seen"] = sum(errors) / len(errors)
-        return {"loss": sum(losses.values()), **losses}
+        return {"loss": sum(losses.values()) + (self.SEEN - 1) * losses["seen"], **losses}
 
 
 def pixel_errors(found: torch.Tensor, wanted: torch.Tensor, weight=None) -> dict[str, torch.Tensor]:
@@ -133,7 +134,7 @@ class LearnToDraw(nn.Module):
     """
 
     DOUBT = 0.4  # noise on what sites find, in units of the codes' size
-    FIRMNESS = 0.7, 2.3  # the size of what they find, in the same units: in drawings sites find less than in pictures
+    FIRMNESS = 1.5, 4.0  # the size of what they find, in the same units; below 2 it is too quiet to be drawn from
 
     def __init__(self, unet, decoder, scheduler: dict):
         super().__init__()
@@ -150,9 +151,9 @@ class LearnToDraw(nn.Module):
             way = torch.rand(len(labels), 1, device=labels.device)
             alone = labels[:, SECOND : SECOND + 1] == 0
             found = torch.where((way > 0.83) & (way < 0.95), labels.roll(1, 0), labels)
-            found = without(found, LOOKS, (way < 0.2) | (way > 0.95))
-            told = without(labels, COATS, alone & (way > 0.2) & (way < 0.73))
-            told = without(told, LOOKS, (alone & (way > 0.2) & (way < 0.28)) | (way > 0.95))
+            found = without(found, LOOKS, (way < 0.12) | (way > 0.95))
+            told = without(labels, COATS, alone & (way > 0.12) & (way < 0.75))
+            told = without(told, LOOKS, (alone & (way > 0.12) & (way < 0.18)) | (way > 0.95))
             told = told.masked_fill(torch.rand(told.shape, device=told.device) < FORGOTTEN, IGNORE)
             return {"loss": self.error(latents, told, found, emphasis)}
         every = torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device)

@@ -130,7 +130,7 @@ class LearnToLook(nn.Module):
     """
 
     PLACES = 16  # of each site's grid
-    FIRM = 2.0  # times the size of the codes; in the model's own drawings sites find less than in true pictures
+    FIRM = 3.0  # times the size of the codes, in the middle of what the U-Net learned with (`LearnToDraw.FIRMNESS`)
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict):
         super().__init__()

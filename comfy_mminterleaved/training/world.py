@@ -99,11 +99,13 @@ def pair_held_out(place: str, prop: str) -> bool:
 # ---- making stories ----
 
 
-def make_story(seed: int, held_out: bool = False, panels: int | None = None, heroes: int | None = None) -> list[Page]:
+def make_story(
+    seed: int, held_out: bool | None = False, panels: int | None = None, heroes: int | None = None
+) -> list[Page]:
     """A story of 3 to 6 pages.
 
     Args:
-        held_out: of looks and pairs that training never sees, instead of those it does.
+        held_out: of looks and pairs that training never sees, instead of those it does; None is of all there are.
         panels, heroes: how many; None draws them.
     """
     rng = random.Random(f"story {seed} {held_out}")
@@ -120,21 +122,23 @@ def make_story(seed: int, held_out: bool = False, panels: int | None = None, her
     return pages
 
 
-def make_cast(rng: random.Random, count: int, held_out: bool) -> tuple[Hero, ...]:
+def make_cast(rng: random.Random, count: int, held_out: bool | None) -> tuple[Hero, ...]:
     """Heroes of different species, with different names."""
     cast: list[Hero] = []
     names = rng.sample(NAMES, count)
     while len(cast) < count:
         look = rng.choice(SPECIES), rng.choice(COLOURS), rng.choice(ACCESSORIES)
-        if look_held_out(*look) == held_out and look[0] not in {hero.species for hero in cast}:
+        if held_out in (None, look_held_out(*look)) and look[0] not in {hero.species for hero in cast}:
             cast.append(Hero(*look, names[len(cast)]))
     return tuple(cast)
 
 
-def make_scene(rng: random.Random, heroes: tuple[Hero, ...], held_out: bool = False, used: set | None = None) -> Scene:
+def make_scene(
+    rng: random.Random, heroes: tuple[Hero, ...], held_out: bool | None = False, used: set | None = None
+) -> Scene:
     """A scene; places and props in `used` are not used again while there are others."""
     used = set() if used is None else used
-    pairs = [(a, b) for a in PLACES for b in PROPS if pair_held_out(a, b) == held_out]
+    pairs = [(a, b) for a in PLACES for b in PROPS if held_out in (None, pair_held_out(a, b))]
     fresh = [pair for pair in pairs if pair[0] not in used and pair[1] not in used]
     place, prop = rng.choice(fresh or pairs)
     used |= {place, prop}
