@@ -94,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     p = command("draw", "Draws the next picture of a story.")
     story_options(p), drawing_options(p), model_options(p)
     p.add_argument("--count", type=int, default=1, help="how many pictures; the k-th has seed + k")
-    p.add_argument("--begin", metavar="FILE", help="a picture to start from, with --denoise")
-    p.add_argument("--denoise", type=float, default=1.0)
+    p.add_argument("--begin", metavar="FILE", help="a picture to start from")
+    p.add_argument("--denoise", type=float, help="how much of --begin is drawn over, up to 1 (default: 0.6)")
     p.add_argument("--out", default="out/picture.png", help="the PNG to write (default: %(default)s)")
 
     p = command("ask", "Answers a question about the pictures of a story.")
@@ -175,7 +175,12 @@ def _drawing(args):
             raise SettingError(f"--size must be like 512x512, not {args.size!r}.")
         size = int(width), int(height)
     names = ("steps", "guidance", "scheduler", "seed", "look_back", "strength", "start", "end")
-    return Drawing(size=size, denoise=getattr(args, "denoise", 1.0), **{name: getattr(args, name) for name in names})
+    denoise = getattr(args, "denoise", None)
+    if denoise is None:
+        denoise = 0.6 if getattr(args, "begin", None) else 1.0
+    elif not args.begin:
+        raise SettingError(f"--denoise {denoise:g} needs a picture to start from: give one with --begin.")
+    return Drawing(size=size, denoise=denoise, **{name: getattr(args, name) for name in names})
 
 
 # ---- what is shown ----

@@ -127,6 +127,7 @@ def test_sentences_for_bad_input(tmp_path, capsys, photo):
         ("tell", "--text", "x", "--panels", 0, *out): "--panels must be at least 1, not 0",
         ("tell", "--text", "x", "--panels", 500, *out): "A story with 500 more panels",
         ("tell", "--text", "x" * 2000, *out): "more than the LLM's context of 1024",
+        ("draw", "--text", "x", "--denoise", 0.5): "--denoise 0.5 needs a picture to start from: give one with --begin",
         ("tell", "--text", "x", "--size", "big", *out): "--size must be like 512x512, not 'big'",
         ("tell", "--text", "x", "--size", "100x100", *out): "must be in multiples of 32 px",
         ("tell", "--text", "x", *out, "--scheduler", "nope"): "scheduler 'nope' is not known",

@@ -111,6 +111,20 @@ def test_a_drawing_is_told_what_the_text_says_and_what_sites_cannot_find(book, b
     assert kinds >= {(True, True, False), (True, False, False), (True, False, True)}
 
 
+def test_some_pictures_are_read_with_other_heroes(book, batches, config, tokenizer):
+    """Never the first, and only what is read: what is to be drawn and told stays the story's."""
+    slipping = Batches(book, config, tokenizer, pictures=8, slips=True)
+    changed = total = 0
+    for seed in range(30):
+        true, batch = batches.make(seed), slipping.make(seed)
+        assert torch.equal(batch.labels, true.labels) and torch.equal(batch.shown, true.shown)
+        other = (batch.pixels != true.pixels).flatten(2).any(-1)
+        assert not other[:, 0].any() and (batch.draws or not other.any())
+        if batch.draws:
+            changed, total = changed + int(other[:, 1:].sum()), total + other[:, 1:].numel()
+    assert 0.1 < changed / total < 0.4
+
+
 def test_whom_a_text_names(book, config, tokenizer):
     batches = Batches(book, config, tokenizer, pictures=8, names=True)
     kinds = {type(batches.make(seed)) for seed in range(20)}

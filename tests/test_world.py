@@ -28,6 +28,18 @@ def test_a_seed_is_a_story():
     assert make_story(5) != make_story(5, held_out=True)
 
 
+def test_other_looks():
+    rng = random.Random(0)
+    for seed in range(100):
+        scene = make_story(seed)[0].scene
+        other = world.with_other_looks(scene, rng)
+        assert [hero.name for hero in other.heroes] == [hero.name for hero in scene.heroes]
+        assert all(a.look != b.look for a, b in zip(other.heroes, scene.heroes))
+        assert len({hero.species for hero in other.heroes}) == len(scene.heroes)
+        assert not any(world.look_held_out(*hero.look) for hero in other.heroes)
+        assert replace(other, heroes=scene.heroes) == scene
+
+
 def test_stories_of_all_combinations():
     looks = [hero.look for seed in range(100) for hero in make_story(seed, None)[0].scene.heroes]
     share = sum(world.look_held_out(*look) for look in looks) / len(looks)

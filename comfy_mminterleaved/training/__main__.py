@@ -202,7 +202,10 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
     blocks["encoder"].to(memory_format=torch.channels_last)
     only = "llm" not in stage.blocks  # what teaches nothing but the LLM is left out
     batches = {
-        source: Batches(source, config, tokenizer, stage.batch, drawn_only=only, names=not only and source is book)
+        source: Batches(
+            source, config, tokenizer, stage.batch, drawn_only=only, names=not only and source is book,
+            slips=source is book,
+        )
         for source in (book, held_out)
     }
     latents = {source: latents_of(out, source, config) for source in (book, held_out)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ ABOUT_HEROES = 0.6  # of the quarters that the VAE learns from, such as are abou
 OF_TWO = 0.6  # of the stories that teach names, only such as have two heroes
 DRILLS, TEXTS, SEQUENCES = 0.2, 0.15, 40  # of these batches, the shares that are drills and texts, and their sequences
 FILLERS = sorted(word for word in world.words() if word.title() not in world.NAMES)  # between the names of a drill
+SLIPS = 0.25  # of these, of a story's pictures after the first: what is read shows other heroes than the story's
 PICTURE_FIRST = 0.15  # of the stories: their pictures are drawn without being told what they show
 
 
@@ -172,12 +173,15 @@ class Batches:
         pictures: how many pictures a batch has, about.
         drawn_only: only stories text first, as learning to draw needs them.
         names: whether to teach whom of two heroes a name means: by drills, by texts, by more of such stories.
+        slips: whether some pictures after a story's first are read with heroes who look otherwise, as a model reads
+            what it has drawn wrong; what is to be drawn stays as it is. So the first is believed.
     """
 
     def __init__(
         self, book: Book, config: Config, tokenizer: Tokenizer, pictures: int, drawn_only: bool = False,
-        names: bool = False,
+        names: bool = False, slips: bool = False,
     ):  # fmt: skip
+        self.slips = slips
         self.book, self.config, self.tokenizer = book, config, tokenizer
         self.pictures, self.drawn_only, self.names = pictures, drawn_only, names
         self.blank = Picture(torch.zeros(3, 8, 8))  # the layout of a story needs no pixels
@@ -199,9 +203,20 @@ class Batches:
             first = not self.drawn_only and rng.random() < PICTURE_FIRST
             sequences = [self._story(number, first) for number in numbers]
             rows = [[int(self.book.first[number]) + i for i in range(panels)] for number in numbers]
-            return self._collate(sequences, rows, draws=True, told=not first)
+            batch = self._collate(sequences, rows, draws=True, told=not first)
+            return self._slipped(batch, rng) if self.slips else batch
         rows = [rng.randrange(len(self.book)) for _ in range(self.pictures)]
         return self._collate([self._single(row, rng) for row in rows], [[row] for row in rows], draws=False)
+
+    def _slipped(self, batch: Batch, rng: random.Random) -> Batch:
+        pixels = batch.pixels.clone()
+        for i, row in enumerate(batch.rows.tolist()):
+            for k, number in enumerate(row):
+                if k and rng.random() < SLIPS:
+                    scene = world.with_other_looks(self.book.page(number).scene, rng)
+                    painted = torch.from_numpy(paint.paint(scene, pixels.shape[-1]).copy())
+                    pixels[i, k] = painted.permute(2, 0, 1) / 255
+        return replace(batch, pixels=pixels)
 
     def texts(self, seed: int, stories: int) -> Texts:
         """Texts of stories of two heroes; they cost a tenth of what stories with pictures do."""

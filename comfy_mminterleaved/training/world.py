@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SPECIES = (
     "bear", "fox", "cat", "dog", "rabbit", "panda", "koala", "lion", "tiger", "pig", "monkey", "mouse", "frog", "cow",
@@ -147,6 +147,19 @@ def make_scene(
         heroes, rng.choice(list(ACTIONS)), place, prop, rng.choice(skies), rng.random() < 0.25, rng.random() < 0.5,
         rng.randrange(2**31),
     )  # fmt: skip
+
+
+def with_other_looks(scene: Scene, rng: random.Random) -> Scene:
+    """The same scene, but of each hero about half of species, coat and accessory are others, as in no held-out look."""
+    heroes: list[Hero] = []
+    for hero in scene.heroes:
+        other = hero
+        taken = {known.species for known in (*scene.heroes, *heroes)} - {hero.species}
+        while other.look == hero.look or look_held_out(*other.look) or other.species in taken:
+            parts = zip(hero.look, (SPECIES, COLOURS, ACCESSORIES))
+            other = Hero(*(rng.choice(every) if rng.random() < 0.5 else part for part, every in parts), hero.name)
+        heroes.append(other)
+    return replace(scene, heroes=tuple(heroes))
 
 
 # ---- text ----
