@@ -294,8 +294,8 @@ class Batches:
         """What the states are to tell of what is shown.
 
         What the text says, if it was told before. How heroes look, if the text has introduced them; else, after the
-        first picture, the species, and where two heroes must be told apart all of it; but which of them comes back only
-        the text can say. The coat and the accessory of one hero are for the sites to find in the pictures.
+        first picture, species and accessory, and where two heroes must be told apart all of it; but which of them comes
+        back only the text can say. The colour of a lone hero's coat is for the sites to find in the pictures.
         """
         labels = shown.clone()
         for i, row in enumerate(rows):

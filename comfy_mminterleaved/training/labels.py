@@ -31,7 +31,7 @@ MEANT = "both", "the first", "the second"  # whom of a story's two heroes a text
 SIZES = [len(values) for values in HEADS.values()]
 LOOKS = [k for k, head in enumerate(HEADS) if head[:-1] in LOOK]  # the heads of how heroes look
 SECOND = list(HEADS).index("species1")  # whether there is a second hero, and of which species
-COATS = [k for k in LOOKS if not list(HEADS)[k].startswith("species")]  # of these, coats and accessories
+COATS = [k for k in LOOKS if list(HEADS)[k].startswith("colour")]  # of these, the colours of coats
 
 
 def guide(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

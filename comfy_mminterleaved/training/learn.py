@@ -134,6 +134,7 @@ class LearnToDraw(nn.Module):
     """
 
     DOUBT = 0.4  # noise on what sites find, in units of the codes' size
+    HEARSAY = 0.35  # noise on states, at most, in units of the codes' size: an LLM's are never quite the codes
     FIRMNESS = 1.5, 4.0  # the size of what they find, in the same units; below 2 it is too quiet to be drawn from
 
     def __init__(self, unet, decoder, scheduler: dict):
@@ -166,6 +167,8 @@ class LearnToDraw(nn.Module):
         doubt, sizes = (self.DOUBT, self.FIRMNESS) if self.training else (0.0, (1.0, 1.0))
         with sites_attached(self.unet, self.sites, self.sites.prepare(found, doubt, sizes)):
             states = self.codes(told)
+            if self.training:
+                states = states + torch.randn_like(states) * torch.rand_like(states[:, :1, :1]) * self.HEARSAY
             return diffusion_error(self.unet, self.noise, self.negative, states, latents, self.training, emphasis)
 
 
