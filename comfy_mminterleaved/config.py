@@ -103,11 +103,7 @@ class LLMConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """From the LLM's hidden states to the U-Net: context, Perceiver and sites (`ImageDecoder`, `MMFSNet`).
-
-    guide_pictures: whether guidance (Ho and Salimans 2021) is towards the pictures before as well as towards the
-    states. Then the negative half of a step looks at no picture; in the reference it looks at the same ones.
-    """
+    """From the LLM's hidden states to the U-Net: context, Perceiver and sites (`ImageDecoder`, `MMFSNet`)."""
 
     llm_width: int
     resampler: ResamplerConfig
@@ -122,7 +118,6 @@ class DecoderConfig:
     sync_width: int = 1024
     max_pictures: int = 10
     look_back: int = 1
-    guide_pictures: bool = False
 
 
 # The reference's prompts (`collator.py`); {story} is where the story's own segments go.

@@ -31,11 +31,6 @@ class PreparedSites:
     visible: torch.Tensor
     maps: dict = field(default_factory=dict)
 
-    def seen_by(self, rows: torch.Tensor) -> PreparedSites:
-        """The same for R drawings of each row of pictures, of which only those marked in `rows`, bool (R,), see any."""
-        visible = self.visible & rows.to(self.visible.device)[:, None, None]
-        return PreparedSites(self.sites, visible, self.maps)
-
 
 class Site(nn.Module):
     """x -> Conv1x1(MMFS(LayerNorm(x) + positions, LayerNorm(features))) (`MMFSBlock`)."""

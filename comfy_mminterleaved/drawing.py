@@ -156,8 +156,6 @@ def draw(
     guided = settings.guidance > 1
     if guided:
         states = torch.cat([decoder.negative.expand_as(states), states])
-        if decoder.config.guide_pictures:
-            prepared = prepared.seen_by(torch.tensor([False, True]))
     states = states.to(device, dtype)
     generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
 

@@ -65,9 +65,6 @@ def look_at(model, synchronizer: SynchronizerBlock, story: Story, strength: floa
             prepared["sites"] = decoder.prepare(here, shown)
         number = transformer_options["block"][1]
         sites = prepared["sites"]
-        if c.guide_pictures:
-            halves = torch.tensor(transformer_options["cond_or_uncond"]) == 0  # one number a condition, 0 for positive
-            sites = sites.seen_by(halves.repeat_interleave(len(h) // len(halves)))
         if number == 0:
             h = decoder.site(skips, h, sites, strength)
         return h, decoder.site(skips - 1 - number, hsp, sites, strength)

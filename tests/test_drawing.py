@@ -4,14 +4,7 @@ import pytest
 import torch
 
 from comfy_mminterleaved import Drawing, Picture, Story
-from comfy_mminterleaved.drawing import (
-    SCHEDULERS,
-    decode_latents,
-    encode_latents,
-    make_scheduler,
-    preview,
-    sites_attached,
-)
+from comfy_mminterleaved.drawing import SCHEDULERS, decode_latents, encode_latents, preview, sites_attached
 from comfy_mminterleaved.errors import SettingError
 
 FAST = Drawing(steps=2, scheduler="ddim", seed=1)
@@ -89,31 +82,6 @@ def test_all_sites_are_used(untrained, story):
         handle.remove()
     assert sorted(used) == list(range(len(untrained.decoder.sites)))
     assert used[0] == len(untrained.decoder.sites) - 1  # the mid output comes first
-
-
-@pytest.mark.parametrize("guide_pictures", [False, True])
-def test_what_the_negative_half_looks_at(untrained, story, monkeypatch, guide_pictures):
-    """The same pictures, or none; guidance of 2 shows both halves: positive + (positive - negative)."""
-    config = replace(untrained.decoder.config, guide_pictures=guide_pictures)
-    monkeypatch.setattr(untrained.decoder, "config", config)
-    encoded = untrained.encode(story)
-    maps, visible = untrained.looked_at([encoded], config.look_back)
-    positive = untrained.decoder.condition(untrained.contexts([encoded]))
-    scheduler = untrained.config.scheduler
-    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(FAST.seed))
-
-    def predicted(states, seen):
-        prepared = untrained.decoder.prepare(maps, seen)
-        with torch.no_grad(), sites_attached(untrained.unet, untrained.decoder, prepared):
-            return untrained.unet(noise, ddim.timesteps[0], encoder_hidden_states=states).sample
-
-    ddim = make_scheduler("ddim", scheduler)
-    ddim.set_timesteps(1)
-    told = predicted(positive, visible)
-    untold = predicted(untrained.decoder.negative, visible & ~torch.tensor(guide_pictures))
-    wanted = ddim.step(told + (told - untold), ddim.timesteps[0], noise).prev_sample
-    found = untrained.draw(story, replace(FAST, steps=1, guidance=2.0))
-    assert off(found, Picture(decode_latents(untrained.vae, wanted)[0])) < 1e-4
 
 
 def test_guidance_off_takes_the_positive_half_alone(untrained, story):

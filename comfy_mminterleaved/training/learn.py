@@ -183,7 +183,7 @@ class TaughtSites:
         """Of each site what it finds (N, width): codes of some size, and as no synchronizer is ever right, noise."""
         low, high = sizes
         size = low + (high - low) * torch.rand(len(labels), 1, device=labels.device)
-        return [code * size + torch.randn_like(code) * SiteCodes.SIZE * noise for code in self.codes(labels)]
+        return [(code + torch.randn_like(code) * SiteCodes.SIZE * noise) * size for code in self.codes(labels)]
 
     def site(self, index: int, x, prepared, strength: float = 1.0):
         return x + strength * prepared[index].to(x)[:, :, None, None]

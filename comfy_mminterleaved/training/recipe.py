@@ -31,7 +31,7 @@ def starter() -> Config:
         decoder=DecoderConfig(
             width, ResamplerConfig(16, context, width, 2, 6, 2 * context), site_widths, site_grids, picture_size=128,
             position_grid=16, feature_width=feature, levels=(16, 8, 4), sync_heads=4, sync_points=4,
-            sync_width=feature, max_pictures=9, look_back=4, guide_pictures=True,
+            sync_width=feature, max_pictures=9, look_back=4,
         ),
         unet={
             "_class_name": "UNet2DConditionModel", "sample_size": 16, "in_channels": LATENTS, "out_channels": LATENTS,
