@@ -114,6 +114,11 @@ def test_bad_input_is_told_in_a_sentence(arguments, said, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_a_judge_to_train_on_that_is_not_there(tmp_path, capsys):
+    assert judge.main(["--judge", str(tmp_path / "none"), "--out", str(tmp_path / "new")]) == 2
+    assert "Error: There is no judge" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 def test_hidden_pictures_are_not_looked_at(untrained):
     """The same text with other heroes in the first picture: hidden, the drawings are the same; else they differ."""
     pages = evaluate.stories_of(0, 1)[0][:2]

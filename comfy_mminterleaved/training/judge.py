@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MMInterleavedError
 from ..files import make_folder, write_json
 from .data import Book
 from .labels import HEADS, LOOK, NONE, guide
@@ -152,8 +152,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--judge", help="one to train on, instead of a new one")
     args = parser.parse_args(argv)
-    out = make_folder(args.out)
-    book, old = Book(out, args.stories, held_out=None), load(args.judge) if args.judge else None
+    try:
+        old = load(args.judge) if args.judge else None
+        out = make_folder(args.out)
+    except MMInterleavedError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        return 2
+    book = Book(out, args.stories, held_out=None)
     judge = train_judge(book, args.steps, learning_rate=args.learning_rate, judge=old)
     save(judge, out / "judge.safetensors")
     found = accuracy(judge, Book(out, 300, held_out=True))

@@ -133,9 +133,9 @@ class LearnToDraw(nn.Module):
     the states always tell.
     """
 
-    DOUBT = 0.4  # noise on what sites find, in units of the codes' size
     HEARSAY = 0.35  # noise on states, at most, in units of the codes' size: an LLM's are never quite the codes
-    FIRMNESS = 1.5, 4.0  # the size of what they find, in the same units; below 2 it is too quiet to be drawn from
+    FIRMNESS = 1.5, 4.0  # the size of what sites find, in units of their codes'; below 2 it is hardly drawn from
+    DOUBT = 0.4  # noise on what they find, in units of its size
 
     def __init__(self, unet, decoder, scheduler: dict):
         super().__init__()
@@ -147,7 +147,7 @@ class LearnToDraw(nn.Module):
     def forward(self, latents, labels, emphasis=None) -> dict[str, torch.Tensor]:
         """latents (N, C, h, w), scaled; labels (N, heads) of what they show; emphasis as in `diffusion_error`."""
         if self.training:
-            # Who knows of looks: the states; the sites; the sites, the states only of the species; both; the states,
+            # Who knows of looks: the states; the sites; the sites, the states of all but the coat; both; the states,
             # while the sites have found another's; nobody.
             way = torch.rand(len(labels), 1, device=labels.device)
             alone = labels[:, SECOND : SECOND + 1] == 0

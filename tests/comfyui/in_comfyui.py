@@ -26,7 +26,8 @@ def drawn(llm, synchronizer, unet, story, change=None, steps=3):
     if change is not None:
         positive, negative = change(positive, negative)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
-    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    channels = model.model.latent_format.latent_channels
+    noise = torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(5))
     return comfy.sample.sample_custom(
         model, noise, 3.0, comfy.samplers.sampler_object("euler"), sigmas, positive, negative,
         torch.zeros_like(noise), disable_pbar=True,
@@ -144,8 +145,9 @@ def main(comfyui: str) -> None:
             ).result
             model, positive, negative = ready
             sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
-            latent = torch.zeros(2, 4, 16, 16)
-            noise = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in (7, 8)])
+            latent = torch.zeros(2, model.model.latent_format.latent_channels, 16, 16)
+            generators = (torch.Generator().manual_seed(seed) for seed in (7, 8))
+            noise = torch.stack([torch.randn(latent.shape[1:], generator=generator) for generator in generators])
             found = comfy.sample.sample_custom(
                 model, noise, cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, latent,
                 disable_pbar=True,
