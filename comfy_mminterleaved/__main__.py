@@ -12,6 +12,7 @@ from pathlib import Path
 from .errors import MMInterleavedError, OutputError, SettingError
 
 DTYPES = ("float32", "float16", "bfloat16")
+DENOISE = 0.6  # of a picture to start from: its layout stays, what it shows can change
 
 
 class _Segment(argparse.Action):
@@ -95,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     story_options(p), drawing_options(p), model_options(p)
     p.add_argument("--count", type=int, default=1, help="how many pictures; the k-th has seed + k")
     p.add_argument("--begin", metavar="FILE", help="a picture to start from")
-    p.add_argument("--denoise", type=float, help="how much of --begin is drawn over, up to 1 (default: 0.6)")
+    p.add_argument("--denoise", type=float, help=f"how much of --begin is drawn over, up to 1 (default: {DENOISE})")
     p.add_argument("--out", default="out/picture.png", help="the PNG to write (default: %(default)s)")
 
     p = command("ask", "Answers a question about the pictures of a story.")
@@ -177,7 +178,7 @@ def _drawing(args):
     names = ("steps", "guidance", "scheduler", "seed", "look_back", "strength", "start", "end")
     denoise = getattr(args, "denoise", None)
     if denoise is None:
-        denoise = 0.6 if getattr(args, "begin", None) else 1.0
+        denoise = DENOISE if getattr(args, "begin", None) else 1.0
     elif not args.begin:
         raise SettingError(f"--denoise {denoise:g} needs a picture to start from: give one with --begin.")
     return Drawing(size=size, denoise=denoise, **{name: getattr(args, name) for name in names})

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from places import HERE, TINY
 
-from comfy_mminterleaved.__main__ import main
+from comfy_mminterleaved.__main__ import _drawing, _parser, main
 from comfy_mminterleaved.book import METADATA_KEY, load_story
 
 FAST = ["--steps", "1", "--scheduler", "ddim", "--max-new-tokens", "6", "--device", "cpu", "--quiet"]
@@ -103,6 +103,14 @@ def test_write_draw_ask_caption(tmp_path, photo, capsys):
     choices = found("ask", "What is it?", "--picture", photo, "--option", "a cat", "--option", "a car")["choices"]
     assert {c["option"] for c in choices} == {"a cat", "a car"}
     assert len(found("caption", "--picture", photo, "--count", 2, "--beams", 2, "--max-new-tokens", 3)["captions"]) == 2
+
+
+def test_how_much_of_a_picture_is_drawn_over():
+    def denoise(*options):
+        return _drawing(_parser().parse_args(["draw", "--text", "x", *options])).denoise
+
+    assert denoise() == 1.0 and denoise("--begin", "x.png") == 0.6
+    assert denoise("--begin", "x.png", "--denoise", "0.3") == 0.3
 
 
 def test_convert_and_info(tmp_path, capsys):

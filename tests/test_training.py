@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -269,6 +270,27 @@ def test_a_vaes_decoder_learns_what_the_encoder_sees(config):
         optimizer.step()
     assert all(p.grad is None for p in blocks["encoder"].parameters())
     assert learner.eval()(latents, pictures)["seen"].item() < 0.7 * before
+
+
+def test_what_is_decoded_badly_is_met_more_often(config, book):
+    """A VAE that gets all right but one prop."""
+    scenes = [page.scene for story in book.stories for page in story]
+    bad = scenes[0].prop
+
+    class NearlyRight(torch.nn.Linear):
+        config = type("Config", (), {"scaling_factor": 1.0})
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def decode(self, rows):
+            row = int(rows)
+            error = 0.5 if scenes[row].prop == bad else 0.05
+            return type("Decoded", (), {"sample": (book.pictures([row]) * 2 - 1) * (1 - error)})
+
+    sums = training.how_often(NearlyRight(1, 1), book, np.arange(len(book)), count=len(book))
+    weights = [b - a for a, b in zip([0.0, *sums], sums)]
+    alone = {scene.prop: weight / len(scene.heroes) for scene, weight in zip(scenes, weights)}
+    assert weights == pytest.approx([alone[scene.prop] * len(scene.heroes) for scene in scenes])
+    assert all(alone[bad] > 4 * weight for prop, weight in alone.items() if prop != bad)
 
 
 def test_some_pictures_are_read_as_they_would_be_drawn(config):

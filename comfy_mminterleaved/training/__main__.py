@@ -145,10 +145,8 @@ def learn_detail(stage: Stage, out: Path, config: Config, blocks, book: Book, he
 
     def batch_of(seed: int, source: Book = book) -> tuple:
         rng = random.Random(f"pictures {seed}")
-        if source is book:
-            rows = rng.choices(range(len(book)), cum_weights=often, k=stage.batch)
-        else:
-            rows = source.random_rows(stage.batch, rng)
+        weights = often if source is book else None
+        rows = rng.choices(range(len(source)), cum_weights=weights, k=stage.batch)
         pictures = source.pictures(rows).contiguous(memory_format=torch.channels_last)
         made = torch.from_numpy(latents[source][rows]).float(), pictures, source.emphasis(rows, pictures.shape[-1])
         return tuple(part.to(device_of(learner)) for part in made)

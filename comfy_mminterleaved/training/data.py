@@ -22,8 +22,8 @@ ABOUT_HEROES = 0.6  # of the quarters that the VAE learns from, such as are abou
 OF_TWO = 0.6  # of the stories that teach names, only such as have two heroes
 DRILLS, TEXTS, SEQUENCES = 0.2, 0.15, 40  # of these batches, the shares that are drills and texts, and their sequences
 FILLERS = sorted(word for word in world.words() if word.title() not in world.NAMES)  # between the names of a drill
-SLIPS = 0.25  # of these, of a story's pictures after the first: what is read shows other heroes than the story's
 PICTURE_FIRST = 0.15  # of the stories: their pictures are drawn without being told what they show
+SLIPS = 0.25  # of a story's pictures after the first: what is read shows other heroes than the story's
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,8 @@ class Batches:
         self, book: Book, config: Config, tokenizer: Tokenizer, pictures: int, drawn_only: bool = False,
         names: bool = False, slips: bool = False,
     ):  # fmt: skip
-        self.slips = slips
         self.book, self.config, self.tokenizer = book, config, tokenizer
-        self.pictures, self.drawn_only, self.names = pictures, drawn_only, names
+        self.pictures, self.drawn_only, self.names, self.slips = pictures, drawn_only, names, slips
         self.blank = Picture(torch.zeros(3, 8, 8))  # the layout of a story needs no pixels
 
     def make(self, seed: int) -> Batch | Texts:
