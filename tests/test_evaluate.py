@@ -1,3 +1,4 @@
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -38,6 +39,20 @@ def test_a_judge_learns_what_it_is_shown(trained, book, tmp_path):
     assert again.judge(pictures) == trained.judge(pictures)
     with pytest.raises(CheckpointError, match="There is no judge"):
         judge.load(tmp_path / "none")
+
+
+def test_softened_drawings_are_the_same_ones_with_less_detail(book):
+    def edges(pictures):
+        return pictures.diff(dim=-1).abs().mean((1, 2, 3))
+
+    pictures = book.pictures(range(20))
+    assert torch.equal(judge.softened(pictures, random.Random(0), 0.0), pictures)
+    soft = judge.softened(pictures, random.Random(0), 1.0)
+    assert soft.shape == pictures.shape and soft.min() >= 0 and soft.max() <= 1
+    assert (edges(soft) < edges(pictures)).all() and (soft - pictures).abs().mean() < 0.03
+    some = judge.softened(pictures, random.Random(0), 0.5)
+    changed = (some != pictures).flatten(1).any(1)
+    assert 4 <= changed.sum() <= 16
 
 
 def test_the_judge_that_ships_knows_the_world(tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("resvg_py")
 pytest.importorskip("accelerate")
+from comfy_mminterleaved.checkpoint import BLOCKS, STARTER, read_blocks, save
 from comfy_mminterleaved.config import small
 from comfy_mminterleaved.drawing import encode_latents
 from comfy_mminterleaved.errors import CheckpointError, SettingError
@@ -22,7 +23,7 @@ from comfy_mminterleaved.training import loop, recipe, world
 from comfy_mminterleaved.training.data import Batch, Batches, Book, Texts
 from comfy_mminterleaved.training.labels import COATS, HEADS, IGNORE, LOOKS, SIZES, Codes, SiteCodes
 from comfy_mminterleaved.training.learn import LearnDetail, LearnToDraw, LearnVAE, TaughtSites, diffusion_error
-from comfy_mminterleaved.training.learn_stories import LearnStories, LearnToLook, seen
+from comfy_mminterleaved.training.learn_stories import FIRM, LearnStories, LearnToLook, seen
 from comfy_mminterleaved.training.loop import Stage, train
 from comfy_mminterleaved.training.muon import Muon, is_matrix, orthogonalized
 
@@ -65,6 +66,12 @@ def test_a_book_is_painted_once_and_holds_its_stories(book, tmp_path):
     stamp = next(tmp_path.glob("*.npy")).stat().st_mtime_ns
     Book(tmp_path, 12)
     assert next(tmp_path.glob("*.npy")).stat().st_mtime_ns == stamp
+
+
+def test_a_book_may_begin_at_any_seed(book, tmp_path):
+    later = Book(tmp_path, 3, first=9)
+    assert later.stories == book.stories[9:] and np.array_equal(later.pixels, book.pixels[book.first[9] :])
+    assert Book(tmp_path, 3).name != later.name
 
 
 def test_batches_are_the_same_for_the_same_seed(batches):
@@ -127,7 +134,7 @@ def test_some_pictures_are_read_with_other_heroes(book, batches, config, tokeniz
 
 
 def test_whom_a_text_names(book, config, tokenizer):
-    batches = Batches(book, config, tokenizer, pictures=8, names=True)
+    batches = Batches(book, config, tokenizer, pictures=8, names=True, of_two=0.6)
     kinds = {type(batches.make(seed)) for seed in range(20)}
     assert kinds == {Batch, Texts}
     stories = [batch for batch in map(batches.make, range(40)) if isinstance(batch, Batch) and batch.draws]
@@ -262,14 +269,51 @@ def test_a_vaes_decoder_learns_what_the_encoder_sees(config):
     side = config.encoder.image_size
     pictures = torch.rand(4, 3, 4, 4).repeat_interleave(side // 4, 2).repeat_interleave(side // 4, 3)
     latents = encode_latents(blocks["vae"], pictures).detach()
-    before = learner.eval()(latents, pictures)["seen"].item()
+    labels = torch.zeros(4, len(HEADS), dtype=torch.long)
+    before = learner.eval()(latents, pictures, labels)["seen"].item()
     optimizer = Muon(dict(blocks["vae"].decoder.named_parameters()), 3e-3, 0.0)
-    for _ in range(40):
+    for _ in range(20):
         optimizer.zero_grad()
-        learner.train()(latents, pictures)["loss"].backward()
+        learner.train()(latents, pictures, labels)["loss"].backward()
         optimizer.step()
     assert all(p.grad is None for p in blocks["encoder"].parameters())
-    assert learner.eval()(latents, pictures)["seen"].item() < 0.7 * before
+    assert learner.eval()(latents, pictures, labels)["seen"].item() < 0.8 * before
+
+
+@pytest.mark.parametrize("prediction_type", ("epsilon", "v_prediction"))
+def test_a_unet_that_knows_the_noise_imagines_what_was_there(config, prediction_type):
+    blocks = new_blocks(config)
+    schedule = {**config.scheduler, "prediction_type": prediction_type}
+    learner = LearnToDraw(blocks["unet"], blocks["synchronizer"], schedule)
+    true, labels = torch.randn(3, 4, 8, 8), torch.zeros(3, len(HEADS), dtype=torch.long)
+
+    def knows(noised, times, encoder_hidden_states):
+        assert times.max() < learner.IMAGINED * learner.noise.config.num_train_timesteps
+        assert torch.equal(encoder_hidden_states, learner.codes(labels))
+        kept = learner.noise.alphas_cumprod[times].view(-1, 1, 1, 1)
+        noise = (noised - kept.sqrt() * true) / (1 - kept).sqrt()
+        velocity = prediction_type == "v_prediction"
+        said = learner.noise.get_velocity(true, noise, times) if velocity else noise
+        return type("Said", (), {"sample": said})
+
+    learner.unet.forward = knows
+    assert torch.allclose(learner.imagine(true, labels), true, atol=1e-3)
+
+
+def test_half_of_what_a_vaes_decoder_learns_from_is_imagined(config):
+    blocks = new_blocks(config)
+    drawer = LearnToDraw(blocks["unet"], blocks["synchronizer"], config.scheduler)
+    drawer.imagine = lambda latents, labels: torch.full_like(latents, 7.0)
+    learner, met = LearnDetail(blocks["vae"], blocks["encoder"], drawer), []
+    decode = blocks["vae"].decode
+    blocks["vae"].decode = lambda latents: met.append(latents) or decode(latents)
+    side = config.encoder.image_size
+    latents, labels = torch.zeros(4, 4, side // 8, side // 8), torch.zeros(4, len(HEADS), dtype=torch.long)
+    for training_now in (True, False):
+        learner.train(training_now)(latents, torch.rand(4, 3, side, side), labels)
+    learned, validated = met
+    assert (learned[:2] == 7).all() and (learned[2:].abs() < 1).all()
+    assert torch.equal(validated, latents)
 
 
 def test_what_is_decoded_badly_is_met_more_often(config, book):
@@ -392,7 +436,7 @@ def test_sites_learn_to_find_how_heroes_look(batches, config):
     assert loss.item() < 0.5 * before
     learner.eval()
     firm = learner.bring_to_size([(batch, to_draw(batch)[0])])
-    assert all(0.95 < factor / learner.FIRM < 2 for factor in firm)  # what is found is at most what is wanted
+    assert all(0.95 < factor / FIRM < 2 for factor in firm)  # what is found is at most what is wanted
     assert learner.bring_to_size([(batch, to_draw(batch)[0])]) == pytest.approx([1.0] * len(firm), abs=0.05)
     assert all(p.grad is None for n, p in blocks["synchronizer"].named_parameters() if n not in sites)
 
@@ -561,6 +605,32 @@ def test_stage_files_are_complete():
 def test_a_stage_without_what_it_needs(tmp_path):
     with pytest.raises(CheckpointError, match="has no trained encoder yet"):
         training.load_run(tmp_path, ("encoder",))
+
+
+def test_a_run_goes_on_from_a_checkpoint(tmp_path, capsys):
+    training.begin(training.make_folder(tmp_path / "run"), STARTER)
+    config, blocks = training.load_run(tmp_path / "run", BLOCKS)
+    known, shipped = read_blocks(STARTER)
+    assert config == known
+    for name, tensors in shipped.items():
+        found = blocks[name].state_dict()
+        assert all(torch.equal(found[key], tensor.float()) for key, tensor in tensors.items())
+    thin, pictures = training.newest_thin_vae(tmp_path / "run", config), torch.rand(1, 3, 32, 32)
+    assert torch.allclose(encode_latents(thin, pictures), encode_latents(blocks["vae"], pictures), atol=1e-5)
+    training.export(tmp_path / "run")
+    exported = read_blocks(tmp_path / "run" / "model")[1]
+    for name, tensors in shipped.items():
+        assert all(torch.equal(exported[name][key], tensor) for key, tensor in tensors.items())
+    assert training.main(["begin", "--out", str(tmp_path / "run")]) == 2
+    assert "holds a run already; name another with --out" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_from_anothers_vae(tmp_path, config, tokenizer):
+    tensors = {name: block.state_dict() for name, block in new_blocks(config).items()}
+    save(tmp_path / "model", config, tensors, tokenizer)
+    with pytest.raises(CheckpointError, match="was not made by this training"):
+        training.begin(training.make_folder(tmp_path / "run"), tmp_path / "model")
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_the_starters_size_and_words():

@@ -2,7 +2,7 @@
 
 Each stage can be stopped at any time and goes on from its last checkpoint when called again. Everything is kept in one
 folder: the pictures, a folder a stage with its log, curves, samples and weights, and config.json. `export` then makes
-the checkpoint, and `sheet` draws held-out stories with it.
+the checkpoint, and `sheet` draws held-out stories with it. `begin` makes a run of a checkpoint, to train it on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..checkpoint import diffusers_model
 from ..config import Config
 from ..decoder import PreparedSites
 from ..drawing import Drawing, decode_latents, draw, encode_latents, make_scheduler
-from ..errors import CheckpointError, MMInterleavedError
+from ..errors import CheckpointError, MMInterleavedError, SettingError
 from ..files import make_folder, write_bytes, write_json
 from ..initialize import new_blocks
 from ..model import MMInterleaved
@@ -35,40 +35,49 @@ from .learn import LearnDetail, LearnToDraw, LearnToSee, LearnVAE
 from .learn_stories import LearnStories, LearnToLook
 from .loop import Stage, train
 from .recipe import make_tokenizer, starter
-from .thin import thin_autoencoder, widened
+from .thin import narrowed, thin_autoencoder, widened
 
 STAGES = ("vae", "encoder", "detail", "language", "decoder", "look", "joint")
+TRAINED_BY = {"vae": "vae", "encoder": "encoder", "llm": "language", "synchronizer": "look", "unet": "decoder"}
 HELD_OUT_STORIES = 200
-OF_TWO = 0.3  # of the pictures that encoder and U-Net learn from, only such as show two heroes
+OF_TWO = 0.3  # of the pictures or stories that encoder and U-Net learn from, only such as show two heroes
+OF_TWO_NAMED = 0.6  # of the stories that teach the LLM whom a name means
 REDRAWN, REDRAWN_NOISE = 0.2, 0.4  # the share of the pictures that are read as a VAE draws them, and the latents' noise
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="comfy_mminterleaved.training", description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=(*STAGES, "export", "sheet"))
+    parser.add_argument("stage", choices=(*STAGES, "begin", "export", "sheet"))
     parser.add_argument("--out", default="runs/starter", help="the folder of the run (default: %(default)s)")
     parser.add_argument("--stories", type=int, default=12000, help="painted once and kept (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, help="the seed of the first story (default: %(default)s)")
+    parser.add_argument("--model", default="starter", help="what `begin` begins with: a checkpoint of a run's `export` "
+                        "(default: the starter)")  # fmt: skip
     parser.add_argument("--minutes", type=float, help="stop after so long, at a checkpoint")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--steps", type=int), parser.add_argument("--batch", type=int)
     parser.add_argument("--learning-rate", type=float, dest="learning_rate")
     args = parser.parse_args(argv)
     try:
-        if args.stage == "export":
+        if args.stage == "begin":
+            begin(make_folder(args.out), checkpoint.STARTER if args.model == "starter" else Path(args.model))
+        elif args.stage == "export":
             export(Path(args.out))
         elif args.stage == "sheet":
             contact_sheet(Path(args.out))
         else:
             changes = {name: getattr(args, name) for name in ("steps", "batch", "learning_rate")}
             stage = Stage.read(Path(__file__).parent / "stages" / f"{args.stage}.json", **changes)
-            run(stage, make_folder(args.out), args.stories, args.precision, args.minutes)
+            run(stage, make_folder(args.out), args.stories, args.precision, args.minutes, args.first)
     except MMInterleavedError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2
     return 0
 
 
-def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: float | None = None) -> None:
+def run(
+    stage: Stage, out: Path, stories: int, precision: str = "no", minutes: float | None = None, first: int = 0
+) -> None:
     """One run of a stage: to its end, or for some minutes."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
@@ -87,7 +96,8 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
     own = {"vae": learn_vae, "encoder": learn_to_see, "detail": learn_detail, "decoder": learn_to_draw}
     learn = own.get(stage.name, learn_stories)
     with state.main_process_first():  # it paints pictures and makes latents, the others find them
-        book, held_out = Book(out, stories), Book(out, min(HELD_OUT_STORIES, stories), held_out=True)
+        book = Book(out, stories, first=first)
+        held_out = Book(out, min(HELD_OUT_STORIES, stories), held_out=True)
         learner, blocks, batch_of, validation, sample = learn(stage, out, config, blocks, book, held_out)
     folder = out / stage.name
     done = train(stage, learner, blocks, folder, batch_of, validation, precision, minutes, sample)
@@ -106,6 +116,8 @@ def run(stage: Stage, out: Path, stories: int, precision: str = "no", minutes: f
 
 def learn_vae(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
     vae = thin_autoencoder(diffusers_model(config.vae))
+    if (out / "vae" / "thin.safetensors").exists():
+        vae.load_state_dict(checkpoint.read_tensors(out / "vae" / "thin.safetensors"))
     learner = LearnVAE(vae)
 
     def batch_of(seed: int) -> tuple:
@@ -139,7 +151,10 @@ def learn_to_see(stage: Stage, out: Path, config: Config, blocks, book: Book, he
 def learn_detail(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
     vae = newest_thin_vae(out, config)
     vae.encoder.requires_grad_(False)
-    learner = LearnDetail(vae, blocks["encoder"].to(memory_format=torch.channels_last))
+    drawer = None
+    if newest(out, "unet") is not None:
+        drawer = LearnToDraw(blocks["unet"].eval(), blocks["synchronizer"], config.scheduler)
+    learner = LearnDetail(vae, blocks["encoder"].to(memory_format=torch.channels_last), drawer)
     latents = {source: latents_of(out, source, config) for source in (book, held_out)}
     often = how_often(vae, book, latents[book])
 
@@ -148,7 +163,8 @@ def learn_detail(stage: Stage, out: Path, config: Config, blocks, book: Book, he
         weights = often if source is book else None
         rows = rng.choices(range(len(source)), cum_weights=weights, k=stage.batch)
         pictures = source.pictures(rows).contiguous(memory_format=torch.channels_last)
-        made = torch.from_numpy(latents[source][rows]).float(), pictures, source.emphasis(rows, pictures.shape[-1])
+        known = torch.from_numpy(latents[source][rows]).float()
+        made = known, pictures, source.labels[rows], source.emphasis(rows, pictures.shape[-1])
         return tuple(part.to(device_of(learner)) for part in made)
 
     def sample(step: int) -> None:
@@ -202,7 +218,7 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
     batches = {
         source: Batches(
             source, config, tokenizer, stage.batch, drawn_only=only, names=not only and source is book,
-            slips=source is book,
+            slips=source is book, of_two=(OF_TWO if only else OF_TWO_NAMED) if source is book else 0.0,
         )
         for source in (book, held_out)
     }
@@ -296,16 +312,20 @@ def load_run(out: Path, needs=()) -> tuple[Config, dict[str, torch.nn.Module]]:
         config = Config.from_dict(checkpoint.read_json(out / "config.json"))
     blocks = new_blocks(config)
     for name, block in blocks.items():
-        found = [out / stage / f"{name}.safetensors" for stage in reversed(STAGES)]
-        found = [path for path in found if path.exists()]
-        if found:
-            tensors = checkpoint.read_tensors(found[0])
+        if path := newest(out, name):
+            tensors = checkpoint.read_tensors(path)
             expected, shapes = checkpoint.shapes(block), {key: tuple(t.shape) for key, t in tensors.items()}
-            checkpoint.check(expected, shapes, repr(str(found[0])))
+            checkpoint.check(expected, shapes, repr(str(path)))
             block.load_state_dict(tensors)
         elif name in needs:
             raise CheckpointError(f"The run {str(out)!r} has no trained {name} yet; run its stage first.")
     return config, blocks
+
+
+def newest(out: Path, name: str) -> Path | None:
+    """The file of a block in a run, from the last stage that trained it."""
+    found = (out / stage / f"{name}.safetensors" for stage in reversed(STAGES))
+    return next((path for path in found if path.exists()), None)
 
 
 def tokenizer_of(out: Path):
@@ -331,13 +351,40 @@ def newest_thin_vae(out: Path, config: Config):
 def latents_of(out: Path, book: Book, config: Config) -> np.ndarray:
     """Scaled latents of all pictures of a book, float16, made once for a VAE, by its thin form, which is the same."""
     made = int((out / "vae" / "vae.safetensors").stat().st_mtime)
-    path = out / f"latents-{len(book)}-{made}.npy"
+    path = out / f"latents-{book.name}-{made}.npy"
     if not path.exists():
         thin = newest_thin_vae(out, config).eval()
         parts = [encode_latents(thin, book.pictures(range(i, min(i + 64, len(book))))) for i in range(0, len(book), 64)]
         np.save(path.with_suffix(".part.npy"), torch.cat(parts).half().numpy())
         path.with_suffix(".part.npy").rename(path)
     return np.load(path, mmap_mode="r")
+
+
+def begin(out: Path, model: Path) -> None:
+    """Makes a run of a checkpoint, as if its stages were done: each then goes on from its weights, at step 0.
+
+    Raises SettingError for a folder that holds a run, CheckpointError if the VAE was not made by this training.
+    """
+    from safetensors.torch import save_file
+
+    if (out / "config.json").exists():
+        raise SettingError(f"The folder {str(out)!r} holds a run already; name another with --out.")
+    config, tensors = checkpoint.read_blocks(model)
+    tokenizer = checkpoint.read_tokenizer(model, config)
+    if tokenizer is None:
+        raise CheckpointError(f"The checkpoint {str(model)!r} has no tokenizer.")
+    thin_vae = thin_autoencoder(diffusers_model(config.vae))
+    thin = narrowed(thin_vae, tensors["vae"])
+    again, sizes = widened(diffusers_model(config.vae), thin), {name: tuple(t.shape) for name, t in thin.items()}
+    same = all(torch.equal(again[name], tensor) for name, tensor in tensors["vae"].items())
+    if not same or sizes != checkpoint.shapes(thin_vae):
+        raise CheckpointError(f"The VAE of {str(model)!r} was not made by this training; it has no thin form.")
+    for name, stage in TRAINED_BY.items():
+        (out / stage).mkdir(exist_ok=True)
+        save_file({key: t.float() for key, t in tensors[name].items()}, out / stage / f"{name}.safetensors")
+    save_file({key: t.float() for key, t in thin.items()}, out / "vae" / "thin.safetensors")
+    tokenizer.save(out / "tokenizer.json")
+    write_json(out / "config.json", config.to_dict())
 
 
 def export(out: Path) -> Path:

@@ -19,7 +19,6 @@ from .labels import COATS, HEADS, IGNORE, LOOKS, MEANT, labels_of
 CAPTION, ASK = "Caption:", "Question: {question} Answer:"
 STORIES_SHARE = 0.65  # of the batches; the rest are captions and questions on single pictures
 ABOUT_HEROES = 0.6  # of the quarters that the VAE learns from, such as are about a hero or the prop
-OF_TWO = 0.6  # of the stories that teach names, only such as have two heroes
 DRILLS, TEXTS, SEQUENCES = 0.2, 0.15, 40  # of these batches, the shares that are drills and texts, and their sequences
 FILLERS = sorted(word for word in world.words() if word.title() not in world.NAMES)  # between the names of a drill
 PICTURE_FIRST = 0.15  # of the stories: their pictures are drawn without being told what they show
@@ -77,30 +76,33 @@ class Book:
 
     Args:
         folder: where the file is, or will be made; it is kept if it has as many stories already.
-        stories: how many; seeds count from 0.
+        stories: how many.
         held_out: of combinations that training never sees, or of all there are, as in `world.make_story`.
+        first: the seed of the first story; the others' follow.
     """
 
     KINDS = {False: "pictures", True: "held-out", None: "any"}
 
     def __init__(
-        self, folder: str | Path, stories: int, held_out: bool | None = False, side: int = paint.SIDE, workers: int = 2
-    ):
-        self.stories = [world.make_story(seed, held_out) for seed in range(stories)]
+        self, folder: str | Path, stories: int, held_out: bool | None = False, side: int = paint.SIDE, workers: int = 2,
+        first: int = 0,
+    ):  # fmt: skip
+        seeds = range(first, first + stories)
+        self.stories = [world.make_story(seed, held_out) for seed in seeds]
         self.first = np.cumsum([0, *map(len, self.stories)])
-        path = Path(folder) / f"{self.KINDS[held_out]}-{side}-{stories}.npy"
+        path = Path(folder) / f"{self.KINDS[held_out]}-{side}-{stories}{f'-from-{first}' if first else ''}.npy"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".part.npy")
             pixels = np.lib.format.open_memmap(aside, "w+", np.uint8, (int(self.first[-1]), side, side, 3))
-            jobs = [(seed, held_out, side) for seed in range(stories)]
+            jobs = [(seed, held_out, side) for seed in seeds]
             with ProcessPoolExecutor(workers) as pool:
                 for number, pictures in enumerate(pool.map(_paint_story, jobs, chunksize=16)):
                     pixels[self.first[number] : self.first[number + 1]] = pictures
             pixels.flush()
             del pixels
             aside.rename(path)
-        self.pixels = np.load(path, mmap_mode="r")
+        self.name, self.pixels = path.stem, np.load(path, mmap_mode="r")
         scenes = [page.scene for story in self.stories for page in story]
         self.labels = torch.tensor([list(labels_of(scene).values()) for scene in scenes])  # (pictures, heads)
         self.two = [row for row, scene in enumerate(scenes) if len(scene.heroes) > 1]
@@ -172,17 +174,18 @@ class Batches:
     Args:
         pictures: how many pictures a batch has, about.
         drawn_only: only stories text first, as learning to draw needs them.
-        names: whether to teach whom of two heroes a name means: by drills, by texts, by more of such stories.
+        names: whether to teach whom of two heroes a name means, by drills and by texts.
+        of_two: the share of the stories that are drawn only from those of two heroes.
         slips: whether some pictures after a story's first are read with heroes who look otherwise, as a model reads
             what it has drawn wrong; what is to be drawn stays as it is. So the first is believed.
     """
 
     def __init__(
         self, book: Book, config: Config, tokenizer: Tokenizer, pictures: int, drawn_only: bool = False,
-        names: bool = False, slips: bool = False,
+        names: bool = False, slips: bool = False, of_two: float = 0.0,
     ):  # fmt: skip
         self.book, self.config, self.tokenizer = book, config, tokenizer
-        self.pictures, self.drawn_only, self.names, self.slips = pictures, drawn_only, names, slips
+        self.pictures, self.drawn_only, self.names, self.slips, self.of_two = pictures, drawn_only, names, slips, of_two
         self.blank = Picture(torch.zeros(3, 8, 8))  # the layout of a story needs no pixels
 
     def make(self, seed: int) -> Batch | Texts:
@@ -197,8 +200,8 @@ class Batches:
             panels = rng.choice(sorted(self.book.by_length))
             count = max(1, round(self.pictures / panels))
             every = self.book.by_length[panels]
-            two = self.book.two_by_length.get(panels, every) if self.names else every
-            numbers = [rng.choice(two if rng.random() < OF_TWO else every) for _ in range(count)]
+            two = self.book.two_by_length.get(panels, every)
+            numbers = [rng.choice(two if rng.random() < self.of_two else every) for _ in range(count)]
             first = not self.drawn_only and rng.random() < PICTURE_FIRST
             sequences = [self._story(number, first) for number in numbers]
             rows = [[int(self.book.first[number]) + i for i in range(panels)] for number in numbers]

@@ -21,6 +21,7 @@ WEIGHTS = {  # of text and image the paper's
     "sites": 1.0,
 }  # fmt: skip
 NOISES = 2  # of each picture in a batch: what it is told and looks at is made once for them
+FIRM = 4.2  # what sites find, times the size of its codes; of held-out heroes 3.5, and in the model's own drawings less
 
 
 class LearnStories(nn.Module):
@@ -119,7 +120,7 @@ class LearnStories(nn.Module):
                 emphasis if self.training else None,
             )  # fmt: skip
         wanted = (code.repeat(count, 1)[:, :, None, None] for code in self.site_codes(labels))
-        errors = [(sites.found[index].float() - code).pow(2).mean() for index, code in enumerate(wanted)]
+        errors = [(sites.found[index].float() / FIRM - code).pow(2).mean() for index, code in enumerate(wanted)]
         return {"image": image, "sites": sum(errors) / len(errors) / SiteCodes.SIZE**2}
 
 
@@ -130,7 +131,6 @@ class LearnToLook(nn.Module):
     """
 
     PLACES = 16  # of each site's grid
-    FIRM = 4.2  # times the size of the codes; of held-out heroes it is 3.5, and in the model's own drawings less
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict):
         super().__init__()
@@ -176,7 +176,7 @@ class LearnToLook(nn.Module):
         for batch, latents in batches:
             for number, (found, code) in enumerate(self.found_and_wanted(batch, latents)):
                 sums[number] += torch.stack([(found * code).mean(), code.pow(2).mean()]).cpu()
-        factors = (self.FIRM * sums[:, 1] / sums[:, 0]).tolist()
+        factors = (FIRM * sums[:, 1] / sums[:, 0]).tolist()
         for site, factor in zip(self.decoder.sites, factors):
             for parameter in site.conv.parameters():
                 parameter.mul_(factor)

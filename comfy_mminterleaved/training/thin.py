@@ -31,6 +31,12 @@ def widened(stock: nn.Module, thin: dict[str, torch.Tensor]) -> dict[str, torch.
     return wide
 
 
+def narrowed(thin: nn.Module, stock: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state of a thin autoencoder, from that of the stock one that it was `widened` to."""
+    own = thin.state_dict().items()
+    return {name: stock[name][tuple(slice(0, size) for size in tensor.shape)].contiguous() for name, tensor in own}
+
+
 def _thin(layers: nn.Sequential, widths: tuple[int, ...], blocks: tuple[int, ...]) -> None:
     convolutions = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
     # What enters and leaves each convolution; between one and the next are the blocks of one resolution.
