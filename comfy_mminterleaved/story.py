@@ -117,7 +117,11 @@ class Story:
         return "\n".join(panel.text for panel in self.panels() if panel.text)
 
     def panels(self) -> tuple[Panel, ...]:
-        """The story as panels: each picture with the text before it, or, when it opens with a picture, after it."""
+        """The story as panels: each picture with the text before it, or with that after it.
+
+        The latter if the story opens with a picture and ends with text. One that opens with a picture and ends with one
+        was gone on with, each picture drawn from the text before it: its first has none.
+        """
         parts: list[str | Picture] = []
         for segment in self.segments:
             if isinstance(segment, Picture):
@@ -126,7 +130,7 @@ class Story:
                 parts[-1] = _join(parts[-1], segment.text)
             else:
                 parts.append(segment.text.strip())
-        picture_first = bool(parts) and isinstance(parts[0], Picture)
+        picture_first = len(parts) > 1 and isinstance(parts[0], Picture) and isinstance(parts[-1], str)
         panels: list[Panel] = []
         for part in parts:
             last = panels[-1] if panels else None

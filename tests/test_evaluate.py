@@ -8,6 +8,7 @@ from PIL import Image
 
 pytest.importorskip("resvg_py")
 from comfy_mminterleaved import Drawing
+from comfy_mminterleaved.checkpoint import STARTER
 from comfy_mminterleaved.errors import CheckpointError
 from comfy_mminterleaved.training import evaluate, judge, labels, world
 from comfy_mminterleaved.training.data import Book
@@ -39,6 +40,8 @@ def test_a_judge_learns_what_it_is_shown(trained, book, tmp_path):
     assert again.judge(pictures) == trained.judge(pictures)
     with pytest.raises(CheckpointError, match="There is no judge"):
         judge.load(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="is no judge, or one of another size; training.judge makes one.$"):
+        judge.load(STARTER / "unet.safetensors")
 
 
 def test_softened_drawings_are_the_same_ones_with_less_detail(book):

@@ -26,6 +26,8 @@ def test_panels(pictures):
     ka, kb = a.key[:4], b.key[:4]
     assert panels(Story.of("x", "y ", a, " z", b)) == [("x y", ka), ("z", kb)]
     assert panels(Story.of(a, "x", b, "y", "z")) == [("x", ka), ("y z", kb)]
+    assert panels(Story.of(a, "x", b, "y", a)) == [("", ka), ("x", kb), ("y", ka)]
+    assert panels(Story.of(a, b)) == [("", ka), ("", kb)] and panels(Story.of(a)) == [("", ka)]
     assert panels(Story.of(a, b, "y")) == [("", ka), ("y", kb)]
     assert panels(Story.of("x", a, b, "end")) == [("x", ka), ("", kb), ("end", None)]
     assert panels(Story()) == []

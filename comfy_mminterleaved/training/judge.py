@@ -147,7 +147,7 @@ def save(judge: Judge, path: Path) -> None:
 
 def load(path: str | Path = SHIPPED) -> Judge:
     """A judge saved by `save`, computing in float32; raises CheckpointError."""
-    from ..checkpoint import check, read_tensors, shapes
+    from ..checkpoint import read_tensors, shapes
 
     path = Path(path)
     if not path.is_file():
@@ -155,7 +155,8 @@ def load(path: str | Path = SHIPPED) -> Judge:
             f"There is no judge {str(path)!r}; train it with python -m comfy_mminterleaved.training.judge."
         )
     judge, tensors = Judge(), read_tensors(path)
-    check(shapes(judge), {name: tuple(t.shape) for name, t in tensors.items()}, repr(str(path)))
+    if shapes(judge) != {name: tuple(t.shape) for name, t in tensors.items()}:
+        raise CheckpointError(f"{str(path)!r} is no judge, or one of another size; training.judge makes one.")
     judge.load_state_dict(tensors)
     return judge.eval()
 
