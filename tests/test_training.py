@@ -370,6 +370,15 @@ def test_site_codes_are_sums_of_what_is_known():
     assert torch.equal(SiteCodes([24, 400])(labels)[1], wide)
 
 
+def test_what_sites_add_for_coats_has_a_basis():
+    codes, labels = SiteCodes([64, 400]), torch.ones(2, len(HEADS), dtype=torch.long)
+    labels[0, [k for k in LOOKS if k not in COATS]] = IGNORE
+    for said, basis in zip(codes(labels), codes.coats()):
+        assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-5)
+        kept = (said @ basis).pow(2).sum(-1) / said.pow(2).sum(-1)
+        assert kept[0] == pytest.approx(1, abs=1e-4) and kept[1] < 0.8  # coats alone, and all of the look
+
+
 def test_where_the_heroes_stand(book):
     from comfy_mminterleaved.training import paint
 

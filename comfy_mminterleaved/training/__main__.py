@@ -218,7 +218,7 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
     batches = {
         source: Batches(
             source, config, tokenizer, stage.batch, drawn_only=only, names=not only and source is book,
-            slips=source is book, of_two=(OF_TWO if only else OF_TWO_NAMED) if source is book else 0.0,
+            slips=source is book and not only, of_two=(OF_TWO if only else OF_TWO_NAMED) if source is book else 0.0,
         )
         for source in (book, held_out)
     }

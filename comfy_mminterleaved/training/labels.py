@@ -100,3 +100,8 @@ class SiteCodes:
             sum(table.to(labels.device)[wanted[:, i]] * known[:, i : i + 1] for i, table in enumerate(tables))
             for tables in self.tables
         ]
+
+    def coats(self) -> list[torch.Tensor]:
+        """For each site an orthonormal basis (width, dimensions) of what coats of all colours can add."""
+        chosen = [LOOKS.index(k) for k in COATS]
+        return [torch.linalg.qr(torch.cat([tables[i] for i in chosen]).T).Q for tables in self.tables]

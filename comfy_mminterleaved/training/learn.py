@@ -13,6 +13,7 @@ UNCONDITIONAL = 0.1
 FORGOTTEN = 0.1  # of what a drawing could be told, in learning to draw
 EMPHASIS = 4.0  # the weight of heroes and props against what is behind them, at times below EMPHASIZED
 EMPHASIZED = 0.6
+DECIDED = 0.15, 0.85  # of the schedule: when coats, then faces and tools are decided; half of the times are from there
 
 
 class LearnVAE(nn.Module):
@@ -143,6 +144,7 @@ class LearnToDraw(nn.Module):
     HEARSAY = 0.35  # noise on states, at most, in units of the codes' size: an LLM's are never quite the codes
     FIRMNESS = 1.5, 4.0  # the size of what sites find, in units of their codes'; below 2 it is hardly drawn from
     DOUBT = 0.4  # noise on what they find, in units of its size
+    IMAGINED = 0.5  # of the schedule: the most noise that `imagine` draws through
 
     def __init__(self, unet, decoder, scheduler: dict):
         super().__init__()
@@ -177,9 +179,6 @@ class LearnToDraw(nn.Module):
             if self.training:
                 states = states + torch.randn_like(states) * torch.rand_like(states[:, :1, :1]) * self.HEARSAY
             return diffusion_error(self.unet, self.noise, self.negative, states, latents, self.training, emphasis)
-
-
-    IMAGINED = 0.5  # of the schedule: the most noise that `imagine` draws through
 
     @torch.no_grad()
     def imagine(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -254,8 +253,9 @@ def diffusion_error(
         states = torch.where(dropped, negative.to(states), states)
     noise = torch.randn_like(latents)
     times = torch.rand(len(latents), device=latents.device)
-    if training:  # faces and tools are decided in the middle: half of the draws are from there
-        times = torch.where(torch.rand_like(times) < 0.5, times, 0.1 + 0.5 * times)
+    if training:
+        low, high = DECIDED
+        times = torch.where(torch.rand_like(times) < 0.5, times, low + (high - low) * times)
     times = (times * noise_schedule.config.num_train_timesteps).long()
     found = unet(noise_schedule.add_noise(latents, noise, times), times, encoder_hidden_states=states).sample
     wanted = noise

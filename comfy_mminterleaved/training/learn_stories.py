@@ -131,6 +131,7 @@ class LearnToLook(nn.Module):
     """
 
     PLACES = 16  # of each site's grid
+    COATS = 3.0  # how much more what is found of coats counts: of a lone hero the states tell the rest
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict):
         super().__init__()
@@ -142,8 +143,14 @@ class LearnToLook(nn.Module):
     def forward(self, batch: Batch, latents) -> dict[str, torch.Tensor]:
         """`latents`: (N, P, C, h, w) of the batch's pictures, scaled."""
         pairs = self.found_and_wanted(batch, latents)
-        errors = [(found - code).pow(2).mean() / SiteCodes.SIZE**2 for found, code in pairs]
-        return {"loss": sum(errors) / len(errors), "best": min(errors), "worst": max(errors)}
+        missed = [(found - code) / SiteCodes.SIZE for found, code in pairs]
+        error = sum(m.pow(2).mean() for m in missed) / len(missed)
+        sizes = [
+            m.movedim(1, -1).matmul(basis.to(m)).pow(2).sum(-1).mean() / m.shape[1]
+            for m, basis in zip(missed, self.site_codes.coats())
+        ]
+        coats = sum(sizes) / len(sizes)
+        return {"loss": error + self.COATS * coats, "error": error, "coats": coats}
 
     def found_and_wanted(self, batch: Batch, latents) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Of each site what it finds (P * N, C, places, 1), and the codes (P * N, C, 1, 1)."""
