@@ -151,10 +151,7 @@ def learn_to_see(stage: Stage, out: Path, config: Config, blocks, book: Book, he
 def learn_detail(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
     vae = newest_thin_vae(out, config)
     vae.encoder.requires_grad_(False)
-    drawer = None
-    if newest(out, "unet") is not None:
-        drawer = LearnToDraw(blocks["unet"].eval(), blocks["synchronizer"], config.scheduler)
-    learner = LearnDetail(vae, blocks["encoder"].to(memory_format=torch.channels_last), drawer)
+    learner = LearnDetail(vae, blocks["encoder"].to(memory_format=torch.channels_last))
     latents = {source: latents_of(out, source, config) for source in (book, held_out)}
     often = how_often(vae, book, latents[book])
 
@@ -163,8 +160,7 @@ def learn_detail(stage: Stage, out: Path, config: Config, blocks, book: Book, he
         weights = often if source is book else None
         rows = rng.choices(range(len(source)), cum_weights=weights, k=stage.batch)
         pictures = source.pictures(rows).contiguous(memory_format=torch.channels_last)
-        known = torch.from_numpy(latents[source][rows]).float()
-        made = known, pictures, source.labels[rows], source.emphasis(rows, pictures.shape[-1])
+        made = torch.from_numpy(latents[source][rows]).float(), pictures, source.emphasis(rows, pictures.shape[-1])
         return tuple(part.to(device_of(learner)) for part in made)
 
     def sample(step: int) -> None:

@@ -79,22 +79,18 @@ class LearnDetail(nn.Module):
 
     A face far away is a few pixels, and errors of pixels hardly miss it; features that were learned by telling faces
     and tools apart do (Johnson et al. 2016). Latents stay as they are, and with them what a U-Net knows, so this can be
-    done at any time. What a U-Net draws is never quite clean: latents get noise, or half of them, if there is a U-Net
-    already, are what it makes of noised ones.
-
-    Args:
-        drawer: with that U-Net; encoder and drawer stand still.
+    done at any time; they get noise, as what a U-Net draws is never quite clean.
     """
 
     NOISE = 0.15  # at most, in units of the latents' size
     SEEN = 3.0  # the weight of what the encoder sees against errors of pixels
 
-    def __init__(self, vae, encoder, drawer: LearnToDraw | None = None):
+    def __init__(self, vae, encoder):
         super().__init__()
-        self.vae, self.encoder, self.drawer = vae, encoder, drawer
+        self.vae, self.encoder = vae, encoder
 
-    def forward(self, latents: torch.Tensor, pictures: torch.Tensor, labels, emphasis=None) -> dict[str, torch.Tensor]:
-        """latents (N, C, h, w), scaled, of pictures (N, 3, side, side) in [0, 1]; labels (N, heads) of these.
+    def forward(self, latents: torch.Tensor, pictures: torch.Tensor, emphasis=None) -> dict[str, torch.Tensor]:
+        """latents (N, C, h, w), scaled, of pictures (N, 3, side, side) in [0, 1].
 
         emphasis: (N, 1, side, side) in [0, 1], in training, where pixels weigh EMPHASIS times as much.
         """
@@ -102,10 +98,7 @@ class LearnDetail(nn.Module):
         if self.training:
             weight = None if emphasis is None else 1 + (EMPHASIS - 1) * emphasis
             size = torch.rand(len(latents), 1, 1, 1, device=latents.device) * self.NOISE
-            clean, latents = latents, latents + torch.randn_like(latents) * size
-            if self.drawer is not None:
-                half = len(latents) // 2
-                latents[:half] = self.drawer.imagine(clean[:half], labels[:half])
+            latents = latents + torch.randn_like(latents) * size
         found = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         losses = pixel_errors(found, pictures * 2 - 1, weight)
         with torch.no_grad():
@@ -142,9 +135,8 @@ class LearnToDraw(nn.Module):
     """
 
     HEARSAY = 0.35  # noise on states, at most, in units of the codes' size: an LLM's are never quite the codes
-    FIRMNESS = 1.5, 4.0  # the size of what sites find, in units of their codes'; below 2 it is hardly drawn from
+    FIRMNESS = 2.5, 5.0  # the size of what sites find, in units of their codes'; below 2 it is hardly drawn from
     DOUBT = 0.4  # noise on what they find, in units of its size
-    IMAGINED = 0.5  # of the schedule: the most noise that `imagine` draws through
 
     def __init__(self, unet, decoder, scheduler: dict):
         super().__init__()
@@ -179,20 +171,6 @@ class LearnToDraw(nn.Module):
             if self.training:
                 states = states + torch.randn_like(states) * torch.rand_like(states[:, :1, :1]) * self.HEARSAY
             return diffusion_error(self.unet, self.noise, self.negative, states, latents, self.training, emphasis)
-
-    @torch.no_grad()
-    def imagine(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Latents (N, C, h, w) as the U-Net sees them through noise, in one step, told exactly what they show."""
-        noise, count = torch.randn_like(latents), self.noise.config.num_train_timesteps
-        times = (torch.rand(len(latents), device=latents.device) * self.IMAGINED * count).long()
-        noised = self.noise.add_noise(latents, noise, times)
-        size = sum(self.FIRMNESS) / 2
-        with sites_attached(self.unet, self.sites, self.sites.prepare(labels, 0.0, (size, size))):
-            found = self.unet(noised, times, encoder_hidden_states=self.codes(labels)).sample
-        kept = self.noise.alphas_cumprod.to(latents)[times].view(-1, 1, 1, 1)
-        if self.noise.config.prediction_type == "v_prediction":
-            return kept.sqrt() * noised - (1 - kept).sqrt() * found
-        return (noised - (1 - kept).sqrt() * found) / kept.sqrt()
 
 
 class TaughtSites:
