@@ -410,6 +410,8 @@ def test_sites_learn_to_find_how_heroes_look(batches, config):
     firm = learner.bring_to_size([(batch, to_draw(batch)[0])])
     assert all(0.95 < factor / FIRM < 2 for factor in firm)  # what is found is at most what is wanted
     assert learner.bring_to_size([(batch, to_draw(batch)[0])]) == pytest.approx([1.0] * len(firm), abs=0.05)
+    back = learner.bring_to_size([(batch, to_draw(batch)[0])], 1.0)
+    assert back == pytest.approx([1 / FIRM] * len(firm), rel=0.05)
     assert all(p.grad is None for n, p in blocks["synchronizer"].named_parameters() if n not in sites)
 
 

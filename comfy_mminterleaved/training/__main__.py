@@ -238,6 +238,9 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
         emphasis = source.emphasis(made.rows.flatten().tolist(), known.shape[-1]).to(device)
         return made, known.unflatten(0, size), emphasis.unflatten(0, size)
 
+    if look and blocks["synchronizer"].mid_site.conv.weight.any():
+        learner.bring_to_size([batch_of(seed) for seed in range(8)], 1.0)  # it learns at the codes' own size
+
     def sample(step: int) -> None:
         model = MMInterleaved(config, {name: block.eval() for name, block in blocks.items()}, tokenizer)
         path = out / stage.name / f"samples-{step:06d}"

@@ -170,8 +170,8 @@ class LearnToLook(nn.Module):
         return pairs
 
     @torch.no_grad()
-    def bring_to_size(self, batches) -> list[float]:
-        """Scales each site so that what it finds is, along the codes, FIRM times as large; returns the factors.
+    def bring_to_size(self, batches, size: float = FIRM) -> list[float]:
+        """Scales each site so that what it finds is, along the codes, `size` times as large; returns the factors.
 
         Least squares shrink what is found wherever it is in doubt, as in a model's own drawings it often is; and a
         U-Net that is told of a coat by half does not draw half of it but another one.
@@ -183,7 +183,7 @@ class LearnToLook(nn.Module):
         for batch, latents in batches:
             for number, (found, code) in enumerate(self.found_and_wanted(batch, latents)):
                 sums[number] += torch.stack([(found * code).mean(), code.pow(2).mean()]).cpu()
-        factors = (FIRM * sums[:, 1] / sums[:, 0]).tolist()
+        factors = (size * sums[:, 1] / sums[:, 0]).tolist()
         for site, factor in zip(self.decoder.sites, factors):
             for parameter in site.conv.parameters():
                 parameter.mul_(factor)
