@@ -77,7 +77,7 @@ def load_story(path: str | Path) -> Story:
 def page(story: Story, title: str = "") -> str:
     """The story as one HTML page, pictures inside: a book on a screen, a phone, and on paper."""
     panels = story.panels()
-    title = title or _title(panels[0].text if panels else "")
+    title = title or _title(next((panel.text for panel in panels if panel.text), ""))
     sheets = []
     for number, panel in enumerate(panels, 1):
         picture = ""

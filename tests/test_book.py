@@ -42,6 +42,10 @@ def test_titles(text, title):
     assert f"<title>{title}</title>" in page(Story.of(text))
 
 
+def test_a_story_that_opens_with_a_picture_is_called_by_its_first_text(pictures):
+    assert "<title>Otto runs</title>" in page(Story.of(pictures[0], "Otto runs. It rains.", pictures[1]))
+
+
 def test_curly_braces_of_a_story_stay(pictures):
     assert page(Story.of("Write {{sheets}} here.", pictures[0]), "").count("<img") == 1
     assert "{{sheets}}" in page(Story.of("Write {{sheets}} here."), "T")
