@@ -582,7 +582,7 @@ def test_a_stage_without_what_it_needs(tmp_path):
 
 
 def test_a_run_goes_on_from_a_checkpoint(tmp_path, capsys):
-    training.begin(training.make_folder(tmp_path / "run"), STARTER)
+    training.begin(tmp_path / "run", STARTER)
     config, blocks = training.load_run(tmp_path / "run", BLOCKS)
     known, shipped = read_blocks(STARTER)
     assert config == known
@@ -603,8 +603,8 @@ def test_a_run_does_not_go_on_from_anothers_vae(tmp_path, config, tokenizer):
     tensors = {name: block.state_dict() for name, block in new_blocks(config).items()}
     save(tmp_path / "model", config, tensors, tokenizer)
     with pytest.raises(CheckpointError, match="was not made by this training"):
-        training.begin(training.make_folder(tmp_path / "run"), tmp_path / "model")
-    assert not list((tmp_path / "run").iterdir())
+        training.begin(tmp_path / "run", tmp_path / "model")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_starters_size_and_words():

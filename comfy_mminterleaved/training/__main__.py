@@ -23,22 +23,19 @@ from ..checkpoint import diffusers_model
 from ..config import Config
 from ..decoder import PreparedSites
 from ..drawing import Drawing, decode_latents, draw, encode_latents, make_scheduler
-from ..errors import CheckpointError, MMInterleavedError, SettingError
+from ..errors import MMInterleavedError
 from ..files import make_folder, write_bytes, write_json
-from ..initialize import new_blocks
 from ..model import MMInterleaved
 from ..pictures import encode_png
 from ..story import Picture, Story
 from . import paint, world
 from .data import Batches, Book, Texts
+from .folder import STAGES, begin, export, latents_of, load_run, newest_thin_vae, tokenizer_of
 from .learn import LearnDetail, LearnToDraw, LearnToSee, LearnVAE
 from .learn_stories import LearnStories, LearnToLook
 from .loop import Stage, train
-from .recipe import make_tokenizer, starter
-from .thin import narrowed, thin_autoencoder, widened
+from .thin import thin_autoencoder, widened
 
-STAGES = ("vae", "encoder", "detail", "language", "decoder", "look", "joint")
-TRAINED_BY = {"vae": "vae", "encoder": "encoder", "llm": "language", "synchronizer": "look", "unet": "decoder"}
 HELD_OUT_STORIES = 200
 OF_TWO = 0.3  # of the pictures or stories that encoder and U-Net learn from, only such as show two heroes
 OF_TWO_NAMED = 0.6  # of the stories that teach the LLM whom a name means
@@ -60,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.stage == "begin":
-            begin(make_folder(args.out), checkpoint.STARTER if args.model == "starter" else Path(args.model))
+            begin(Path(args.out), checkpoint.STARTER if args.model == "starter" else Path(args.model))
         elif args.stage == "export":
             export(Path(args.out))
         elif args.stage == "sheet":
@@ -297,102 +294,8 @@ def redrawn(vae, pictures: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     return drawn
 
 
-# ---- what a run keeps ----
-
-
 def device_of(module: torch.nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-def load_run(out: Path, needs=()) -> tuple[Config, dict[str, torch.nn.Module]]:
-    """The config and blocks of a run as they are now: each from the last stage that trained it, else fresh."""
-    config = starter()
-    if (out / "config.json").exists():
-        config = Config.from_dict(checkpoint.read_json(out / "config.json"))
-    blocks = new_blocks(config)
-    for name, block in blocks.items():
-        if path := newest(out, name):
-            tensors = checkpoint.read_tensors(path)
-            expected, shapes = checkpoint.shapes(block), {key: tuple(t.shape) for key, t in tensors.items()}
-            checkpoint.check(expected, shapes, repr(str(path)))
-            block.load_state_dict(tensors)
-        elif name in needs:
-            raise CheckpointError(f"The run {str(out)!r} has no trained {name} yet; run its stage first.")
-    return config, blocks
-
-
-def newest(out: Path, name: str) -> Path | None:
-    """The file of a block in a run, from the last stage that trained it."""
-    found = (out / stage / f"{name}.safetensors" for stage in reversed(STAGES))
-    return next((path for path in found if path.exists()), None)
-
-
-def tokenizer_of(out: Path):
-    """The run's tokenizer, made when first asked for."""
-    from ..tokenizer import Tokenizer
-    from .recipe import TEXT_TOKENS
-
-    path = out / "tokenizer.json"
-    if not path.exists():
-        make_tokenizer().save(path)
-    return Tokenizer.load(path, starter().llm.tokens, TEXT_TOKENS)
-
-
-def newest_thin_vae(out: Path, config: Config):
-    """The run's VAE in its thin form, with the decoder half of the detail stage if that is done."""
-    stage = "detail" if (out / "detail" / "vae.safetensors").exists() else "vae"
-    thin = thin_autoencoder(diffusers_model(config.vae)).to(memory_format=torch.channels_last)
-    thin.load_state_dict(checkpoint.read_tensors(out / stage / "thin.safetensors"))
-    return thin
-
-
-@torch.no_grad()
-def latents_of(out: Path, book: Book, config: Config) -> np.ndarray:
-    """Scaled latents of all pictures of a book, float16, made once for a VAE, by its thin form, which is the same."""
-    made = int((out / "vae" / "vae.safetensors").stat().st_mtime)
-    path = out / f"latents-{book.name}-{made}.npy"
-    if not path.exists():
-        thin = newest_thin_vae(out, config).eval()
-        parts = [encode_latents(thin, book.pictures(range(i, min(i + 64, len(book))))) for i in range(0, len(book), 64)]
-        np.save(path.with_suffix(".part.npy"), torch.cat(parts).half().numpy())
-        path.with_suffix(".part.npy").rename(path)
-    return np.load(path, mmap_mode="r")
-
-
-def begin(out: Path, model: Path) -> None:
-    """Makes a run of a checkpoint, as if its stages were done: each then goes on from its weights, at step 0.
-
-    Raises SettingError for a folder that holds a run, CheckpointError if the VAE was not made by this training.
-    """
-    from safetensors.torch import save_file
-
-    if (out / "config.json").exists():
-        raise SettingError(f"The folder {str(out)!r} holds a run already; name another with --out.")
-    config, tensors = checkpoint.read_blocks(model)
-    tokenizer = checkpoint.read_tokenizer(model, config)
-    if tokenizer is None:
-        raise CheckpointError(f"The checkpoint {str(model)!r} has no tokenizer.")
-    thin_vae = thin_autoencoder(diffusers_model(config.vae))
-    thin = narrowed(thin_vae, tensors["vae"])
-    again, sizes = widened(diffusers_model(config.vae), thin), {name: tuple(t.shape) for name, t in thin.items()}
-    same = all(torch.equal(again[name], tensor) for name, tensor in tensors["vae"].items())
-    if not same or sizes != checkpoint.shapes(thin_vae):
-        raise CheckpointError(f"The VAE of {str(model)!r} was not made by this training; it has no thin form.")
-    for name, stage in TRAINED_BY.items():
-        (out / stage).mkdir(exist_ok=True)
-        save_file({key: t.float() for key, t in tensors[name].items()}, out / stage / f"{name}.safetensors")
-    save_file({key: t.float() for key, t in thin.items()}, out / "vae" / "thin.safetensors")
-    tokenizer.save(out / "tokenizer.json")
-    write_json(out / "config.json", config.to_dict())
-
-
-def export(out: Path) -> Path:
-    """Writes the run's model as a checkpoint of this project's layout, float16: `out`/model."""
-    config, blocks = load_run(out, ("vae", "encoder", "llm", "synchronizer", "unet"))
-    tensors = {name: block.state_dict() for name, block in blocks.items()}
-    checkpoint.save(out / "model", config, tensors, tokenizer_of(out), torch.float16)
-    (out / "model" / checkpoint.WORDS).write_text("\n".join(sorted(world.words())) + "\n", encoding="utf-8")
-    return out / "model"
 
 
 # ---- samples ----
@@ -466,7 +369,6 @@ def contact_sheet(out: Path, stories: int = 20) -> Path:
 def captions(model: MMInterleaved, book: Book, count: int = 12) -> str:
     """True captions over the model's."""
     from ..writing import Sampling
-    from . import world
 
     greedy, lines = Sampling(max_new_tokens=40, min_new_tokens=1, sample=False, repetition_penalty=1.0), []
     for story in range(min(count, len(book.stories))):

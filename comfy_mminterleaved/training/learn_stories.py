@@ -131,7 +131,7 @@ class LearnToLook(nn.Module):
     """
 
     PLACES = 16  # of each site's grid
-    COATS = 3.0  # how much more what is found of coats counts: of a lone hero the states tell the rest
+    COATS_WEIGHT = 3.0  # how much more what is found of coats counts: of a lone hero the states tell the rest
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict):
         super().__init__()
@@ -139,6 +139,7 @@ class LearnToLook(nn.Module):
         self.noise = make_scheduler("ddpm", scheduler)
         c = self.decoder.config
         self.codes, self.site_codes = Codes(c.resampler.queries, c.resampler.width), SiteCodes(c.site_widths)
+        self.of_coats = self.site_codes.coats()
 
     def forward(self, batch: Batch, latents) -> dict[str, torch.Tensor]:
         """`latents`: (N, P, C, h, w) of the batch's pictures, scaled."""
@@ -147,10 +148,10 @@ class LearnToLook(nn.Module):
         error = sum(m.pow(2).mean() for m in missed) / len(missed)
         sizes = [
             m.movedim(1, -1).matmul(basis.to(m)).pow(2).sum(-1).mean() / m.shape[1]
-            for m, basis in zip(missed, self.site_codes.coats())
+            for m, basis in zip(missed, self.of_coats)
         ]
         coats = sum(sizes) / len(sizes)
-        return {"loss": error + self.COATS * coats, "error": error, "coats": coats}
+        return {"loss": error + self.COATS_WEIGHT * coats, "error": error, "coats": coats}
 
     def found_and_wanted(self, batch: Batch, latents) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Of each site what it finds (P * N, C, places, 1), and the codes (P * N, C, 1, 1)."""

@@ -1,0 +1,113 @@
+"""What a training run keeps in its folder: the blocks as each stage left them, tokenizer, latents, model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import checkpoint
+from ..checkpoint import diffusers_model
+from ..config import Config
+from ..drawing import encode_latents
+from ..errors import CheckpointError, SettingError
+from ..files import make_folder, write_json
+from ..initialize import new_blocks
+from . import world
+from .data import Book
+from .recipe import TEXT_TOKENS, make_tokenizer, starter
+from .thin import narrowed, thin_autoencoder, widened
+
+STAGES = ("vae", "encoder", "detail", "language", "decoder", "look", "joint")
+TRAINED_BY = {"vae": "vae", "encoder": "encoder", "llm": "language", "synchronizer": "look", "unet": "decoder"}
+
+
+def load_run(out: Path, needs=()) -> tuple[Config, dict[str, torch.nn.Module]]:
+    """The config and blocks of a run as they are now: each from the last stage that trained it, else fresh."""
+    config = starter()
+    if (out / "config.json").exists():
+        config = Config.from_dict(checkpoint.read_json(out / "config.json"))
+    blocks = new_blocks(config)
+    for name, block in blocks.items():
+        if path := newest(out, name):
+            tensors = checkpoint.read_tensors(path)
+            expected, shapes = checkpoint.shapes(block), {key: tuple(t.shape) for key, t in tensors.items()}
+            checkpoint.check(expected, shapes, repr(str(path)))
+            block.load_state_dict(tensors)
+        elif name in needs:
+            raise CheckpointError(f"The run {str(out)!r} has no trained {name} yet; run its stage first.")
+    return config, blocks
+
+
+def newest(out: Path, name: str) -> Path | None:
+    """The file of a block in a run, from the last stage that trained it."""
+    found = (out / stage / f"{name}.safetensors" for stage in reversed(STAGES))
+    return next((path for path in found if path.exists()), None)
+
+
+def tokenizer_of(out: Path):
+    """The run's tokenizer, made when first asked for."""
+    from ..tokenizer import Tokenizer
+
+    path = out / "tokenizer.json"
+    if not path.exists():
+        make_tokenizer().save(path)
+    return Tokenizer.load(path, starter().llm.tokens, TEXT_TOKENS)
+
+
+def newest_thin_vae(out: Path, config: Config):
+    """The run's VAE in its thin form, with the decoder half of the detail stage if that is done."""
+    stage = "detail" if (out / "detail" / "vae.safetensors").exists() else "vae"
+    thin = thin_autoencoder(diffusers_model(config.vae)).to(memory_format=torch.channels_last)
+    thin.load_state_dict(checkpoint.read_tensors(out / stage / "thin.safetensors"))
+    return thin
+
+
+@torch.no_grad()
+def latents_of(out: Path, book: Book, config: Config) -> np.ndarray:
+    """Scaled latents of all pictures of a book, float16, made once for a VAE, by its thin form, which is the same."""
+    made = int((out / "vae" / "vae.safetensors").stat().st_mtime)
+    path = out / f"latents-{book.name}-{made}.npy"
+    if not path.exists():
+        thin = newest_thin_vae(out, config).eval()
+        parts = [encode_latents(thin, book.pictures(range(i, min(i + 64, len(book))))) for i in range(0, len(book), 64)]
+        np.save(path.with_suffix(".part.npy"), torch.cat(parts).half().numpy())
+        path.with_suffix(".part.npy").rename(path)
+    return np.load(path, mmap_mode="r")
+
+
+def begin(out: Path, model: Path) -> None:
+    """Makes a run of a checkpoint, as if its stages were done: each then goes on from its weights, at step 0.
+
+    Raises SettingError for a folder that holds a run, CheckpointError if the VAE was not made by this training.
+    """
+    from safetensors.torch import save_file
+
+    if (out / "config.json").exists():
+        raise SettingError(f"The folder {str(out)!r} holds a run already; name another with --out.")
+    config, tensors = checkpoint.read_blocks(model)
+    tokenizer = checkpoint.read_tokenizer(model, config)
+    if tokenizer is None:
+        raise CheckpointError(f"The checkpoint {str(model)!r} has no tokenizer.")
+    thin_vae = thin_autoencoder(diffusers_model(config.vae))
+    thin = narrowed(thin_vae, tensors["vae"])
+    again, sizes = widened(diffusers_model(config.vae), thin), {name: tuple(t.shape) for name, t in thin.items()}
+    same = all(torch.equal(again[name], tensor) for name, tensor in tensors["vae"].items())
+    if not same or sizes != checkpoint.shapes(thin_vae):
+        raise CheckpointError(f"The VAE of {str(model)!r} was not made by this training; it has no thin form.")
+    for name, stage in TRAINED_BY.items():
+        make_folder(out / stage)
+        save_file({key: t.float() for key, t in tensors[name].items()}, out / stage / f"{name}.safetensors")
+    save_file({key: t.float() for key, t in thin.items()}, out / "vae" / "thin.safetensors")
+    tokenizer.save(out / "tokenizer.json")
+    write_json(out / "config.json", config.to_dict())
+
+
+def export(out: Path) -> Path:
+    """Writes the run's model as a checkpoint of this project's layout, float16: `out`/model."""
+    config, blocks = load_run(out, ("vae", "encoder", "llm", "synchronizer", "unet"))
+    tensors = {name: block.state_dict() for name, block in blocks.items()}
+    checkpoint.save(out / "model", config, tensors, tokenizer_of(out), torch.float16)
+    (out / "model" / checkpoint.WORDS).write_text("\n".join(sorted(world.words())) + "\n", encoding="utf-8")
+    return out / "model"
