@@ -599,6 +599,15 @@ def test_a_run_goes_on_from_a_checkpoint(tmp_path, capsys):
     assert "holds a run already; name another with --out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command", [["begin", "--first", "3"], ["look", "--model", "starter"], ["sheet", "--steps", "9"]]
+)
+def test_options_of_no_use_are_named(tmp_path, capsys, command):
+    assert training.main([*command, "--out", str(tmp_path / "run")]) == 2
+    assert f"{command[1]} is of no use to {command[0]!r}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_does_not_go_on_from_anothers_vae(tmp_path, config, tokenizer):
     tensors = {name: block.state_dict() for name, block in new_blocks(config).items()}
     save(tmp_path / "model", config, tensors, tokenizer)

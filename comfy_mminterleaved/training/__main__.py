@@ -1,4 +1,4 @@
-"""Training, stage by stage: python -m comfy_mminterleaved.training vae | encoder | language | decoder | joint.
+"""Training, stage by stage: python -m comfy_mminterleaved.training STAGE.
 
 Each stage can be stopped at any time and goes on from its last checkpoint when called again. Everything is kept in one
 folder: the pictures, a folder a stage with its log, curves, samples and weights, and config.json. `export` then makes
@@ -23,7 +23,7 @@ from ..checkpoint import diffusers_model
 from ..config import Config
 from ..decoder import PreparedSites
 from ..drawing import Drawing, decode_latents, draw, encode_latents, make_scheduler
-from ..errors import MMInterleavedError
+from ..errors import MMInterleavedError, SettingError
 from ..files import make_folder, write_bytes, write_json
 from ..model import MMInterleaved
 from ..pictures import encode_png
@@ -46,26 +46,32 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="comfy_mminterleaved.training", description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=(*STAGES, "begin", "export", "sheet"))
     parser.add_argument("--out", default="runs/starter", help="the folder of the run (default: %(default)s)")
-    parser.add_argument("--stories", type=int, default=12000, help="painted once and kept (default: %(default)s)")
-    parser.add_argument("--first", type=int, default=0, help="the seed of the first story (default: %(default)s)")
-    parser.add_argument("--model", default="starter", help="what `begin` begins with: a checkpoint of a run's `export` "
-                        "(default: the starter)")  # fmt: skip
-    parser.add_argument("--minutes", type=float, help="stop after so long, at a checkpoint")
-    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
-    parser.add_argument("--steps", type=int), parser.add_argument("--batch", type=int)
-    parser.add_argument("--learning-rate", type=float, dest="learning_rate")
+    begins = parser.add_argument_group("begin")
+    begins.add_argument("--model", help="a checkpoint of a run's `export` (default: the starter)")
+    stages = parser.add_argument_group("stages")
+    stages.add_argument("--stories", type=int, help="painted once and kept (default: 12000)")
+    stages.add_argument("--first", type=int, help="the seed of the first story (default: 0)")
+    stages.add_argument("--minutes", type=float, help="stop after so long, at a checkpoint")
+    stages.add_argument("--precision", choices=("no", "bf16", "fp16"), help="(default: no)")
+    stages.add_argument("--steps", type=int), stages.add_argument("--batch", type=int)
+    stages.add_argument("--learning-rate", type=float, dest="learning_rate")
     args = parser.parse_args(argv)
+    options, out = {k: v for k, v in vars(args).items() if k not in ("stage", "out") and v is not None}, Path(args.out)
     try:
+        taken = {"begin": {"model"}, "export": set(), "sheet": set()}.get(args.stage, set(vars(args)) - {"model"})
+        for name in sorted(options.keys() - taken):
+            raise SettingError(f"--{name.replace('_', '-')} is of no use to {args.stage!r}; leave it away.")
         if args.stage == "begin":
-            begin(Path(args.out), checkpoint.STARTER if args.model == "starter" else Path(args.model))
+            model = options.get("model", "starter")
+            begin(out, checkpoint.STARTER if model == "starter" else Path(model))
         elif args.stage == "export":
-            export(Path(args.out))
+            export(out)
         elif args.stage == "sheet":
-            contact_sheet(Path(args.out))
+            contact_sheet(out)
         else:
-            changes = {name: getattr(args, name) for name in ("steps", "batch", "learning_rate")}
+            changes = {name: options.pop(name, None) for name in ("steps", "batch", "learning_rate")}
             stage = Stage.read(Path(__file__).parent / "stages" / f"{args.stage}.json", **changes)
-            run(stage, make_folder(args.out), args.stories, args.precision, args.minutes, args.first)
+            run(stage, make_folder(out), **options)
     except MMInterleavedError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2
@@ -73,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(
-    stage: Stage, out: Path, stories: int, precision: str = "no", minutes: float | None = None, first: int = 0
+    stage: Stage, out: Path, stories: int = 12000, precision: str = "no", minutes: float | None = None, first: int = 0
 ) -> None:
     """One run of a stage: to its end, or for some minutes."""
     from accelerate import PartialState
