@@ -450,6 +450,18 @@ def test_a_unet_is_told_of_looks_by_its_sites(config):
     assert set(losses) == {"loss", "told", "found"} and losses["told"] != losses["found"]
 
 
+def test_sites_err_where_the_states_know_better(config):
+    torch.manual_seed(0)
+    blocks = new_blocks(config)
+    learner = LearnToDraw(blocks["unet"], blocks["synchronizer"], config.scheduler)
+    labels = torch.arange(400)[:, None].repeat(1, len(HEADS))
+    alone = torch.arange(400)[:, None] < 200
+    wrong = learner.misread(labels, alone) != labels
+    assert not wrong[:200, COATS].any()
+    for part in (wrong[200:, COATS], wrong[:, [k for k in range(len(HEADS)) if k not in COATS]]):
+        assert part.float().mean() == pytest.approx(learner.MISREAD, abs=0.05)
+
+
 def test_muon_takes_orthogonal_steps_of_matrices_and_adams_of_the_rest():
     torch.manual_seed(0)
     for width in (64, 160):  # the wide one by its Gram matrix's polynomials

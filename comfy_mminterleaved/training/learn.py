@@ -137,6 +137,7 @@ class LearnToDraw(nn.Module):
     HEARSAY = 0.35  # noise on states, at most, in units of the codes' size: an LLM's are never quite the codes
     FIRMNESS = 2.5, 5.0  # the size of what sites find, in units of their codes'; below 2 it is hardly drawn from
     DOUBT = 0.4  # noise on what they find, in units of its size
+    MISREAD = 0.3  # of what sites find and states tell as well, another's: of species and accessories sites know little
 
     def __init__(self, unet, decoder, scheduler: dict):
         super().__init__()
@@ -152,16 +153,25 @@ class LearnToDraw(nn.Module):
             # while the sites have found another's; nobody.
             way = torch.rand(len(labels), 1, device=labels.device)
             alone = labels[:, SECOND : SECOND + 1] == 0
+            untold = (alone & (way > 0.12) & (way < 0.18)) | (way > 0.95)
             found = torch.where((way > 0.83) & (way < 0.95), labels.roll(1, 0), labels)
+            found = torch.where(untold, labels, self.misread(found, alone))
             found = without(found, LOOKS, (way < 0.12) | (way > 0.95))
             told = without(labels, COATS, alone & (way > 0.12) & (way < 0.75))
-            told = without(told, LOOKS, (alone & (way > 0.12) & (way < 0.18)) | (way > 0.95))
+            told = without(told, LOOKS, untold)
             told = told.masked_fill(torch.rand(told.shape, device=told.device) < FORGOTTEN, IGNORE)
             return {"loss": self.error(latents, told, found, emphasis)}
         every = torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device)
         told = self.error(latents, labels, without(labels, LOOKS, every))
         found = self.error(latents, without(labels, COATS, every), labels)
         return {"loss": (told + found) / 2, "told": told, "found": found}
+
+    def misread(self, labels, alone) -> torch.Tensor:
+        """Labels (N, heads), some of them another row's; but never the coat of a hero who is `alone`, bool (N, 1)."""
+        heads, others = torch.arange(labels.shape[1]), labels[torch.randperm(len(labels), device=labels.device)]
+        kept = alone & torch.isin(heads, torch.tensor(COATS)).to(labels.device)
+        wrong = torch.rand(labels.shape, device=labels.device) < self.MISREAD
+        return torch.where(wrong & ~kept, others, labels)
 
     def error(self, latents, told, found, emphasis=None) -> torch.Tensor:
         """Told by the states and found by the sites: labels (N, heads)."""
