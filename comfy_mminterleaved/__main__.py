@@ -83,7 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     story_options(p)
     p.add_argument("--storyboard", metavar="FILE", help="a file of stories to make; each gets a folder of its own")
     p.add_argument("--panels", type=int, default=3, help="how many panels to add (default: %(default)s)")
-    p.add_argument("--picture-first", action="store_true", help="each panel's picture before its text")
+    p.add_argument(
+        "--picture-first", action=argparse.BooleanOptionalAction,
+        help="each panel's picture before its text (default: if the story opens with a picture and ends with text)",
+    )  # fmt: skip
     p.add_argument("--title", default="")
     p.add_argument("--out", default="out/story", help="the folder to write (default: %(default)s)")
     sampling_options(p), drawing_options(p), model_options(p)

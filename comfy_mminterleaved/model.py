@@ -289,9 +289,9 @@ class MMInterleaved:
     # ---- stories ----
 
     def tell(
-        self, story: Story = Story(), panels: int = 3, picture_first: bool = False, sampling: Sampling = Sampling(),
-        drawing: Drawing = Drawing(), seeds: list[int] | None = None, on_token=None, on_step=None,
-        on_segment: Callable[[Story], object] | None = None, drop_oldest: bool = False,
+        self, story: Story = Story(), panels: int = 3, picture_first: bool | None = None,
+        sampling: Sampling = Sampling(), drawing: Drawing = Drawing(), seeds: list[int] | None = None,
+        on_token=None, on_step=None, on_segment: Callable[[Story], object] | None = None, drop_oldest: bool = False,
     ) -> Story:  # fmt: skip
         """Goes on with a story for `panels` more panels, each text and picture made in view of all before it.
 
@@ -300,7 +300,7 @@ class MMInterleaved:
 
         Args:
             panels: how many pictures to add.
-            picture_first: whether a panel's picture comes before its text.
+            picture_first: whether a panel's picture comes before its text; None goes on as the story does.
             seeds: for each panel, added to those of `sampling` and `drawing`; by default 0, 1, 2, ...
             on_segment: called with the story after each text and each picture.
 

@@ -112,6 +112,11 @@ class Story:
         return tuple(s for s in self.segments if isinstance(s, Picture))
 
     @property
+    def picture_first(self) -> bool:
+        """Whether the story opens with a picture and ends with text: each text then belongs to the picture before."""
+        return len(self) > 1 and isinstance(self.segments[0], Picture) and isinstance(self.segments[-1], Text)
+
+    @property
     def text(self) -> str:
         """All text, a line a stretch between pictures."""
         return "\n".join(panel.text for panel in self.panels() if panel.text)
@@ -119,7 +124,7 @@ class Story:
     def panels(self) -> tuple[Panel, ...]:
         """The story as panels: each picture with the text before it, or with that after it.
 
-        The latter if the story opens with a picture and ends with text. One that opens with a picture and ends with one
+        The latter if the story is `picture_first`. One that opens with a picture and ends with one
         was gone on with, each picture drawn from the text before it: its first has none.
         """
         parts: list[str | Picture] = []
@@ -130,15 +135,14 @@ class Story:
                 parts[-1] = _join(parts[-1], segment.text)
             else:
                 parts.append(segment.text.strip())
-        picture_first = len(parts) > 1 and isinstance(parts[0], Picture) and isinstance(parts[-1], str)
         panels: list[Panel] = []
         for part in parts:
             last = panels[-1] if panels else None
             if isinstance(part, Picture):
-                joins = last is not None and last.picture is None and not picture_first
+                joins = last is not None and last.picture is None and not self.picture_first
                 panels = [*panels[:-1], Panel(last.text, part)] if joins else [*panels, Panel("", part)]
             else:
-                joins = last is not None and not last.text and picture_first
+                joins = last is not None and not last.text and self.picture_first
                 panels = [*panels[:-1], Panel(part, last.picture)] if joins else [*panels, Panel(part, None)]
         return tuple(panels)
 

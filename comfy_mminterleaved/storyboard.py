@@ -31,6 +31,8 @@ def load_storyboard(path: str | Path) -> list[Plan]:
             {"title": "Mia", "opening": [{"text": "..."}, {"picture": "mia.png"}], "panels": 4,
              "picture_first": false, "seed": 1}]}
 
+    `picture_first` may be left away: see `plan_panels`.
+
     The reference's: a list of {sentences, images, sentence_ixs, image_first, generate_mode, num_iter}. With the mode
     generate_images its last picture stands for the one to draw and is not read.
     """
@@ -76,8 +78,8 @@ def _own(entry: dict, folder: Path, name: str) -> Plan:
         story = Story.from_json({"format": "mm-interleaved-story", "segments": opening}, folder)
     except (StoryError, PictureError) as error:
         raise type(error)(f"{name}: {error}") from None
-    picture_first = entry.get("picture_first", False)
-    if not isinstance(picture_first, bool):
+    picture_first = entry.get("picture_first")
+    if not isinstance(picture_first, bool | None):
         raise StoryError(f"{name}: picture_first must be true or false, not {picture_first!r:.60}.")
     plan = plan_panels(story, panels, picture_first)
     title = entry.get("title", "")
@@ -86,9 +88,13 @@ def _own(entry: dict, folder: Path, name: str) -> Plan:
     return Plan(story, plan, title, _integer(entry.get("seed", 0), f"{name}: seed", 0))
 
 
-def plan_panels(story: Story, panels: int, picture_first: bool) -> tuple[tuple[str, ...], ...]:
-    """The steps of `panels` more panels; text that a story ends with is, for text first, the next panel's."""
-    if picture_first:
+def plan_panels(story: Story, panels: int, picture_first: bool | None = None) -> tuple[tuple[str, ...], ...]:
+    """The steps of `panels` more panels; text that a story ends with is, for text first, the next panel's.
+
+    Args:
+        picture_first: None goes on as the story does (`Story.picture_first`).
+    """
+    if story.picture_first if picture_first is None else picture_first:
         return (("draw", "write"),) * panels
     has_text = bool(story.segments) and isinstance(story.segments[-1], Text)
     first = ("draw",) if has_text else ("write", "draw")

@@ -15,7 +15,11 @@ def kinds(story):
 
 @pytest.mark.parametrize(
     "opening, picture_first, kind",
-    [("", False, "tptp"), ("", True, "ptpt"), ("t", False, "tptp"), ("t", True, "tptpt"), ("tp", False, "tptptp")],
+    [
+        ("", False, "tptp"), ("", True, "ptpt"), ("t", False, "tptp"), ("t", True, "tptpt"), ("tp", False, "tptptp"),
+        ("t", None, "tptp"), ("p", None, "ptptp"), ("tp", None, "tptptp"), ("pt", None, "ptptpt"),
+        ("pt", False, "ptptp"),
+    ],
 )
 def test_tell_keeps_its_promise(untrained, pictures, opening, picture_first, kind):
     story = Story.of(*({"t": "Otto woke up.", "p": pictures[0]}[part] for part in opening))
