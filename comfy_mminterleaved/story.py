@@ -124,8 +124,8 @@ class Story:
     def panels(self) -> tuple[Panel, ...]:
         """The story as panels: each picture with the text before it, or with that after it.
 
-        The latter if the story is `picture_first`. One that opens with a picture and ends with one was gone on with, each
-        picture drawn from the text before it: its first has none.
+        The latter if the story is `picture_first`. One that opens with a picture and ends with one was gone on with,
+        each picture drawn from the text before it: its first has none.
         """
         parts: list[str | Picture] = []
         for segment in self.segments:
