@@ -245,6 +245,9 @@ def _tell(args) -> int:
     if args.storyboard:
         if args.opening or args.story:
             raise SettingError("--storyboard has its own openings; leave --text, --picture and --story away.")
+        if args.title or args.picture_first is not None:
+            raise SettingError("A storyboard's stories have their own title and picture_first; leave --title and "
+                               "--picture-first away.")  # fmt: skip
         plans = load_storyboard(args.storyboard)
         folders = [make_folder(Path(args.out) / f"{i:03d}") for i in range(1, len(plans) + 1)]
     else:

@@ -142,6 +142,7 @@ def test_sentences_for_bad_input(tmp_path, capsys, photo):
         ("tell", "--text", "x", "--model", tmp_path / "none", *out): "no checkpoint folder",
         ("tell", "--text", "x", "--out", full, *FAST): "cannot be written",
         ("tell", "--text", "x", "--storyboard", "b.json", *out): "leave --text, --picture and --story away",
+        ("tell", "--picture-first", "--storyboard", "b.json", *out): "leave --title and --picture-first away",
         ("tell", "--story", tmp_path / "no.json", *out): "cannot be read: No such file",
         ("draw", "--text", "x", "--out", tmp_path / "x.bmp"): "--out must be a .png file",
         ("write", "--text", "x", "--top-p", 3): "top_p must be at least",

@@ -12,7 +12,9 @@ import torch
 
 pytest.importorskip("resvg_py")
 pytest.importorskip("accelerate")
-from comfy_mminterleaved.checkpoint import BLOCKS, STARTER, read_blocks, save
+from safetensors.torch import save_file
+
+from comfy_mminterleaved.checkpoint import BLOCKS, STARTER, read_blocks, read_tensors, save
 from comfy_mminterleaved.config import small
 from comfy_mminterleaved.drawing import encode_latents
 from comfy_mminterleaved.errors import CheckpointError, SettingError
@@ -625,6 +627,27 @@ def test_a_run_does_not_go_on_from_anothers_vae(tmp_path, config, tokenizer):
     save(tmp_path / "model", config, tensors, tokenizer)
     with pytest.raises(CheckpointError, match="was not made by this training"):
         training.begin(tmp_path / "run", tmp_path / "model")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_begins_with_the_mean_of_checkpoints(tmp_path, capsys):
+    training.begin(tmp_path / "one", STARTER)
+    path = tmp_path / "one" / "language" / "llm.safetensors"
+    save_file({key: tensor + 1 for key, tensor in read_tensors(path).items()}, path)
+    training.export(tmp_path / "one")
+    command = ["begin", "--model", "starter", "--model", str(tmp_path / "one" / "model")]
+    assert training.main([*command, "--out", str(tmp_path / "mean")]) == 0
+    found = {name: block.state_dict() for name, block in training.load_run(tmp_path / "mean", BLOCKS)[1].items()}
+    for name, tensors in read_blocks(STARTER)[1].items():
+        for key, tensor in tensors.items():
+            assert torch.allclose(found[name][key], tensor.float() + 0.5 * (name == "llm"), atol=2e-3)
+
+
+def test_there_is_no_mean_of_checkpoints_that_do_not_fit(tmp_path, capsys, config, tokenizer):
+    save(tmp_path / "tiny", config, {name: block.state_dict() for name, block in new_blocks(config).items()}, tokenizer)
+    command = ["begin", "--model", "starter", "--model", str(tmp_path / "tiny"), "--out", str(tmp_path / "run")]
+    assert training.main(command) == 2
+    assert "has another config; a mean needs all of one config" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

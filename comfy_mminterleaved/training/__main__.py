@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=(*STAGES, "begin", "export", "sheet"))
     parser.add_argument("--out", default="runs/starter", help="the folder of the run (default: %(default)s)")
     begins = parser.add_argument_group("begin")
-    begins.add_argument("--model", help="a checkpoint of a run's `export` (default: the starter)")
+    begins.add_argument("--model", action="append", help="a checkpoint of a run's `export`; the mean of their weights "
+                        "if repeated (default: the starter)")  # fmt: skip
     stages = parser.add_argument_group("stages")
     stages.add_argument("--stories", type=int, help="painted once and kept (default: 12000)")
     stages.add_argument("--first", type=int, help="the seed of the first story (default: 0)")
@@ -62,8 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in sorted(options.keys() - taken):
             raise SettingError(f"--{name.replace('_', '-')} is of no use to {args.stage!r}; leave it away.")
         if args.stage == "begin":
-            model = options.get("model", "starter")
-            begin(out, checkpoint.STARTER if model == "starter" else Path(model))
+            begin(out, *(checkpoint.STARTER if m == "starter" else Path(m) for m in options.get("model", ["starter"])))
         elif args.stage == "export":
             export(out)
         elif args.stage == "sheet":

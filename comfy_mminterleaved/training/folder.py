@@ -77,17 +77,20 @@ def latents_of(out: Path, book: Book, config: Config) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def begin(out: Path, model: Path) -> None:
+def begin(out: Path, *models: Path) -> None:
     """Makes a run of a checkpoint, as if its stages were done: each then goes on from its weights, at step 0.
 
-    Raises SettingError for a folder that holds a run, CheckpointError if the VAE was not made by this training.
+    Of several checkpoints it is the mean of their weights (Wortsman et al. 2022, uniform soup). Raises SettingError for
+    a folder that holds a run, CheckpointError if the VAE was not made by this training or checkpoints do not fit.
     """
     from safetensors.torch import save_file
 
     if (out / "config.json").exists():
         raise SettingError(f"The folder {str(out)!r} holds a run already; name another with --out.")
+    model, *others = models
     config, tensors = checkpoint.read_blocks(model)
     tokenizer = checkpoint.read_tokenizer(model, config)
+    tensors = _mean(config, tensors, others)
     if tokenizer is None:
         raise CheckpointError(f"The checkpoint {str(model)!r} has no tokenizer.")
     thin_vae = thin_autoencoder(diffusers_model(config.vae))
@@ -102,6 +105,21 @@ def begin(out: Path, model: Path) -> None:
     save_file({key: t.float() for key, t in thin.items()}, out / "vae" / "thin.safetensors")
     tokenizer.save(out / "tokenizer.json")
     write_json(out / "config.json", config.to_dict())
+
+
+def _mean(config: Config, tensors: dict[str, dict[str, torch.Tensor]], others) -> dict[str, dict[str, torch.Tensor]]:
+    """The mean of the blocks' tensors and those of other checkpoints, in the tensors' own types."""
+    every = [tensors]
+    for path in others:
+        other, found = checkpoint.read_blocks(path)
+        if other != config:
+            raise CheckpointError(f"The checkpoint {str(path)!r} has another config; a mean needs all of one config.")
+        every.append(found)
+
+    def mean(name: str, key: str) -> torch.Tensor:
+        return torch.stack([found[name][key].float() for found in every]).mean(0).to(tensors[name][key].dtype)
+
+    return {name: {key: mean(name, key) for key in block} for name, block in tensors.items()}
 
 
 def export(out: Path) -> Path:
