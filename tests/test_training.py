@@ -630,6 +630,19 @@ def test_a_run_does_not_go_on_from_anothers_vae(tmp_path, config, tokenizer):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("last", ["language", "look", "joint"])
+def test_a_block_is_as_the_last_stage_left_it_whichever_that_was(tmp_path, last):
+    training.begin(tmp_path / "run", STARTER)
+    was = read_blocks(STARTER)[1]["synchronizer"]
+    for age, stage in enumerate(sorted(("language", "look", "joint"), key=lambda stage: stage != last)):
+        path = tmp_path / "run" / stage / "synchronizer.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        save_file({key: tensor.float() + (stage == last) for key, tensor in was.items()}, path)
+        os.utime(path, (2e9 - age, 2e9 - age))
+    found = training.load_run(tmp_path / "run")[1]["synchronizer"].state_dict()
+    assert all(torch.equal(found[key], tensor.float() + 1) for key, tensor in was.items())
+
+
 def test_a_run_begins_with_the_mean_of_checkpoints(tmp_path, capsys):
     training.begin(tmp_path / "one", STARTER)
     path = tmp_path / "one" / "language" / "llm.safetensors"

@@ -41,9 +41,9 @@ def load_run(out: Path, needs=()) -> tuple[Config, dict[str, torch.nn.Module]]:
 
 
 def newest(out: Path, name: str) -> Path | None:
-    """The file of a block in a run, from the last stage that trained it."""
-    found = (out / stage / f"{name}.safetensors" for stage in reversed(STAGES))
-    return next((path for path in found if path.exists()), None)
+    """The file of a block in a run, from the last stage that trained it: the one written last, whatever its stage."""
+    found = [path for stage in STAGES if (path := out / stage / f"{name}.safetensors").exists()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def tokenizer_of(out: Path):
