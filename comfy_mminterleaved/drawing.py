@@ -66,17 +66,45 @@ class Drawing:
         return replace(self, seed=self.seed + seed)
 
 
-def make_scheduler(name: str, settings: dict):
-    """A diffusers scheduler by short name or class name, over the noise schedule of `settings`; raises SettingError."""
+def make_scheduler(name: str, settings: dict, steps: int | None = None):
+    """A diffusers scheduler by short name or class name, over the noise schedule of `settings`.
+
+    Args:
+        steps: if given, so many are tried first, on a latent of a few values: classes that need other arguments, other
+            noise or more steps are found before anything is drawn.
+
+    Raises SettingError for a class that is not known or does not fit.
+    """
     import diffusers
 
     cls = getattr(diffusers, SCHEDULERS.get(name, name), None)
     if not (inspect.isclass(cls) and issubclass(cls, diffusers.SchedulerMixin)):
         raise SettingError(f"The scheduler {name!r} is not known; use {', '.join(SCHEDULERS)} or a class of diffusers.")
-    scheduler = cls.from_config(settings)
-    if not hasattr(scheduler, "init_noise_sigma") or not hasattr(scheduler, "scale_model_input"):
-        raise SettingError(f"The scheduler {name!r} does not fit this model's noise; use {', '.join(SCHEDULERS)}.")
+    try:
+        scheduler = cls.from_config(settings)
+        _try(cls.from_config(settings), steps)
+    except Exception:  # whatever it is that a class of diffusers says, and of whatever type
+        tried = "" if steps is None else f" in {steps} step{'s' * (steps > 1)}"
+        raise SettingError(
+            f"The scheduler {name!r} does not fit this model's noise{tried}; use {', '.join(SCHEDULERS)}."
+        ) from None
     return scheduler
+
+
+def _try(scheduler, steps: int | None) -> None:
+    """Goes through a drawing's steps with next to nothing to draw; raises what the scheduler raises."""
+    latents = torch.zeros(1, 1, 2, 2) * scheduler.init_noise_sigma
+    if steps is None:
+        return
+    scheduler.set_timesteps(steps)
+    chance = _chance(scheduler, torch.Generator())  # of its own, so that nobody else's goes on
+    for t in scheduler.timesteps:
+        latents = scheduler.step(scheduler.scale_model_input(latents, t), t, latents, **chance).prev_sample
+
+
+def _chance(scheduler, generators) -> dict:
+    """The argument by which a scheduler's step draws noise from generators, if it draws any."""
+    return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
 
 def picture_multiple(unet, vae) -> int:
@@ -174,7 +202,7 @@ def draw(
         known = encode_latents(vae, torch.stack([_fit(picture, size) for picture in begin])).to(device, dtype)
         latents = scheduler.add_noise(known, noise, timesteps[:1].repeat(n))
 
-    extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    chance = _chance(scheduler, generators)
     with sites_attached(unet, decoder, prepared, settings.strength) as sites:
         for step, t in enumerate(timesteps):
             sites.active = settings.strength != 0 and settings.start <= step / len(timesteps) < settings.end
@@ -183,7 +211,7 @@ def draw(
             if guided:
                 negative, positive = predicted.chunk(2)
                 predicted = negative + settings.guidance * (positive - negative)
-            result = scheduler.step(predicted, t, latents, **extra)
+            result = scheduler.step(predicted, t, latents, **chance)
             latents = result.prev_sample
             if on_step is not None:
                 clean = getattr(result, "pred_original_sample", None)

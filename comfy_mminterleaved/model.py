@@ -272,7 +272,8 @@ class MMInterleaved:
         most = self.config.decoder.max_pictures - 1
         if self._look_back(drawing) > most:
             raise SettingError(f"look_back must be at most {most} for this model, not {drawing.look_back}.")
-        return make_scheduler(drawing.scheduler, self.config.scheduler), self.picture_size(drawing.size)
+        scheduler = make_scheduler(drawing.scheduler, self.config.scheduler, drawing.steps)
+        return scheduler, self.picture_size(drawing.size)
 
     def _look_back(self, drawing: Drawing) -> int:
         return self.config.decoder.look_back if drawing.look_back is None else drawing.look_back

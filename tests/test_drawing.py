@@ -160,6 +160,29 @@ def test_unknown_scheduler_and_too_much_to_look_at(untrained, story):
         untrained.draw(story, replace(FAST, look_back=10))
 
 
+@pytest.mark.parametrize(
+    "name", ["FlowMatchEulerDiscreteScheduler", "KarrasVeScheduler", "RePaintScheduler", "DDPMWuerstchenScheduler",
+             "UnCLIPScheduler", "VQDiffusionScheduler"],
+)  # fmt: skip
+def test_a_scheduler_that_does_not_fit_is_found_before_anything_is_drawn(untrained, story, name):
+    drawn = []
+    with pytest.raises(SettingError, match=f"scheduler '{name}' does not fit this model's noise in 2 steps; use ddpm"):
+        untrained.draw_all([story], replace(FAST, scheduler=name), on_step=lambda *step: drawn.append(step))
+    assert not drawn
+
+
+def test_a_scheduler_that_needs_more_steps_is_found_too(untrained, story):
+    with pytest.raises(SettingError, match="scheduler 'PNDMScheduler' does not fit this model's noise in 1 step; use"):
+        untrained.draw(story, replace(FAST, scheduler="PNDMScheduler", steps=1))
+    untrained.draw(story, replace(FAST, scheduler="PNDMScheduler", steps=4))
+
+
+def test_drawing_leaves_the_random_numbers_of_others_alone(untrained, story):
+    before = torch.get_rng_state()
+    untrained.draw(story, replace(FAST, scheduler="ddpm"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_unet_of_another_shape_is_refused(untrained):
     import diffusers
 
