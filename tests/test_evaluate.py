@@ -83,6 +83,20 @@ def test_true_drawings_pass_and_others_fail(trained, book):
     assert all(f["share"] < 0.5 for f in worse.values() if f["cases"])
 
 
+def test_identity_is_told_by_scene(trained, book):
+    drawn = true_pictures(book.stories)
+    drawn[0] = [torch.zeros_like(picture) for picture in drawn[0]]
+    found = evaluate.evaluate_scenes(trained, book.stories, drawn)
+    later = [page.scene for pages in book.stories for page in pages[1:]]
+    panels = len(later)
+    assert sum(f["cases"] for f in found["distance"].values()) == panels
+    assert sum(f["cases"] for f in found["action"].values()) == panels
+    assert sum(f["cases"] for f in found["species"].values()) == sum(len(scene.heroes) for scene in later)
+    assert set(found["distance"]) <= {"near", "far"} and set(found["action"]) == {scene.action for scene in later}
+    wrong = sum(f["cases"] - round(f["share"] * f["cases"]) for f in found["distance"].values())
+    assert len(drawn[0]) <= wrong < 0.2 * panels + len(drawn[0])
+
+
 def test_the_frechet_distance_is_nought_to_itself_and_grows(trained, book):
     pictures = list(book.pictures(range(len(book))))
     noisy = [(p + torch.randn_like(p) * 0.3).clamp(0, 1) for p in pictures]
@@ -119,6 +133,7 @@ def test_a_whole_evaluation_of_any_model(untrained, trained, tmp_path):
     assert found["captions"] == {"share": 0.0, "cases": 4, "low": 0.0, "high": 0.0}
     assert found["texts in the grammar"]["cases"] == 8 and found["texts in the grammar"]["share"] == 0
     assert found["frechet distance"] > 0
+    assert sum(f["cases"] for f in found["same hero by scene"]["action"].values()) == panels
     gates = [layer.synchronizer.gate for layer in untrained.llm.layers if layer.synchronizer is not None]
     assert all(torch.equal(a, b) for a, b in zip(gates, kept))
 

@@ -101,19 +101,34 @@ def judged(judge: Judge, drawn: list[list[torch.Tensor]]) -> list[list[Verdict]]
     return [[next(verdicts) for _ in row] for row in drawn]
 
 
+def seen_in(judge: Judge, stories, drawn) -> list[tuple[world.Scene, Verdict, bool]]:
+    """Of all panels after the first what they were to show, what they do, and whether all heroes are right."""
+    return [
+        (page.scene, verdict, verdict.looks == tuple(hero.look for hero in page.scene.heroes))
+        for pages, verdicts in zip(stories, judged(judge, drawn))
+        for page, verdict in zip(pages[1:], verdicts)
+    ]
+
+
 def evaluate_pictures(judge: Judge, stories, drawn) -> dict:
     """Identity, place and prop, and scenes of two, over all panels after the first."""
-    same, setting, both = [], [], []
-    for pages, verdicts in zip(stories, judged(judge, drawn)):
-        for page, verdict in zip(pages[1:], verdicts):
-            right = verdict.looks == tuple(hero.look for hero in page.scene.heroes)
-            (both if len(page.scene.heroes) > 1 else same).append(right)
-            setting.append((verdict.place, verdict.prop) == (page.scene.place, page.scene.prop))
+    panels = seen_in(judge, stories, drawn)
     return {
-        "same hero, accessory and colour": interval(same + both),
-        "place and prop": interval(setting),
-        "two heroes, both right": interval(both),
+        "same hero, accessory and colour": interval([right for *_, right in panels]),
+        "place and prop": interval([(v.place, v.prop) == (scene.place, scene.prop) for scene, v, _ in panels]),
+        "two heroes, both right": interval([right for scene, _, right in panels if len(scene.heroes) > 1]),
     }
+
+
+def evaluate_scenes(judge: Judge, stories, drawn) -> dict[str, dict[str, dict]]:
+    """Identity by what is to be drawn: distance, action, species (a scene of two counts for both)."""
+    groups: dict[str, dict[str, list[bool]]] = {"distance": {}, "action": {}, "species": {}}
+    for scene, _, right in seen_in(judge, stories, drawn):
+        groups["distance"].setdefault("far" if scene.far else "near", []).append(right)
+        groups["action"].setdefault(scene.action, []).append(right)
+        for hero in scene.heroes:
+            groups["species"].setdefault(hero.species, []).append(right)
+    return {group: {name: interval(found[name]) for name in sorted(found)} for group, found in groups.items()}
 
 
 def evaluate_captions(model: MMInterleaved, scenes: list[world.Scene]) -> dict:
@@ -205,6 +220,7 @@ def evaluate(
         shown[kind] = drawn[:2]
         if kind == "full":
             true = [pixels_of(page.scene) for story in pages for page in story[1:]]
+            result["same hero by scene"] = evaluate_scenes(judge, pages, drawn)
             result["frechet distance"] = frechet_distance(judge, [p for row in drawn for p in row], true)
         sys.stderr.write(f"{kind}: {json.dumps(result['pictures'][kind])}\n")
     if sheet is not None:
