@@ -84,9 +84,11 @@ def make_scheduler(name: str, settings: dict, steps: int | None = None):
         scheduler = cls.from_config(settings)
         _try(cls.from_config(settings), steps)
     except Exception:  # whatever it is that a class of diffusers says, and of whatever type
-        tried = "" if steps is None else f" in {steps} step{'s' * (steps > 1)}"
+        tried, other = "", ""
+        if steps is not None:
+            tried, other = f" in {steps} step{'s' * (steps > 1)}", ", or another number of steps"
         raise SettingError(
-            f"The scheduler {name!r} does not fit this model's noise{tried}; use {', '.join(SCHEDULERS)}."
+            f"The scheduler {name!r} does not fit this model's noise{tried}; use {', '.join(SCHEDULERS)}{other}."
         ) from None
     return scheduler
 
