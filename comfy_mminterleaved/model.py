@@ -217,22 +217,26 @@ class MMInterleaved:
 
     def draw_all(
         self, stories: list[Story], drawing: Drawing = Drawing(), count: int = 1, begin: list[Picture] | None = None,
-        on_step=None, drop_oldest: bool = False, rows_at_once: int = 8,
+        on_step=None, drop_oldest: bool = False, rows_at_once: int = 8, seeds: list[int] | None = None,
     ) -> list[list[Picture]]:  # fmt: skip
         """`count` pictures for each of several stories; each as if it was alone.
 
         Args:
             begin: a picture to start from for each story.
+            seeds: of each story's first picture, instead of `drawing.seed` for all.
             rows_at_once: how many pictures share a pass of the U-Net; memory grows with it, results do not change.
         """
         if count < 1:
             raise SettingError(f"The number of pictures must be at least 1, not {count}.")
+        firsts = [drawing.seed] * len(stories) if seeds is None else seeds
+        if len(firsts) != len(stories):
+            raise SettingError(f"Of {len(stories)} stories each needs a seed; there are {len(firsts)} seeds.")
         scheduler, size = self._check_drawing(drawing)
         stories = [self.encode(self.fit(story, 1, drop_oldest)) for story in stories]
         contexts = self.contexts(stories)
         with torch.no_grad():
             states = self.decoder.condition(contexts)
-        wanted = [(i, drawing.seed + k) for i in range(len(stories)) for k in range(count)]
+        wanted = [(i, first + k) for i, first in enumerate(firsts) for k in range(count)]
         pictures = []
         for start in range(0, len(wanted), rows_at_once):
             rows, seeds = zip(*wanted[start : start + rows_at_once])

@@ -29,8 +29,15 @@ def test_every_scheduler_and_the_same_alone_in_a_batch_and_again(untrained, pict
     assert off(together[1][0], alone) < 1e-3
     by_twos = untrained.draw_all([others[0], story, others[1]], drawing, count=2, rows_at_once=2)
     assert max(off(a, b) for x, y in zip(together, by_twos) for a, b in zip(x, y)) < 1e-3
+    own = untrained.draw_all([others[0], story], replace(drawing, seed=9), seeds=[7, 4])
+    assert off(own[1][0], alone) < 1e-3 < off(own[0][0], together[0][0])
     assert off(untrained.draw(story, drawing), alone) < 1e-5
     assert off(untrained.draw(story, replace(drawing, seed=5)), together[1][1]) < 1e-3 < off(*together[1])
+
+
+def test_each_story_needs_a_seed(untrained, story):
+    with pytest.raises(SettingError, match="Of 1 stories each needs a seed; there are 2 seeds."):
+        untrained.draw_all([story], FAST, seeds=[1, 2])
 
 
 def test_what_is_looked_at(untrained, pictures, story):

@@ -37,7 +37,7 @@ from .loop import Stage, train
 from .thin import thin_autoencoder, widened
 
 HELD_OUT_STORIES = 200
-OF_TWO = 0.3  # of the pictures or stories that encoder and U-Net learn from, only such as show two heroes
+OF_TWO = 0.3  # of the stories that U-Net and sites learn from, only such as have two heroes
 OF_TWO_NAMED = 0.6  # of the stories that teach the LLM whom a name means
 REDRAWN, REDRAWN_NOISE = 0.2, 0.4  # the share of the pictures that are read as a VAE draws them, and the latents' noise
 
@@ -142,7 +142,8 @@ def learn_to_see(stage: Stage, out: Path, config: Config, blocks, book: Book, he
 
     def batch_of(seed: int, source: Book = book) -> tuple:
         device = device_of(learner)
-        rows = source.random_rows(stage.batch, random.Random(f"pictures {seed}"), OF_TWO if source is book else 0.0)
+        rng = random.Random(f"pictures {seed}")
+        rows = (source.hard_rows if source is book else source.random_rows)(stage.batch, rng)
         pictures = source.pictures(rows).to(device)
         if source is book:
             pictures = redrawn(vae.to(device), pictures, torch.from_numpy(latents[rows]).float().to(device))
@@ -197,7 +198,8 @@ def learn_to_draw(stage: Stage, out: Path, config: Config, blocks, book: Book, h
     latents = {source: latents_of(out, source, config) for source in (book, held_out)}
 
     def batch_of(seed: int, source: Book = book) -> tuple:
-        rows = source.random_rows(stage.batch, random.Random(f"pictures {seed}"), OF_TWO if source is book else 0.0)
+        rng = random.Random(f"pictures {seed}")
+        rows = (source.hard_rows if source is book else source.random_rows)(stage.batch, rng)
         known = torch.from_numpy(latents[source][rows]).float()
         made = known, source.labels[rows], source.emphasis(rows, known.shape[-1])
         return tuple(part.to(device_of(learner)) for part in made)

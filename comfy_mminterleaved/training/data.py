@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ STORIES_SHARE = 0.65  # of the batches; the rest are captions and questions on s
 ABOUT_HEROES = 0.6  # of the quarters that the VAE learns from, such as are about a hero or the prop
 DRILLS, TEXTS, SEQUENCES = 0.2, 0.15, 40  # of these batches, the shares that are drills and texts, and their sequences
 FILLERS = sorted(word for word in world.words() if word.title() not in world.NAMES)  # between the names of a drill
+SMALL, OF_SMALL = 3400, 3.0  # square px: a hero who takes less weighs more in emphasis, at most this many times
 PICTURE_FIRST = 0.15  # of the stories: their pictures are drawn without being told what they show
 SLIPS = 0.25  # of a story's pictures after the first: what is read shows other heroes than the story's
 
@@ -106,6 +108,7 @@ class Book:
         scenes = [page.scene for story in self.stories for page in story]
         self.labels = torch.tensor([list(labels_of(scene).values()) for scene in scenes])  # (pictures, heads)
         self.two = [row for row, scene in enumerate(scenes) if len(scene.heroes) > 1]
+        self.hard = list(accumulate(map(hardness, scenes)))
         self.by_length: dict[int, list[int]] = {}
         self.two_by_length: dict[int, list[int]] = {}  # of these, the stories of two heroes
         for number, story in enumerate(self.stories):
@@ -144,12 +147,17 @@ class Book:
         return torch.from_numpy(np.stack(chosen)).permute(0, 3, 1, 2).float() / 255
 
     def emphasis(self, rows, side: int) -> torch.Tensor:
-        """How much of each cell of a grid is about a hero or the prop, float (len(rows), 1, side, side) in [0, 1]."""
+        """How much of each cell of a grid is about a hero or the prop, float (len(rows), 1, side, side).
+
+        Up to 1 for most, up to OF_SMALL for heroes who take less than SMALL, in proportion: an error of theirs is as
+        wrong, in fewer cells.
+        """
         found = torch.zeros(len(rows), 1, side, side)
         for grid, row in zip(found[:, 0], rows):
-            for box in paint.boxes(self.page(row).scene):
-                across, down = (_overlap(box[i], box[i + 2], side) for i in (0, 1))
-                torch.maximum(grid, down[:, None] * across, out=grid)
+            for number, (left, top, right, bottom) in enumerate(paint.boxes(self.page(row).scene)):
+                across, down = _overlap(left, right, side), _overlap(top, bottom, side)
+                share = SMALL / ((right - left) * (bottom - top)) if number else 1.0  # the first box is the prop's
+                torch.maximum(grid, down[:, None] * across * min(max(share, 1.0), OF_SMALL), out=grid)
         return found
 
     def spread(self, count: int) -> list[int]:
@@ -160,6 +168,16 @@ class Book:
         """Numbers of pictures, a share `of_two` of them only of those that show two heroes."""
         chosen = (self.two if self.two and rng.random() < of_two else range(len(self)) for _ in range(count))
         return sorted(rng.choice(rows) for rows in chosen)
+
+    def hard_rows(self, count: int, rng: random.Random) -> list[int]:
+        """Numbers of pictures at random, each as often as its `hardness`."""
+        return sorted(rng.choices(range(len(self)), cum_weights=self.hard, k=count))
+
+
+def hardness(scene: world.Scene) -> int:
+    """How often a picture is to be met to learn its heroes, against an easy one: of sleepers, of heroes far away and of
+    two the faces are small."""
+    return (2 if scene.action == "sleep" else 1) * (2 if scene.far else 1) * len(scene.heroes)
 
 
 def _overlap(low: float, high: float, cells: int) -> torch.Tensor:

@@ -92,7 +92,7 @@ class LearnDetail(nn.Module):
     def forward(self, latents: torch.Tensor, pictures: torch.Tensor, emphasis=None) -> dict[str, torch.Tensor]:
         """latents (N, C, h, w), scaled, of pictures (N, 3, side, side) in [0, 1].
 
-        emphasis: (N, 1, side, side) in [0, 1], in training, where pixels weigh EMPHASIS times as much.
+        emphasis: (N, 1, side, side), `Book.emphasis`, in training: where it is 1, pixels weigh EMPHASIS times as much.
         """
         weight = None
         if self.training:
@@ -233,8 +233,8 @@ def diffusion_error(
     (Salimans and Ho 2022, section 4): the same model, with the errors of its clean picture weighed evenly; made from
     nothing, it learns far sooner what to draw.
 
-    `emphasis`, float (N, 1, h, w) in [0, 1], is where what matters stands: the error weighs more there, but only at
-    times when the noise no longer hides where that is, or the U-Net would draw heroes everywhere.
+    `emphasis`, float (N, 1, h, w), `Book.emphasis`, is where what matters stands: the error weighs more there, but
+    only at times when the noise no longer hides where that is, or the U-Net would draw heroes everywhere.
     """
     if training:
         dropped = torch.rand(len(states), 1, 1, device=states.device) < UNCONDITIONAL
