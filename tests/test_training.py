@@ -311,6 +311,18 @@ def test_some_pictures_are_read_as_they_would_be_drawn(config):
     assert drawn.shape == pictures.shape and 5 < same.sum() < 35 and drawn.min() >= 0 and drawn.max() <= 1
 
 
+def test_the_encoder_meets_pictures_that_are_not_quite_as_painted(book):
+    pictures = book.pictures(range(40))
+    varied = training.varied(pictures, random.Random(0))
+    assert torch.equal(varied, training.varied(pictures, random.Random(0)))
+    assert varied.shape == pictures.shape and varied.min() >= 0 and varied.max() <= 1
+    assert (varied != pictures).flatten(1).any(1).sum() >= 39
+    middle = pictures[..., 8:-8, 8:-8]
+    for whole, picture in zip(varied, middle):  # moved back, it is the same but for tint and softness
+        places = whole.unfold(1, 112, 1).unfold(2, 112, 1)[:, 4:13, 4:13]
+        assert (places - picture[:, None, None]).abs().mean((0, 3, 4)).min() < 0.07
+
+
 def test_codes_say_their_labels_and_what_is_not_known():
     codes = Codes(16, 24)
     labels = torch.tensor([[0] * len(HEADS), [1] * (len(HEADS) - 1) + [IGNORE]])

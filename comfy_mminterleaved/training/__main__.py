@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .. import checkpoint
 from ..checkpoint import diffusers_model
@@ -31,6 +32,7 @@ from ..story import Picture, Story
 from . import paint, world
 from .data import Batches, Book, Texts
 from .folder import STAGES, begin, export, latents_of, load_run, newest_thin_vae, tokenizer_of
+from .judge import softened
 from .learn import LearnDetail, LearnToDraw, LearnToSee, LearnVAE
 from .learn_stories import LearnStories, LearnToLook
 from .loop import Stage, train
@@ -39,6 +41,7 @@ from .thin import thin_autoencoder, widened
 HELD_OUT_STORIES = 200
 OF_TWO = 0.3  # of the stories that U-Net and sites learn from, only such as have two heroes
 OF_TWO_NAMED = 0.6  # of the stories that teach the LLM whom a name means
+MOVED, TINTED, SOFTENED = 4, 0.08, 0.4  # px, share of a colour, share of the pictures that the encoder learns from
 REDRAWN, REDRAWN_NOISE = 0.2, 0.4  # the share of the pictures that are read as a VAE draws them, and the latents' noise
 
 
@@ -147,6 +150,7 @@ def learn_to_see(stage: Stage, out: Path, config: Config, blocks, book: Book, he
         pictures = source.pictures(rows).to(device)
         if source is book:
             pictures = redrawn(vae.to(device), pictures, torch.from_numpy(latents[rows]).float().to(device))
+            pictures = varied(pictures, rng)
         return pictures.contiguous(memory_format=torch.channels_last), source.labels[rows].to(device)
 
     return learner, {"encoder": blocks["encoder"]}, batch_of, [batch_of(seed, held_out) for seed in range(8)], None
@@ -300,6 +304,19 @@ def redrawn(vae, pictures: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     drawn = pictures.clone()
     drawn[chosen] = decode_latents(vae, (latents + noise)[chosen])
     return drawn
+
+
+def varied(pictures: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    """Pictures (N, 3, side, side) in [0, 1] of the same scenes: moved a little, tinted, some of them softened.
+
+    An encoder that never met such knows a hero by a few pixels, which something else can hide.
+    """
+    side, room, made = pictures.shape[-1], F.pad(pictures, (MOVED,) * 4, mode="replicate"), []
+    for picture in room:
+        x, y = (rng.randint(0, 2 * MOVED) for _ in range(2))
+        gains = torch.tensor([1 + rng.uniform(-TINTED, TINTED) for _ in range(3)]).to(picture)
+        made.append((picture[:, y : y + side, x : x + side] * gains[:, None, None]).clamp(0, 1))
+    return softened(torch.stack(made), rng, SOFTENED)
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

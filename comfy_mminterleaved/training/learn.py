@@ -135,7 +135,7 @@ class LearnToDraw(nn.Module):
     """
 
     HEARSAY = 0.35  # noise on states, at most, in units of the codes' size: an LLM's are never quite the codes
-    FIRMNESS = 2.5, 5.0  # the size of what sites find, in units of their codes'; below 2 it is hardly drawn from
+    FIRMNESS = 3.0, 6.5  # the size of what sites find, in units of their codes'; below 2 it is hardly drawn from
     DOUBT = 0.4  # noise on what they find, in units of its size
     MISREAD = 0.3  # of what sites find and states tell as well, another's: of species and accessories sites know little
 
