@@ -239,12 +239,12 @@ class MMInterleaved:
         wanted = [(i, first + k) for i, first in enumerate(firsts) for k in range(count)]
         pictures = []
         for start in range(0, len(wanted), rows_at_once):
-            rows, seeds = zip(*wanted[start : start + rows_at_once])
+            rows, row_seeds = map(list, zip(*wanted[start : start + rows_at_once]))
             maps, visible = self.looked_at([stories[i] for i in rows], self._look_back(drawing))
             with torch.no_grad():
                 prepared = self.decoder.prepare(maps, visible)
             drawn = draw(
-                self.unet, self.vae, scheduler, self.decoder, states[list(rows)], prepared, drawing, list(seeds), size,
+                self.unet, self.vae, scheduler, self.decoder, states[rows], prepared, drawing, row_seeds, size,
                 [begin[i].pixels for i in rows] if begin else None, on_step,
             )  # fmt: skip
             pictures += [Picture(pixels.cpu()) for pixels in drawn]
