@@ -87,7 +87,7 @@ def drawn_from_true_text(
             going = [i for i, pages in enumerate(batch) if panel < len(pages)]
             for i in going:
                 current[i] = model.encode(current[i].add(batch[i][panel].text))
-            seeds = [drawing.seed + 1000 * (start + i) + panel for i in going]  # cases are to be independent
+            seeds = [1_000_000 * drawing.seed + 1000 * (start + i) + panel for i in going]  # no noise is shared
             for i, (picture,) in zip(going, model.draw_all([current[i] for i in going], drawing, seeds=seeds)):
                 drawn[start + i].append(picture.pixels)
                 if not hidden:

@@ -94,7 +94,7 @@ def train(
         on_sample: called with the step, with the averaged weights in the blocks.
 
     Returns:
-        Whether the last step is done.
+        Whether the last step is done. Of several processes this ends the group: each can train once.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import set_seed
