@@ -374,15 +374,16 @@ def test_where_the_heroes_stand(book):
 def test_small_heroes_weigh_more(book):
     from comfy_mminterleaved.training import paint
 
-    rows, sums, areas = range(len(book)), [], []
+    rows, weights, areas = range(len(book)), [], []
     for row, grid in zip(rows, book.emphasis(rows, 128)[:, 0]):
         scene = book.page(row).scene
         left, top, right, bottom = paint.boxes(scene)[1]
         if len(scene.heroes) == 1 and left >= 0 and right <= 128 and top >= 0:
             y, x = round(bottom) - 5, round((left + right) / 2)  # at the feet, where no prop stands
-            sums.append(float(grid[y, x])), areas.append((right - left) * (bottom - top))
+            weights.append(float(grid[y, x]))
+            areas.append((right - left) * (bottom - top))
     assert min(areas) < 3400 / 1.3 and max(areas) > 3400
-    for weight, area in zip(sums, areas):
+    for weight, area in zip(weights, areas):
         assert weight == pytest.approx(min(max(3400 / area, 1), 3), rel=0.02)
 
 

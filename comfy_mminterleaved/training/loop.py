@@ -127,7 +127,7 @@ def train(
         for name, value in losses.items():
             sums.setdefault(name, []).append(float(value.detach()))
         done = step + 1
-        late = minutes is not None and _any(accelerator, time.monotonic() - began > minutes * 60)
+        late = minutes is not None and _in_any_process(accelerator, time.monotonic() - began > minutes * 60)
         last = late or done == stage.steps
         if not accelerator.is_main_process:
             if late:
@@ -155,7 +155,7 @@ def train(
     return step + 1 >= stage.steps
 
 
-def _any(accelerator, here: bool) -> bool:
+def _in_any_process(accelerator, here: bool) -> bool:
     """Whether it is so in any process; all have to ask. One that stopped alone would leave the others waiting."""
     if here:
         accelerator.set_trigger()
