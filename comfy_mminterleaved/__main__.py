@@ -8,15 +8,23 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import MMInterleavedError, OutputError, SettingError
 
+if TYPE_CHECKING:
+    from .drawing import Drawing
+    from .story import Story
+    from .writing import Sampling
+
+TEXT_FLAGS = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "beams")
+IMAGE_FLAGS = ("steps", "guidance", "scheduler", "size", "look_back", "strength", "start", "end")
 DTYPES = ("float32", "float16", "bfloat16")
 DENOISE = 0.6  # of a picture to start from: its layout stays, what it shows can change
 
 
 class _Segment(argparse.Action):
-    """Collects --text and --picture in the order given."""
+    """Collects --text and --image in the order given."""
 
     def __call__(self, parser, namespace, value, option=None):
         namespace.opening = [*(namespace.opening or []), (self.dest, value)]
@@ -33,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         return p
 
     def model_options(p):
-        p.add_argument("--model", default="starter", help="a checkpoint folder; starter: the small model that ships; "
+        p.add_argument("--model", help="a checkpoint folder; starter: the small model that ships (the default); "
                        "untrained: random weights")
         p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
         p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, float16 on CUDA)")
@@ -41,54 +49,54 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--quiet", action="store_true", help="no progress bars")
 
     def story_options(p, grows=True):
-        p.add_argument("--text", action=_Segment, help="text of the story; may be repeated, in order with --picture")
-        p.add_argument("--picture", action=_Segment, metavar="FILE", help="a picture of the story; may be repeated")
-        p.add_argument("--story", metavar="FILE", help="a story.json to go on from")
+        p.add_argument("--text", action=_Segment, help="text of the story; may be repeated, in order with --image")
+        p.add_argument("--image", "--picture", dest="picture", action=_Segment, metavar="FILE",
+                       help="a picture of the story; may be repeated")
+        p.add_argument("--story", metavar="FILE", help="a story to go on with: its story.json, or the folder of it")
         if grows:
             said = "let a story that is too long lose its oldest panels"
             p.add_argument("--drop-oldest-panels", action="store_true", help=said)
-        p.add_argument("--seed", type=int, default=0, help="of text and pictures (default: %(default)s)")
+        p.add_argument("--seed", type=int, help="of text and pictures (default: that of --story, else 0)")
         p.set_defaults(opening=None)
 
-    def sampling_options(p, **defaults):
-        group = p.add_argument_group("writing")
-        group.add_argument("--max-new-tokens", type=int, default=defaults.get("max_new_tokens", 90))
-        group.add_argument("--min-new-tokens", type=int, default=defaults.get("min_new_tokens", 8))
-        group.add_argument(
-            "--greedy",
-            action="store_true",
-            default=defaults.get("greedy", False),
-            help="no chance: always the likeliest token",
-        )
-        group.add_argument("--temperature", type=float, default=1.0)
-        group.add_argument("--top-k", type=int, default=50, help="0 for all")
-        group.add_argument("--top-p", type=float, default=0.9)
-        group.add_argument("--repetition-penalty", type=float, default=defaults.get("repetition_penalty", 1.3))
-        group.add_argument("--beams", type=int, default=defaults.get("beams", 1))
+    def sampling_options(p, default="the model's own"):
+        group = p.add_argument_group("writing", f"What is left out is that of --story, else {default}.")
+        group.add_argument("--max-new-tokens", type=int)
+        group.add_argument("--min-new-tokens", type=int)
+        group.add_argument("--greedy", action="store_true", help="no chance: always the likeliest token")
+        group.add_argument("--temperature", type=float)
+        group.add_argument("--top-k", type=int, help="0 for all")
+        group.add_argument("--top-p", type=float)
+        group.add_argument("--repetition-penalty", type=float)
+        group.add_argument("--beams", type=int)
 
     def drawing_options(p):
-        group = p.add_argument_group("drawing")
-        group.add_argument("--steps", type=int, default=30)
-        group.add_argument("--guidance", type=float, default=7.5)
-        group.add_argument(
-            "--scheduler", default="ddpm", help="ddpm, ddim, dpm++, euler, unipc, or a class of diffusers"
-        )
-        group.add_argument("--size", metavar="WxH", help="in px (default: the model's own)")
+        group = p.add_argument_group("drawing", "What is left out is that of --story, else the model's own.")
+        group.add_argument("--steps", type=int)
+        group.add_argument("--guidance", type=float)
+        group.add_argument("--scheduler", help="ddpm, ddim, dpm++, euler, unipc, or a class of diffusers")
+        group.add_argument("--size", metavar="WxH", help="in px")
         group.add_argument("--look-back", type=int, help="how many pictures before are looked at")
-        group.add_argument("--strength", type=float, default=1.0, help="of the synchronizer")
-        group.add_argument("--start", type=float, default=0.0, help="of the synchronizer, as a fraction of the steps")
-        group.add_argument("--end", type=float, default=1.0)
+        group.add_argument("--strength", type=float, help="of the synchronizer")
+        group.add_argument("--start", type=float, help="of the synchronizer, as a fraction of the steps")
+        group.add_argument("--end", type=float)
 
     p = command("tell", "Tells an illustrated story: a folder with story.html, story.json and the pictures.")
     story_options(p)
     p.add_argument("--storyboard", metavar="FILE", help="a file of stories to make; each gets a folder of its own")
     p.add_argument("--panels", type=int, default=3, help="how many panels to add (default: %(default)s)")
     p.add_argument(
-        "--picture-first", action=argparse.BooleanOptionalAction,
-        help="each panel's picture before its text (default: if the story opens with a picture and ends with text)",
+        "--image-first", "--picture-first", dest="image_first", action=argparse.BooleanOptionalAction,
+        help="each panel's picture before its text (default: as the story or the model has it)",
     )  # fmt: skip
-    p.add_argument("--title", default="")
-    p.add_argument("--out", default="out/story", help="the folder to write (default: %(default)s)")
+    p.add_argument(
+        "--introduce", action=argparse.BooleanOptionalAction, default=True,
+        help="say in the text who is in an opening picture, where the model's stories do so",
+    )  # fmt: skip
+    p.add_argument("--title")
+    p.add_argument("--out", default="out/story", help="the folder to write; a free name beside it if it holds a story "
+                   "(default: %(default)s)")  # fmt: skip
+    p.add_argument("--overwrite", action="store_true", help="replace the story in --out")
     sampling_options(p), drawing_options(p), model_options(p)
 
     p = command("write", "Continues a story with text.")
@@ -105,22 +113,22 @@ def _parser() -> argparse.ArgumentParser:
     p = command("ask", "Answers a question about the pictures of a story.")
     p.add_argument("question")
     story_options(p, grows=False)
-    sampling_options(p, max_new_tokens=30, min_new_tokens=1, greedy=True, repetition_penalty=1.0), model_options(p)
+    sampling_options(p, "the likeliest words, 30 at most"), model_options(p)
     p.add_argument("--option", action="append", help="rank given answers instead of writing one; may be repeated")
 
     p = command("caption", "Describes a picture.")
     story_options(p, grows=False)
-    sampling_options(p, max_new_tokens=30, repetition_penalty=1.0, beams=5), model_options(p)
+    sampling_options(p, "five beams, 30 tokens at most"), model_options(p)
     p.add_argument("--count", type=int, default=1, help="how many captions")
 
     p = command("convert", "Converts a checkpoint between the reference's layout and this project's.")
-    p.add_argument("source")
+    p.add_argument("source", help="a checkpoint folder, starter or untrained")
     p.add_argument("target", help="a folder that is not there yet")
     p.add_argument("--to", choices=("own", "reference"), default="own")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
 
     p = command("info", "Says what a checkpoint holds.")
-    p.add_argument("source")
+    p.add_argument("source", help="a checkpoint folder, starter or untrained")
     return parser
 
 
@@ -133,58 +141,98 @@ def _dtype(name: str | None):
     return getattr(torch, name) if name else None
 
 
-def _model(args):
+@dataclasses.dataclass
+class _Opening:
+    """The story that a command works on, and what was said beside it: flags first, then the story's own settings, then
+    the model's."""
+
+    story: Story
+    title: str
+    model: str
+    seed: int
+    sampling: Sampling
+    drawing: Drawing
+
+
+def _opening(args, sampling: Sampling | None = None, required: bool = True) -> _Opening:
+    """Everything that can be known before the model is loaded; raises for whatever does not fit.
+
+    Args:
+        sampling: the command's own settings of writing, instead of the story's and the model's.
+    """
+    from .book import load_book
+    from .checkpoint import model_folder
+    from .errors import StoryError
+    from .generation_config import GenerationConfig, image_settings, read_generation_config, text_settings
+    from .story import Picture, Story
+
+    book = load_book(args.story) if args.story else None
+    story, settings = (book.story, book.settings) if book else (Story(), {})
+    for kind, value in args.opening or []:
+        story = story.add(Picture.of(value) if kind == "picture" else value.strip())
+    if required and not len(story):
+        raise StoryError("The story is empty; give --text, --image or --story.")
+    model = args.model or settings.get("model", "starter")
+    if not isinstance(model, str):
+        raise SettingError(f"The story's model must be a name, not {model!r:.60}; give one with --model.")
+    folder = model_folder(model)
+    generation = read_generation_config(folder) if folder is not None else GenerationConfig()
+    seed = settings.get("seed", 0) if args.seed is None else args.seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise SettingError(f"The story's seed must be a whole number, not {seed!r:.60}; give one with --seed.")
+
+    def kept(names: tuple[str, ...], read) -> dict:
+        return read(next((settings[name] for name in names if name in settings), {}))
+
+    if sampling is None:
+        sampling = _replaced(generation.text, kept(("text_generation", "sampling"), text_settings))
+    drawing = _replaced(generation.image, kept(("image_generation", "drawing"), image_settings))
+    sampling = _replaced(sampling, {**_flags(args, TEXT_FLAGS), "seed": seed})
+    if getattr(args, "greedy", False):
+        sampling = _replaced(sampling, {"sample": False})
+    flags = _flags(args, IMAGE_FLAGS)
+    if flags.get("size"):
+        width, cross, height = args.size.lower().partition("x")
+        if not (cross and width.isdecimal() and height.isdecimal() and len(args.size) < 20):
+            raise SettingError(f"--size must be like 512x512, not {args.size!r:.60}.")
+        flags["size"] = int(width), int(height)
+    flags["denoise"] = _denoise(args)
+    drawing = _replaced(drawing, {**flags, "seed": seed})
+    return _Opening(story, book.title if book else "", model, seed, sampling, drawing)
+
+
+def _flags(args, names: tuple[str, ...]) -> dict:
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+def _replaced(settings, values: dict):
+    """Settings with other values; raises SettingError also for values of a wrong type, as a file can have them."""
+    try:
+        return dataclasses.replace(settings, **values)
+    except TypeError as error:
+        raise SettingError(f"A setting has a value of a wrong type: {error}.") from None
+
+
+def _denoise(args) -> float:
+    denoise = getattr(args, "denoise", None)
+    if denoise is None:
+        return DENOISE if getattr(args, "begin", None) else 1.0
+    if not args.begin:
+        raise SettingError(f"--denoise {denoise:g} needs a picture to start from: give one with --begin.")
+    return denoise
+
+
+def _model(args, name: str, *stories):
+    """The model, and a line that names the words of these stories which it was not taught."""
     from .model import MMInterleaved
 
-    if args.model == "untrained":
+    if name == "untrained":
         _say("Note: the model 'untrained' has random weights; its texts and pictures mean nothing.")
-    return MMInterleaved.load(args.model, args.device, _dtype(args.dtype), args.compile)
-
-
-def _notice(model, *stories) -> None:
-    """One line that names the words which the model was not taught."""
+    model = MMInterleaved.load(name, args.device, _dtype(args.dtype), args.compile)
     words = list(dict.fromkeys(word for story in stories for word in model.unknown_words(story)))
     if words:
         _say(f"Note: this model does not know the words {', '.join(words)}; it does its best.")
-
-
-def _story(args):
-    from .book import load_story
-    from .errors import StoryError
-    from .story import Picture, Story
-
-    story = load_story(args.story) if args.story else Story()
-    for kind, value in args.opening or []:
-        story = story.add(Picture.of(value) if kind == "picture" else value.strip())
-    if not len(story):
-        raise StoryError("The story is empty; give --text, --picture or --story.")
-    return story
-
-
-def _sampling(args):
-    from .writing import Sampling
-
-    names = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "beams", "seed")
-    values = {name: getattr(args, name) for name in names}
-    return Sampling(sample=not args.greedy, **values)
-
-
-def _drawing(args):
-    from .drawing import Drawing
-
-    size = None
-    if args.size:
-        width, cross, height = args.size.lower().partition("x")
-        if not (cross and width.isdecimal() and height.isdecimal()):
-            raise SettingError(f"--size must be like 512x512, not {args.size!r}.")
-        size = int(width), int(height)
-    names = ("steps", "guidance", "scheduler", "seed", "look_back", "strength", "start", "end")
-    denoise = getattr(args, "denoise", None)
-    if denoise is None:
-        denoise = DENOISE if getattr(args, "begin", None) else 1.0
-    elif not args.begin:
-        raise SettingError(f"--denoise {denoise:g} needs a picture to start from: give one with --begin.")
-    return Drawing(size=size, denoise=denoise, **{name: getattr(args, name) for name in names})
+    return model
 
 
 # ---- what is shown ----
@@ -235,94 +283,123 @@ class _Bars:
 
 
 def _tell(args) -> int:
-    from .book import save_story
-    from .files import make_folder
-    from .storyboard import Plan, load_storyboard, plan_panels
+    from .book import has_book, save_story
+    from .files import free_name, output_folder
+    from .generation_config import to_file
+    from .storyboard import MAX_PANELS, Plan, load_storyboard
 
-    sampling, drawing = _sampling(args), _drawing(args)
-    if args.panels < 1:
-        raise SettingError(f"--panels must be at least 1, not {args.panels}.")
+    if not 1 <= args.panels <= MAX_PANELS:
+        raise SettingError(f"--panels must be at least 1 and at most {MAX_PANELS}, not {args.panels}.")
     if args.storyboard:
         if args.opening or args.story:
-            raise SettingError("--storyboard has its own openings; leave --text, --picture and --story away.")
-        if args.title or args.picture_first is not None:
-            raise SettingError("A storyboard's stories have their own title and picture_first; leave --title and "
-                               "--picture-first away.")  # fmt: skip
+            raise SettingError("--storyboard has its own openings; leave --text, --image and --story away.")
+        if args.title or args.image_first is not None:
+            raise SettingError("A storyboard's stories have their own title and image_first; leave --title and "
+                               "--image-first away.")  # fmt: skip
         plans = load_storyboard(args.storyboard)
-        folders = [make_folder(Path(args.out) / f"{i:03d}") for i in range(1, len(plans) + 1)]
-    else:
-        opening = _story(args)
-        plans = [Plan(opening, plan_panels(opening, args.panels, args.picture_first), args.title)]
-        folders = [make_folder(args.out)]
-    model = _model(args)
-    for plan in plans:
-        model.check_plan(plan.opening, plan.panels, sampling, drawing, args.drop_oldest_panels)
-    _notice(model, *(plan.opening for plan in plans))
+    opening = _opening(args, required=not args.storyboard)
+    out = Path(args.out)
+    if not args.storyboard:
+        title = opening.title if args.title is None else args.title
+        plans = [Plan(opening.story, args.panels, title)]
+    in_place = bool(args.story) and has_book(out) and out.samefile(_folder_of(args.story))
+    if has_book(out) and not (args.overwrite or in_place):
+        out = free_name(out)
+        _say(f"Note: {args.out} holds a story; writing to {out}. Use --overwrite to replace it.")
 
-    bars, stories = _Bars(args.quiet), []
-    for plan, folder in zip(plans, folders):
-        settings = {
-            "model": args.model, "seed": args.seed + plan.seed, "sampling": dataclasses.asdict(sampling),
-            "drawing": dataclasses.asdict(drawing),
-        }  # fmt: skip
-        with contextlib.closing(bars):
-            story = model.follow(
-                plan.opening, plan.panels, sampling.plus(plan.seed), drawing.plus(plan.seed), None,
-                bars.tokens(sampling.max_new_tokens), bars.step,
-                lambda done: save_story(folder, done, plan.title, settings),  # noqa: B023, called within the turn
-                args.drop_oldest_panels,
-            )  # fmt: skip
-        written = story.to_json([f"{i:02d}.png" for i in range(1, len(story.pictures) + 1)])
-        stories.append({"folder": str(folder), "page": str(folder / "story.html"), "segments": written["segments"]})
+    stories = []
+    with output_folder(out):
+        model, bars = _model(args, opening.model, *(plan.opening for plan in plans)), _Bars(args.quiet)
+        openings = []
+        for plan in plans:  # everything is checked before anything is drawn
+            arranged = plan.opening
+            if plan.steps is None:
+                arranged = arranged.arrange(model.order(arranged, args.image_first))
+            sampling, drawing = opening.sampling.plus(plan.seed), opening.drawing.plus(plan.seed)
+            model.check_plan(arranged, plan.steps_after(arranged), sampling, drawing, args.drop_oldest_panels)
+            openings.append(arranged)
+        for number, (plan, story) in enumerate(zip(plans, openings), 1):
+            sampling, drawing = opening.sampling.plus(plan.seed), opening.drawing.plus(plan.seed)
+            settings = {"model": opening.model, "seed": sampling.seed, "text_generation": to_file(sampling),
+                        "image_generation": to_file(drawing)}  # fmt: skip
+            with contextlib.closing(bars), output_folder(out / f"{number:03d}" if args.storyboard else out) as folder:
+
+                def save(story, folder=folder, plan=plan, settings=settings):
+                    save_story(folder, story, plan.title, settings)
+
+                if args.introduce and not args.story and plan.steps is None:
+                    story = model.introduce(story)
+                    if len(story) > len(plan.opening):
+                        _say(f"Note: the opening picture is introduced as: {story.text.splitlines()[0]}")
+                        save(story)
+                story = model.follow(
+                    story, plan.steps_after(story), sampling, drawing, None, bars.tokens(sampling.max_new_tokens),
+                    bars.step, save, args.drop_oldest_panels,
+                )  # fmt: skip
+            segments = json.loads((folder / "story.json").read_text(encoding="utf-8"))["segments"]
+            stories.append({"folder": str(folder), "page": str(folder / "story.html"), "segments": segments})
     text = "\n".join(f"Open {story['page']}" for story in stories)
     return _result(args, {"stories": stories}, text)
 
 
+def _folder_of(story: str) -> Path:
+    path = Path(story)
+    return path if path.is_dir() else path.parent
+
+
 def _write(args) -> int:
-    sampling, story = _sampling(args), _story(args)
-    model, bars = _model(args), _Bars(args.quiet)
-    on_token = bars.tokens(sampling.max_new_tokens)
+    opening = _opening(args)
+    model, bars = _model(args, opening.model, opening.story), _Bars(args.quiet)
+    on_token = bars.tokens(opening.sampling.max_new_tokens)
     with contextlib.closing(bars):
-        texts = model.write_all([story], sampling, args.count, lambda i, text: on_token(text), args.drop_oldest_panels)[
-            0
-        ]
+        texts = model.write_all([opening.story], opening.sampling, args.count, lambda i, text: on_token(text),
+                                args.drop_oldest_panels)[0]  # fmt: skip
     found = [{"text": t.text, "stopped_by": t.stopped_by} for t in texts]
     return _result(args, {"texts": found}, "\n".join(t.text for t in texts))
 
 
 def _draw(args) -> int:
-    from .files import make_folder, write_bytes
+    from .files import output_folder, write_bytes
     from .pictures import encode_png
     from .story import Picture
 
-    drawing, story, out = _drawing(args), _story(args), Path(args.out)
+    opening, out = _opening(args), Path(args.out)
     if out.suffix.lower() != ".png":
         raise OutputError(f"--out must be a .png file, not {args.out!r}.")
-    make_folder(out.parent)
     begin = [Picture.of(args.begin)] if args.begin else None
-    model, bars = _model(args), _Bars(args.quiet)
-    with contextlib.closing(bars):
-        pictures = model.draw_all([story], drawing, args.count, begin, bars.step, args.drop_oldest_panels)[0]
-    names = [out if len(pictures) == 1 else out.with_stem(f"{out.stem}-{i}") for i in range(1, len(pictures) + 1)]
-    for name, picture in zip(names, pictures):
-        write_bytes(name, encode_png(picture.pixels))
+    with output_folder(out.parent):
+        model, bars = _model(args, opening.model, opening.story), _Bars(args.quiet)
+        with contextlib.closing(bars):
+            pictures = model.draw_all([opening.story], opening.drawing, args.count, begin, bars.step,
+                                      args.drop_oldest_panels)[0]  # fmt: skip
+        names = [out if len(pictures) == 1 else out.with_stem(f"{out.stem}-{i}") for i in range(1, len(pictures) + 1)]
+        for name, picture in zip(names, pictures):
+            write_bytes(name, encode_png(picture.pixels))
     return _result(args, {"pictures": [str(name) for name in names]}, "\n".join(map(str, names)))
 
 
 def _ask(args) -> int:
-    sampling, story = _sampling(args), _story(args)
-    model = _model(args)
+    from .writing import Sampling
+
+    default = Sampling(max_new_tokens=30, min_new_tokens=1, sample=False, repetition_penalty=1.0)
+    opening = _opening(args, default)
+    if not args.question.strip():
+        raise SettingError("The question must not be empty.")
+    model = _model(args, opening.model)
     if args.option:
-        ranked = model.choose(story, args.option, args.question)
+        ranked = model.choose(opening.story, args.option, args.question)
         found = [dataclasses.asdict(choice) for choice in ranked]
         return _result(args, {"choices": found}, "\n".join(f"{c.log_probability:9.3f}  {c.option}" for c in ranked))
-    answer = model.ask(story, args.question, sampling)
+    answer = model.ask(opening.story, args.question, opening.sampling)
     return _result(args, {"answer": answer.text, "stopped_by": answer.stopped_by}, answer.text)
 
 
 def _caption(args) -> int:
-    sampling, story = _sampling(args), _story(args)
-    captions = _model(args).caption(story, sampling, args.count)
+    from .writing import Sampling
+
+    default = Sampling(max_new_tokens=30, min_new_tokens=8, repetition_penalty=1.0, beams=5)
+    opening = _opening(args, default)
+    captions = _model(args, opening.model).caption(opening.story, opening.sampling, args.count)
     found = [{"text": c.text, "stopped_by": c.stopped_by, "score": c.score} for c in captions]
     return _result(args, {"captions": found}, "\n".join(c.text for c in captions))
 
@@ -330,28 +407,26 @@ def _caption(args) -> int:
 def _convert(args) -> int:
     from . import checkpoint
 
-    target = Path(args.target)
-    config, blocks = checkpoint.read_blocks(args.source)
+    saved = checkpoint.read(args.source)
     save = checkpoint.save if args.to == "own" else checkpoint.save_reference
-    save(target, config, blocks, checkpoint.read_tokenizer(args.source, config), _dtype(args.dtype))
-    return _result(args, {"folder": str(target)}, f"Written: {target}")
+    save(args.target, saved.config, saved.blocks, saved.tokenizer, _dtype(args.dtype), saved.generation, saved.words)
+    return _result(args, {"folder": args.target}, f"Written: {args.target}")
 
 
 def _info(args) -> int:
     from . import checkpoint
 
-    config, blocks = checkpoint.read_blocks(args.source)
-    counts = {name: sum(t.numel() for t in tensors.values()) for name, tensors in blocks.items()}
-    tokenizer = checkpoint.read_tokenizer(args.source, config)
-    layout = "reference" if checkpoint.is_reference(Path(args.source)) else "own"
+    saved = checkpoint.read(args.source)
+    config, tokenizer = saved.config, saved.tokenizer
+    counts = {name: sum(t.numel() for t in tensors.values()) for name, tensors in saved.blocks.items()}
     data = {
-        "layout": layout, "parameters": counts, "tokenizer": tokenizer is not None,
+        "layout": saved.layout, "parameters": counts, "tokenizer": tokenizer is not None,
         "picture_size": config.decoder.picture_size, "context_length": config.llm.context_length,
-        "visual_tokens": config.llm.slots, "config": config.to_dict(),
+        "visual_tokens": config.llm.slots, "generation_config": saved.generation.to_dict(), "config": config.to_dict(),
     }  # fmt: skip
     lines = [f"{name:13}{count / 1e6:12,.2f} million values" for name, count in counts.items()]
     lines += [
-        f"{'layout':13}{layout:>12}",
+        f"{'layout':13}{saved.layout:>12}",
         f"{'tokenizer':13}{'yes' if tokenizer else 'none':>12}",
         f"{'picture':13}{config.decoder.picture_size:>12} px",
         f"{'context':13}{config.llm.context_length:>12} tokens, {config.llm.slots + 1} a picture",

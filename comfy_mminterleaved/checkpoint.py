@@ -8,23 +8,30 @@ settings), llm/config.json, clip/config.json and sd/{unet,vae,scheduler}; what i
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .config import Config, from_reference, to_reference
 from .errors import CheckpointError
-from .files import new_folder, readable, write_json
+from .files import new_folder, readable, write_bytes, write_json
 from .synchronizer import fold
+
+if TYPE_CHECKING:
+    from .generation_config import GenerationConfig
+    from .tokenizer import Tokenizer
 
 BLOCKS = ("encoder", "llm", "synchronizer", "unet", "vae")
 METADATA = "mm-interleaved"  # of the safetensors files: the block's name, the config, the LLM's tokenizer
 WORDS = "words.txt"  # beside a checkpoint that knows a small world: the words it was taught
 STARTER = Path(__file__).parent / "starter"
+MAX_LISTED = 20  # entries that an error names
 
 # Reference name -> (block, own name). A {} stands for what both have in common there; the first match counts.
 _VIT = "visual_tokenizer.encoder.vision_model."
@@ -186,15 +193,21 @@ def diffusers_model(settings: dict):
 
 def check(expected: dict[str, tuple], found: dict[str, tuple], what: str) -> None:
     """Compares names and shapes; raises one CheckpointError that lists every difference by name."""
-    problems = [f"missing: {name}" for name in expected if name not in found]
-    problems += [f"unexpected: {name}" for name in found if name not in expected]
-    problems += [
+    problems = [
         f"wrong shape: {name} is {tuple(found[name])}, must be {tuple(expected[name])}"
         for name in expected
         if name in found and tuple(found[name]) != tuple(expected[name])
     ]
-    if problems:
-        raise CheckpointError(f"{what} does not fit its config in {len(problems)} entries.\n  " + "\n  ".join(problems))
+    unexpected = [f"unexpected: {name}" for name in found if name not in expected]
+    missing = [f"missing: {name}" for name in expected if name not in found]
+    count = len(problems) + len(unexpected) + len(missing)
+    if not count:
+        return
+    half = MAX_LISTED // 2  # of either kind, so that neither hides the other
+    problems += unexpected[: max(half, MAX_LISTED - len(problems) - len(missing))]
+    problems = (problems + missing)[:MAX_LISTED]
+    more = [f"... and {count - len(problems)} more"] if count > len(problems) else []
+    raise CheckpointError(f"{what} does not fit its config in {count} entries.\n  " + "\n  ".join(problems + more))
 
 
 def shapes(module: torch.nn.Module) -> dict[str, tuple]:
@@ -206,8 +219,8 @@ def shapes(module: torch.nn.Module) -> dict[str, tuple]:
 
 def read_json(path: Path) -> dict:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read as JSON: {error}.") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{str(path)!r} must hold an object, not a {type(data).__name__}.")
@@ -215,19 +228,21 @@ def read_json(path: Path) -> dict:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one .safetensors or .bin file, memory-mapped; raises CheckpointError.
+    """The tensors of one .safetensors or .bin file, memory-mapped where its format allows; raises CheckpointError.
 
-    A .bin is a pickle: it is read with `weights_only=True`, which refuses one that would run code.
+    A .bin is a pickle: it is read with `weights_only=True`, which refuses one that would run code. One that holds its
+    tensors under a single key ("module", "state_dict", "model") is taken as that.
     """
     import pickle
 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    _refuse_lfs_pointer(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = _load_pickle(path)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{str(path)!r} is refused: it holds more than tensors, and loading it could run code."
@@ -235,14 +250,50 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise CheckpointError(f"{str(path)!r} cannot be read, it may be cut short: {reason}.") from None
+    if isinstance(tensors, dict):
+        inner = [tensors[key] for key in ("module", "state_dict", "model") if isinstance(tensors.get(key), dict)]
+        tensors = inner[0] if len(inner) == 1 else tensors
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise CheckpointError(f"{str(path)!r} does not hold a dict of tensors.")
     return tensors
 
 
+def _load_pickle(path: Path):
+    """What a .bin holds. Files older than PyTorch 1.6 are no ZIP archives and cannot be mapped into memory."""
+    import zipfile
+
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _refuse_lfs_pointer(path: Path) -> None:
+    try:
+        with open(path, "rb") as file:
+            is_pointer = file.read(40).startswith(b"version https://git-lfs.github.com/spec/")
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from None
+    if is_pointer:
+        raise CheckpointError(
+            f"{str(path)!r} is a Git LFS pointer, not the weights; run `git lfs pull` where it came from."
+        )
+
+
+def model_folder(name: str | Path) -> Path | None:
+    """The folder of a model by any of its names: "starter", a folder, or None for "untrained", which has no files."""
+    if str(name) == "untrained" and not _is_folder(name):
+        return None
+    return STARTER if str(name) == "starter" and not _is_folder(name) else Path(name)
+
+
+def _is_folder(path) -> bool:
+    try:
+        return os.path.isdir(path)
+    except ValueError:  # a NUL in the name
+        return False
+
+
 def is_reference(folder: Path) -> bool:
     """Whether a folder is in the reference layout; raises CheckpointError if it is no checkpoint at all."""
-    if not os.path.isdir(folder):
+    if not _is_folder(folder):
         raise CheckpointError(f"There is no checkpoint folder {str(folder)!r}.")
     if (folder / "config.json").is_file() and read_json(folder / "config.json").get("format") == "mm-interleaved":
         return False
@@ -253,19 +304,67 @@ def is_reference(folder: Path) -> bool:
     return True
 
 
+# What trainers leave beside the weights.
+_NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state.*|random_states.*|adapter_model.*)\.\w+$")
+
+
 def _shards(folder: Path) -> list[Path]:
-    return sorted([*folder.glob("*.bin"), *folder.glob("model*.safetensors")])
+    """The files of the weights: those that an index names, else all that look like them.
+
+    Raises CheckpointError if the index names some that are not there.
+    """
+    for pattern in ("*.safetensors.index.json", "*.index.json"):
+        for index in sorted(folder.glob(pattern)):
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing and not _has_other_weights(folder, names):
+                lacks = f"{len(missing)} shard{'s' * (len(missing) > 1)}: {', '.join(missing[:MAX_LISTED])}"
+                raise CheckpointError(f"The checkpoint {str(folder)!r} lacks {lacks}.")
+            if names and not missing:
+                return [folder / name for name in names]
+    named = sorted(folder.glob("model*.safetensors"))
+    pickles = sorted(p for p in folder.glob("*.bin") if not _NOT_WEIGHTS.match(p.name))
+    others = [p for p in folder.glob("*.safetensors") if not _NOT_WEIGHTS.match(p.name) and p.stem not in BLOCKS]
+    return named or pickles or (others if len(others) == 1 else [])
+
+
+def _has_other_weights(folder: Path, names: list[str]) -> bool:
+    """Whether there is a single file of weights of which an index, left from before, does not speak."""
+    return any((folder / name).is_file() and name not in names for name in ("model.safetensors", "pytorch_model.bin"))
+
+
+# Prefixes that wrappers put before every name: DDP and DeepSpeed, torch.compile, Lightning, accelerate's FSDP.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "_fsdp_wrapped_module.")
+
+
+def _without_prefix(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors under their own names, and the prefix that all of them had."""
+    removed = ""
+    while prefix := next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), ""):
+        tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
+        removed += prefix
+    return tensors, removed
+
+
+def _is_known(name: str) -> bool:
+    try:
+        own_name(name)
+    except KeyError:
+        return False
+    return True
 
 
 def read_reference(folder: Path) -> tuple[Config, dict[str, dict[str, torch.Tensor]]]:
     """Config and tensors, by block and own name, of a reference checkpoint; one CheckpointError names all faults."""
-    for index in folder.glob("*.index.json"):
-        missing = sorted({f for f in read_json(index).get("weight_map", {}).values() if not (folder / f).is_file()})
-        if missing:
-            raise CheckpointError(f"The checkpoint {str(folder)!r} lacks {len(missing)} shards: {', '.join(missing)}.")
     tensors: dict[str, torch.Tensor] = {}
     for shard in _shards(folder):
         tensors |= read_tensors(shard)
+    bare, prefix = _without_prefix(tensors)
+    if prefix and any(map(_is_known, bare)):
+        tensors = bare
+        logging.getLogger(__name__).warning(
+            "The names in %s all begin with %r, which is left out.", str(folder), prefix
+        )
     tensors = {name: tensor for name, tensor in tensors.items() if not _CONSTANT.match(name)}
 
     files = {
@@ -370,29 +469,67 @@ def read_tokenizer(folder: str | Path, config: Config):
     for path in (folder / "tokenizer.json", folder / "llm" / "tokenizer.json"):
         if path.is_file():
             return Tokenizer.load(path, config.llm.tokens, limit)
-    if (folder / "llm" / "tokenizer.model").is_file():
-        from transformers import AutoTokenizer
-
-        try:
-            slow = AutoTokenizer.from_pretrained(folder / "llm", use_fast=True, local_files_only=True)
-        except (ImportError, ValueError, OSError) as error:
-            raise CheckpointError(
-                "llm/tokenizer.model cannot be converted; install sentencepiece and protobuf, or put the model's "
-                f"tokenizer.json beside it: {str(error).splitlines()[0]}"
-            ) from None
-        return Tokenizer(slow.backend_tokenizer, config.llm.tokens, limit)
+    for place in (folder / "llm", folder):
+        if (place / "tokenizer.model").is_file():
+            return Tokenizer(_convert_sentencepiece(place), config.llm.tokens, limit)
     return None
+
+
+def _convert_sentencepiece(folder: Path):
+    """The `tokenizers.Tokenizer` of a folder's tokenizer.model, Llama's."""
+    from transformers import LlamaTokenizerFast
+
+    try:
+        fast = LlamaTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # sentencepiece, protobuf and transformers raise what they like
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{str(folder / 'tokenizer.model')!r} cannot be converted; install sentencepiece and protobuf, or put the "
+            f"model's tokenizer.json beside it: {reason}."
+        ) from None
+    return fast.backend_tokenizer
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Everything that a checkpoint holds; `blocks` has the tensors by block and own name."""
+
+    layout: str
+    config: Config
+    blocks: dict[str, dict[str, torch.Tensor]]
+    tokenizer: Tokenizer | None
+    generation: GenerationConfig
+    words: frozenset[str] | None
+
+
+def read(source: str | Path) -> Saved:
+    """A checkpoint by any name that `MMInterleaved.load` takes."""
+    from .generation_config import GenerationConfig, read_generation_config
+
+    folder = model_folder(source)
+    if folder is None:
+        from .model import untrained_blocks
+
+        config, modules, tokenizer = untrained_blocks()
+        blocks = {name: module.state_dict() for name, module in modules.items()}
+        return Saved("none", config, blocks, tokenizer, GenerationConfig(), None)
+    config, blocks = read_blocks(folder)
+    layout = "reference" if is_reference(folder) else "own"
+    tokenizer = read_tokenizer(folder, config)
+    return Saved(layout, config, blocks, tokenizer, read_generation_config(folder), read_words(folder))
 
 
 # ---- writing ----
 
 
 def save(
-    folder: str | Path, config: Config, blocks: dict[str, dict[str, torch.Tensor]], tokenizer=None, dtype=None
-) -> None:
+    folder: str | Path, config: Config, blocks: dict[str, dict[str, torch.Tensor]], tokenizer=None, dtype=None,
+    generation=None, words: frozenset[str] | None = None,
+) -> None:  # fmt: skip
     """Writes a checkpoint in this project's layout; a folder that is there already is refused, a failed one removed."""
     with new_folder(folder) as aside:
         write_json(aside / "config.json", config.to_dict())
+        _write_beside(aside, generation, words)
         if tokenizer is not None:
             tokenizer.save(aside / "tokenizer.json")
         for name, tensors in blocks.items():
@@ -402,22 +539,36 @@ def save(
             _write_tensors(aside / f"{name}.safetensors", tensors, dtype, {METADATA: json.dumps(about)})
 
 
-def save_reference(folder: str | Path, config: Config, blocks: dict[str, dict], tokenizer=None, dtype=None) -> None:
+def save_reference(
+    folder: str | Path, config: Config, blocks: dict[str, dict], tokenizer=None, dtype=None, generation=None,
+    words: frozenset[str] | None = None,
+) -> None:  # fmt: skip
     """Writes a checkpoint in the reference's layout: one model.safetensors, and the component configs beside it."""
     files = to_reference(config)
     parts = dict(zip(("model", "llm", "clip", "unet", "vae", "scheduler"), files.values()))
     if replace(from_reference(parts), prompts=config.prompts) != config:
         raise CheckpointError(
-            "This model has settings that the reference's layout cannot say; keep it in its own layout."
+            "This model has settings that the reference's layout cannot say; keep it in its own layout (--to own)."
         )
     named = {reference_name(block, key): t for block, tensors in blocks.items() for key, t in tensors.items()}
     with new_folder(folder) as aside:
         for file, settings in files.items():
             (aside / file).parent.mkdir(parents=True, exist_ok=True)
             write_json(aside / file, settings)
+        _write_beside(aside, generation, words)
         if tokenizer is not None:
             tokenizer.save(aside / "llm" / "tokenizer.json")
         _write_tensors(aside / "model.safetensors", named, dtype)
+
+
+def _write_beside(folder: Path, generation, words: frozenset[str] | None) -> None:
+    """What a model says of itself beside its weights, if it says anything."""
+    from .generation_config import FILE, GenerationConfig
+
+    if generation not in (None, GenerationConfig()):
+        write_json(folder / FILE, generation.to_dict())
+    if words is not None:
+        write_bytes(folder / WORDS, "".join(f"{word}\n" for word in sorted(words)).encode("utf-8"))
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype, metadata: dict[str, str] | None = None) -> None:

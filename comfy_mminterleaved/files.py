@@ -17,8 +17,9 @@ def _sentences(path: Path, what: str):
     """Turns the operating system's refusals into one sentence."""
     try:
         yield
-    except OSError as error:
-        raise OutputError(f"{what} {str(path)!r} cannot be written: {error.strerror or error}.") from None
+    except (OSError, ValueError) as error:  # a ValueError of a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"{what} {str(path)!r} cannot be written: {reason}.") from None
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -54,6 +55,36 @@ def make_folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     return path
+
+
+@contextlib.contextmanager
+def output_folder(path: str | Path):
+    """A folder to write into, tried before any heavy work; what was made for it and is still empty after a failure is
+    removed again. Raises OutputError."""
+    path = Path(path)
+    made = [folder for folder in (path, *path.parents) if not _exists(folder)]
+    try:
+        yield make_folder(path)
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError, ValueError):
+                folder.rmdir()
+        raise
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no rights to look, or a NUL in the name
+        return False
+
+
+def free_name(path: Path) -> Path:
+    """The first of path-2, path-3, ... that is not there."""
+    number = 2
+    while (other := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return other
 
 
 @contextlib.contextmanager

@@ -14,10 +14,11 @@ from . import checkpoint
 from .config import Config
 from .drawing import Drawing, draw, make_scheduler, picture_multiple
 from .errors import CheckpointError, SettingError, StoryError, StoryTooLong
+from .generation_config import GenerationConfig, read_generation_config
 from .pictures import preprocess
 from .reading import Reading, read
 from .story import Picture, Story, Text, TokenLayout, layout, require
-from .storyboard import plan_panels
+from .storyboard import panel_seeds, plan_panels
 from .synchronizer import fold
 from .writing import Sampling, Written, score, write
 
@@ -40,7 +41,9 @@ class MMInterleaved:
         self.config, self.tokenizer = config, tokenizer
         self.encoder, self.llm, self.decoder, self.unet, self.vae = (blocks.get(name) for name in checkpoint.BLOCKS)
         self.words: frozenset[str] | None = None
+        self.generation = GenerationConfig()
         self._read: Reading | None = None
+        self._decoded: dict[tuple[int, ...], str] = {}
 
     @classmethod
     def load(
@@ -65,17 +68,17 @@ class MMInterleaved:
         with _sentence(device):
             torch.empty(0, device=device)
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
-        if str(source) == "untrained" and not Path(source).exists():
+        folder = checkpoint.model_folder(source)
+        if folder is None:
             model = untrained()
             for block in (model.encoder, model.llm, model.decoder, model.unet):
                 torch.nn.Module.to(block, device, dtype)  # diffusers' own `to` warns of every cast
             model.vae.to(device)
             return model.compiled() if compile else model
-        if str(source) == "starter" and not Path(source).exists():
-            source = checkpoint.STARTER
-        config, blocks = checkpoint.load_blocks(source, dtype, device)
-        model = cls(config, blocks, checkpoint.read_tokenizer(source, config))
-        model.words = checkpoint.read_words(source)
+        config, blocks = checkpoint.load_blocks(folder, dtype, device)
+        model = cls(config, blocks, checkpoint.read_tokenizer(folder, config))
+        model.words = checkpoint.read_words(folder)
+        model.generation = read_generation_config(folder)
         return model.compiled() if compile else model
 
     def compiled(self, **options) -> MMInterleaved:
@@ -119,8 +122,18 @@ class MMInterleaved:
         return story.with_features([p.features if known(p) else found[p.key] for p in story.pictures])
 
     def layout(self, story: Story) -> TokenLayout:
-        """The story as token ids."""
-        return layout(story, self.tokenizer, self.config.llm)
+        """The story as token ids. Ids that another vocabulary gave to a text are left out of account."""
+        segments = (self._checked(s) if isinstance(s, Text) and s.tokens else s for s in story.segments)
+        return layout(replace(story, segments=tuple(segments)), self.tokenizer, self.config.llm)
+
+    def _checked(self, text: Text) -> Text:
+        """The text, without its ids if they are not this tokenizer's for it."""
+        if self.tokenizer is None or not text.text:
+            return text
+        if text.tokens not in self._decoded:
+            known = max(text.tokens) < self.tokenizer.vocab_size
+            self._decoded[text.tokens] = self._decode(text.tokens) if known else ""
+        return text if self._decoded[text.tokens] == text.text else Text(text.text)
 
     def fit(
         self, story: Story, room: int, drop_oldest: bool = False, what: str = "The story", pictures_to_come: int = 0
@@ -156,18 +169,46 @@ class MMInterleaved:
     def read(self, story: Story, on_segment: Callable[[int, int], object] | None = None) -> None:
         """Reads a story ahead of its use, segment by segment, and keeps what was read.
 
+        The pieces are always the same: a given text at once, a text of the model's own token by token, a picture after
+        its start-of-image token. So a story that is gone on with has the same states, to the bit, as one that was never
+        stopped.
+
         Args:
             on_segment: called with how many segments are read, and how many there are; what it raises ends the reading,
                 and what was read until then is kept.
         """
         story = self.encode(story)
-        held = 0 if self._read is None else self._read.shared(self.layout(story), self.config.llm.slots)
-        for count in range(1, len(story) + 1):
-            layout = self.layout(Story(story.segments[:count]))
-            if len(layout) > held:
-                self._layouts_read([layout])
+        slots, whole = self.config.llm.slots, self.layout(story)
+        pieces = [self._pieces(story.segments[i], start, end)
+                  for i, (start, end) in enumerate(zip((0, *whole.segment_ends), whole.segment_ends))]  # fmt: skip
+        held = 0 if self._read is None else self._read.shared(whole, slots)
+        held = max((end for ends in pieces for end in ends if end <= held), default=0)
+        if held:
+            self._read.truncate(max(held, 1))
+        else:
+            self._read = None
+        for count, ends in enumerate(pieces, 1):
+            for end in ends:
+                if end > held:
+                    self._layouts_read([whole.prefix(end, slots)])
             if on_segment is not None:
                 on_segment(count, len(story))
+
+    @staticmethod
+    def _pieces(segment: Text | Picture, start: int, end: int) -> list[int]:
+        """Where the pieces end in which a segment is read; none if it was joined to the one before."""
+        if start == end:
+            return []
+        if isinstance(segment, Picture):
+            return [max(start, 1) + 1, end]
+        return [end] if segment.tokens is None else list(range(start + 1, end + 1))
+
+    def _prefill(self, stories: list[Story]) -> list[Story]:
+        """The stories, encoded; one alone is also read, in its pieces."""
+        stories = [self.encode(story) for story in stories]
+        if len(stories) == 1:
+            self.read(stories[0])
+        return stories
 
     def _layouts_read(self, layouts: list[TokenLayout]) -> Reading:
         before, self._read = self._read, None  # on an error what was kept is in no known state
@@ -176,16 +217,19 @@ class MMInterleaved:
 
     # ---- writing ----
 
-    def write(self, story: Story, sampling: Sampling = Sampling(), on_token=None, drop_oldest: bool = False) -> Written:
+    def write(
+        self, story: Story, sampling: Sampling | None = None, on_token=None, drop_oldest: bool = False
+    ) -> Written:
         """Continues a story with text, up to where the model ends it or asks for a picture.
 
         Args:
+            sampling: None for the model's own (`generation`).
             on_token: called with the text so far; returning a true value stops the writing.
         """
         return self.write_all([story], sampling, 1, on_token and (lambda _, text: on_token(text)), drop_oldest)[0][0]
 
     def write_all(
-        self, stories: list[Story], sampling: Sampling = Sampling(), count: int = 1, on_token=None,
+        self, stories: list[Story], sampling: Sampling | None = None, count: int = 1, on_token=None,
         drop_oldest: bool = False,
     ) -> list[list[Written]]:  # fmt: skip
         """`count` texts for each of several stories at once; each as if it was alone.
@@ -193,8 +237,9 @@ class MMInterleaved:
         Args:
             on_token: called with the number of the text (count * story + k) and the text so far.
         """
-        stories = [self.fit(story, sampling.max_new_tokens, drop_oldest) for story in stories]
-        reading = self._layouts_read([self.layout(self.encode(story)) for story in stories])
+        sampling = sampling or self.generation.text
+        stories = self._prefill([self.fit(story, sampling.max_new_tokens, drop_oldest) for story in stories])
+        reading = self._layouts_read([self.layout(story) for story in stories])
         texts = write(self.llm, reading, sampling, count, on_token and (lambda i, ids: on_token(i, self._decode(ids))))
         return [[replace(written, text=self._decode(written.tokens)) for written in row] for row in texts]
 
@@ -204,19 +249,20 @@ class MMInterleaved:
     # ---- drawing ----
 
     def draw(
-        self, story: Story, drawing: Drawing = Drawing(), begin: Picture | None = None, on_step=None,
+        self, story: Story, drawing: Drawing | None = None, begin: Picture | None = None, on_step=None,
         drop_oldest: bool = False,
     ) -> Picture:  # fmt: skip
         """Draws the picture that comes next in a story.
 
         Args:
+            drawing: None for the model's own settings (`generation`).
             begin: a picture to start from (image to image), with `drawing.denoise`.
             on_step: called with the step, their number, and a function that gives a small preview (1, 3, h, w).
         """
         return self.draw_all([story], drawing, 1, begin and [begin], on_step, drop_oldest)[0][0]
 
     def draw_all(
-        self, stories: list[Story], drawing: Drawing = Drawing(), count: int = 1, begin: list[Picture] | None = None,
+        self, stories: list[Story], drawing: Drawing | None = None, count: int = 1, begin: list[Picture] | None = None,
         on_step=None, drop_oldest: bool = False, rows_at_once: int = 8, seeds: list[int] | None = None,
     ) -> list[list[Picture]]:  # fmt: skip
         """`count` pictures for each of several stories; each as if it was alone.
@@ -226,13 +272,14 @@ class MMInterleaved:
             seeds: of each story's first picture, instead of `drawing.seed` for all.
             rows_at_once: how many pictures share a pass of the U-Net; memory grows with it, results do not change.
         """
+        drawing = drawing or self.generation.image
         if count < 1:
             raise SettingError(f"The number of pictures must be at least 1, not {count}.")
         firsts = [drawing.seed] * len(stories) if seeds is None else seeds
         if len(firsts) != len(stories):
             raise SettingError(f"Of {len(stories)} stories each needs a seed; there are {len(firsts)} seeds.")
         scheduler, size = self._check_drawing(drawing)
-        stories = [self.encode(self.fit(story, 1, drop_oldest)) for story in stories]
+        stories = self._prefill([self.fit(story, 1, drop_oldest) for story in stories])
         contexts = self.contexts(stories)
         with torch.no_grad():
             states = self.decoder.condition(contexts)
@@ -295,8 +342,9 @@ class MMInterleaved:
 
     def tell(
         self, story: Story = Story(), panels: int = 3, picture_first: bool | None = None,
-        sampling: Sampling = Sampling(), drawing: Drawing = Drawing(), seeds: list[int] | None = None,
+        sampling: Sampling | None = None, drawing: Drawing | None = None, seeds: list[int] | None = None,
         on_token=None, on_step=None, on_segment: Callable[[Story], object] | None = None, drop_oldest: bool = False,
+        introduce: bool = True,
     ) -> Story:  # fmt: skip
         """Goes on with a story for `panels` more panels, each text and picture made in view of all before it.
 
@@ -305,32 +353,114 @@ class MMInterleaved:
 
         Args:
             panels: how many pictures to add.
-            picture_first: whether a panel's picture comes before its text; None goes on as the story does.
-            seeds: for each panel, added to those of `sampling` and `drawing`; by default 0, 1, 2, ...
+            picture_first: whether a panel's picture comes before its text; None goes on as the story and the model do
+                (`order`). Panels of `story` that have the other order are put into this one.
+            seeds: for each panel, added to those of `sampling` and `drawing`; by default the number of the panel in the
+                story, from 0, so that a story which is gone on with has the panels of one told at once.
             on_segment: called with the story after each text and each picture.
+            introduce: whether a model whose stories introduce their characters says who is in an opening picture
+                (`introduce`).
 
         Returns:
             The whole story. Its texts and pictures are segments of their own, behind those of `story`.
         """
         if panels < 1:
             raise SettingError(f"The number of panels must be at least 1, not {panels}.")
-        plan = plan_panels(story, panels, picture_first)
-        return self.follow(story, plan, sampling, drawing, seeds, on_token, on_step, on_segment, drop_oldest)
+        sampling, drawing = sampling or self.generation.text, drawing or self.generation.image
+        opening = story.arrange(self.order(story, picture_first))
+        self.check_plan(opening, plan_panels(opening, panels), sampling, drawing, drop_oldest)
+        if introduce:
+            opening = self.introduce(opening)
+            if on_segment is not None and opening.text != story.text:
+                on_segment(opening)
+        plan = plan_panels(opening, panels)
+        if seeds is not None:
+            if len(seeds) != panels:
+                raise SettingError(f"There must be one seed a panel, {panels}, not {len(seeds)}.")
+            seeds = panel_seeds(opening, plan)[: len(plan) - panels] + list(seeds)
+        return self.follow(opening, plan, sampling, drawing, seeds, on_token, on_step, on_segment, drop_oldest)
+
+    def order(self, story: Story, image_first: bool | None = None) -> bool:
+        """Whether panels have their image before their text: as asked, else as the story says, as the model's stories
+        are, or as the opening is."""
+        for choice in (image_first, story.image_first, self.generation.image_first):
+            if choice is not None:
+                return choice
+        return story.opens_image_first
+
+    @torch.no_grad()
+    def introduce(self, story: Story) -> Story:
+        """The story with a text that says who is in its only picture, where nothing in it does.
+
+        A model whose stories introduce their characters (`GenerationConfig.introduction`) draws one that was introduced
+        the same in every panel, whatever the picture was. The sentence, and one about the scene if the story's own text
+        holds words that the model does not know, stands in the story, before the text of the picture's panel. Other
+        models write the text of a picture that has none, for text first.
+        """
+        panels = story._panel_segments()
+        index = next((i for i, (_, picture) in enumerate(panels) if picture is not None), None)
+        if len(story.pictures) != 1 or any(isinstance(s, Text) and s.tokens for s in story.segments):
+            return story
+        texts, picture = panels[index]
+        described = " ".join(text.text for part, _ in panels for text in part)
+        if self.generation.introduction is not None:
+            text = self._introduction(self.encode(Story.of(picture)), described)
+        elif not texts and not story.image_first:
+            sampling = replace(self.generation.text, sample=False, beams=1)
+            text = self.write(Story.of(picture), sampling).text
+        else:
+            return story
+        self.forget()
+        new = [Text(text)] if text else []
+        panels[index] = [*new, *texts], picture
+        return Story.from_panels(panels, story.is_image_first)
+
+    def _introduction(self, shown: Story, described: str) -> str:
+        """The sentences of `introduce`; empty if the story has them, or the model ends none."""
+        c = self.generation.introduction
+        names = [word for word in re.findall(r"\w+", described) if word in c.names]
+        names = list(dict.fromkeys(names))[:2] or list(c.names[:1])
+        if any(c.prompt.format(name=name) in described for name in names):
+            return ""
+        sentences = []
+        for name in names:
+            sentence = self._complete(shown, sentences, c.prompt.format(name=name))
+            if sentence.replace(name, names[0], 1) not in sentences:  # one seen twice is one
+                sentences.append(sentence)
+        if len(names) == 1 and (not described or self.unknown_words(Story.of(described))):
+            prompts = [prompt.format(name=names[0]) for prompt in c.scene_prompts]
+            scores = self.score(shown.add(" ".join(sentences)), prompts)
+            sentences.append(self._complete(shown, sentences, prompts[scores.index(max(scores))]))
+        return " ".join(sentences) if all(s.endswith(".") for s in sentences) else ""
+
+    def _complete(self, shown: Story, sentences: list[str], prompt: str) -> str:
+        """The likeliest sentence that begins with `prompt`, behind other sentences about what is shown."""
+        greedy = Sampling(max_new_tokens=40, min_new_tokens=1, sample=False, repetition_penalty=1.0)
+        begun = shown.add(" ".join([*sentences, prompt]))
+        return f"{prompt} {self.write(begun, greedy, lambda text: text.endswith('.')).text}"
 
     def follow(
-        self, story: Story, plan, sampling: Sampling = Sampling(), drawing: Drawing = Drawing(),
+        self, story: Story, plan, sampling: Sampling | None = None, drawing: Drawing | None = None,
         seeds: list[int] | None = None, on_token=None, on_step=None,
         on_segment: Callable[[Story], object] | None = None, drop_oldest: bool = False,
     ) -> Story:  # fmt: skip
-        """`tell` with the panels spelled out: `plan` has for each its steps, "write" and "draw", in order."""
-        seeds = list(range(len(plan))) if seeds is None else seeds
+        """`tell` with the panels spelled out.
+
+        Args:
+            plan: for each panel its steps in order: "write", "draw", or a Text that is taken as it is.
+            seeds: for each entry of the plan; None for `panel_seeds`.
+        """
+        sampling, drawing = sampling or self.generation.text, drawing or self.generation.image
+        seeds = panel_seeds(story, plan) if seeds is None else seeds
         if len(seeds) != len(plan):
             raise SettingError(f"There must be one seed a panel, {len(plan)}, not {len(seeds)}.")
         self.check_plan(story, plan, sampling, drawing, drop_oldest)
         for seed, steps in zip(seeds, plan):
             for step in steps:
                 story = self.encode(story)
-                if step == "draw":
+                if isinstance(step, Text):
+                    story = story.add(step)
+                elif step == "draw":
                     story = story.add(self.draw(story, drawing.plus(seed), None, on_step, drop_oldest))
                 else:
                     written = self.write(story, sampling.plus(seed), on_token, drop_oldest)
@@ -343,26 +473,32 @@ class MMInterleaved:
         self,
         story: Story,
         plan,
-        sampling: Sampling = Sampling(),
-        drawing: Drawing = Drawing(),
+        sampling: Sampling | None = None,
+        drawing: Drawing | None = None,
         drop_oldest: bool = False,
     ) -> None:
         """Raises what `follow` would, before any work: settings that do not fit, or a story that may not."""
-        if max(sampling.seed, drawing.seed) + len(plan) >= 2**63:
+        sampling, drawing = sampling or self.generation.text, drawing or self.generation.image
+        if max(sampling.seed, drawing.seed) + len(story) + len(plan) >= 2**63:
             raise SettingError(f"The seed {max(sampling.seed, drawing.seed)} is too large for {len(plan)} panels.")
         self._check_drawing(drawing)
         self.check_room(story, plan, sampling, drop_oldest)
 
-    def check_room(self, story: Story, plan, sampling: Sampling = Sampling(), drop_oldest: bool = False) -> None:
+    def check_room(
+        self, story: Story, plan, sampling: Sampling | None = None, drop_oldest: bool = False
+    ) -> None:
         """Raises StoryTooLong if the LLM cannot hold a story that is gone on with as planned."""
+        sampling = sampling or self.generation.text
         steps = [step for panel in plan for step in panel]
-        unknown = set(steps) - {"write", "draw"}
-        if unknown:
-            raise SettingError(f"A step must be 'write' or 'draw', not {unknown.pop()!r}.")
-        writes, draws = steps.count("write"), steps.count("draw")
-        room = writes * sampling.max_new_tokens + draws * (self.config.llm.slots + 1)
+        given = [step for step in steps if isinstance(step, Text)]
+        for step in steps:
+            if not isinstance(step, Text) and step not in ("write", "draw"):
+                raise SettingError(f"A step must be 'write', 'draw' or a Text, not {step!r}.")
+        draws = steps.count("draw")
+        lengths = [len(self.layout(Story((text,)))) for text in given]
+        room = steps.count("write") * sampling.max_new_tokens + sum(lengths) + draws * (self.config.llm.slots + 1)
         if drop_oldest:  # each step makes its own room; one alone must fit
-            room = sampling.max_new_tokens
+            room = max(sampling.max_new_tokens, *lengths, 0)
         self.fit(story, room, drop_oldest, f"A story with {len(plan)} more panels", 0 if drop_oldest else draws)
 
     # ---- questions ----
@@ -425,7 +561,13 @@ def _sentence(device: str):
 
 
 def untrained(seed: int = 0) -> MMInterleaved:
-    """A small model with random weights and a vocabulary of bytes: every path of the code, no sense in what it says.
+    """A small model with random weights and a vocabulary of bytes: every path of the code, no sense in what it says."""
+    config, blocks, tokenizer = untrained_blocks(seed)
+    return MMInterleaved(config, {name: fold(block) for name, block in blocks.items()}, tokenizer)
+
+
+def untrained_blocks(seed: int = 0):
+    """Config, blocks as files hold them, and tokenizer of `untrained`.
 
     Its biases favour letters as often as English has them, and colours that are not all black, so that a page of it can
     be looked at.
@@ -447,4 +589,4 @@ def untrained(seed: int = 0) -> MMInterleaved:
     last = [layer for layer in blocks["vae"].decoder.modules() if isinstance(layer, torch.nn.Conv2d)][-1]
     last.weight.mul_(8.0)
     last.bias.fill_(0.5)
-    return MMInterleaved(config, {name: fold(block) for name, block in blocks.items()}, tokenizer)
+    return config, blocks, tokenizer

@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +21,50 @@ MAX_ASPECT = 16
 _ARRAY_TYPES = tuple(map(np.dtype, ("uint8", "uint16", "bool", "float16", "float32", "float64")))
 
 
+# Formats whose further frames are an animation; those of others (MPO, TIFF, PSD, ...) are previews, pages or layers.
+ANIMATIONS = ("GIF", "WEBP", "PNG", "AVIF", "FLI")
+PAGE_SIDE = 1600  # px, the longer side of what a page embeds
+# What is kept as it is when a story is saved: any browser and any image program shows it.
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file as it was read: its bytes, and the suffix of its format."""
+
+    data: bytes
+    suffix: str
+
+
 def read_picture(path: str | Path) -> torch.Tensor:
     """Reads an image file as RGB float32 (3, H, W) in [0, 1]; raises PictureError.
 
-    Transparent pixels are laid on white, 16-bit and CMYK are converted, the camera's rotation is applied. An animation
-    is refused: which of its frames is meant would be a guess.
+    Transparent pixels are laid on white; 16-bit, CMYK and embedded colour profiles are converted to sRGB; the camera's
+    rotation is applied. Of a still format with more than one picture the first is read. An animation is refused: which
+    of its frames is meant would be a guess.
     """
+    return read_image_file(path)[0]
+
+
+def read_image_file(path: str | Path) -> tuple[torch.Tensor, ImageFile | None]:
+    """`read_picture`, and the file's bytes if its format is one of SUFFIXES."""
     path = Path(path)
-    if not os.path.isfile(path):
+    if not _is_file(path):
         raise PictureError(f"There is no picture file {str(path)!r}.")
-    return _decode(path, repr(str(path)))
+    name = repr(str(path))
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PictureError(f"The picture {name} cannot be read: {error.strerror or error}.") from None
+    pixels, kind = _decode(data, name)
+    return pixels, ImageFile(data, SUFFIXES[kind]) if kind in SUFFIXES else None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return os.path.isfile(path)
+    except ValueError:  # a NUL in the name
+        return False
 
 
 def decode_url(url: str) -> torch.Tensor:
@@ -38,20 +73,21 @@ def decode_url(url: str) -> torch.Tensor:
         data = base64.b64decode(url.partition(",")[2], validate=True)
     except ValueError:  # binascii's own error is one
         raise PictureError("A picture's data URL is not valid base64.") from None
-    return _decode(io.BytesIO(data), "in the data URL")
+    return _decode(data, "in the data URL")[0]
 
 
-def _decode(source, name: str) -> torch.Tensor:
+def _decode(data: bytes, name: str) -> tuple[torch.Tensor, str | None]:
+    """The pixels of an image file's bytes, and Pillow's name of its format."""
     try:
-        with Image.open(source) as image:
+        with _open(data, name) as image:
             frames = getattr(image, "n_frames", 1)
-            if frames > 1:
+            if frames > 1 and image.format in ANIMATIONS:
                 raise PictureError(
                     f"The picture {name} is an animation of {frames} frames; save the one you want as a PNG."
                 )
             _check_size(*image.size, name)
             image.load()
-            return to_pixels(ImageOps.exif_transpose(image))
+            return to_pixels(_to_srgb(ImageOps.exif_transpose(image), image.info.get("icc_profile"))), image.format
     except PictureError:
         raise
     except Image.DecompressionBombError:
@@ -59,9 +95,43 @@ def _decode(source, name: str) -> torch.Tensor:
             f"The picture {name} is too large; at most {MAX_PIXELS // 10**6} megapixels are read."
         ) from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, TypeError, struct.error) as error:
+        reason = str(error).rstrip(".") or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is no image in a format that Pillow knows"
+        raise PictureError(f"The picture {name} cannot be read: {reason}.") from None
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    """The image in a file's bytes. HEIC, which Pillow does not know, goes through pillow-heif if it is installed."""
+    if data[4:8] != b"ftyp" or data[8:12] not in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+        return Image.open(io.BytesIO(data))
+    try:
+        import pillow_heif
+    except ImportError:
         raise PictureError(
-            f"The picture {name} cannot be read: {str(error).rstrip('.') or type(error).__name__}."
+            f"The picture {name} is a HEIC file; install pillow-heif to read it, or save it as JPEG or PNG."
         ) from None
+    return pillow_heif.open_heif(io.BytesIO(data)).to_pillow()
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An image converted from its embedded colour profile; one whose profile cannot be used stays as it is."""
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    from PIL import ImageCms
+
+    alpha = image.getchannel("A") if image.mode == "RGBA" else None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        opaque = image if alpha is None else image.convert("RGB")
+        image = ImageCms.profileToProfile(opaque, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image
+    if alpha is not None:
+        image.putalpha(alpha)
+    return image
 
 
 def to_pixels(source) -> torch.Tensor:
@@ -153,6 +223,17 @@ def encode_png(pixels: torch.Tensor, info=None) -> bytes:
 def encode_url(pixels: torch.Tensor) -> str:
     """A data: URL of a PNG."""
     return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode("ascii")
+
+
+def encode_page_url(pixels: torch.Tensor) -> str:
+    """A data: URL for a page, of at most PAGE_SIDE px a side: a PNG of drawings, a JPEG of what is larger."""
+    image = to_pil(pixels)
+    if max(image.size) <= 768:
+        return encode_url(pixels)
+    image.thumbnail((PAGE_SIDE, PAGE_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85, progressive=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def preprocess(pixels: torch.Tensor, size: int) -> torch.Tensor:

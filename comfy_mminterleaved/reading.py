@@ -39,6 +39,10 @@ class Reading:
         """How many tokens a layout has in common with the story read, from its start; 0 for a batch of several."""
         return _shared(layout, self.ids[0], self.keys[0], slots)[0] if len(self.ids) == 1 else 0
 
+    def truncate(self, length: int) -> None:
+        """Lets the one story read be shared up to its first `length` tokens at most."""
+        self.ids[0] = self.ids[0][:length]
+
     def last_hidden(self) -> torch.Tensor:
         """(N, width), of the last token of each story."""
         return torch.stack([h[-1] for h in self.hidden])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import StoryError
-from .pictures import decode_url, encode_url, read_picture, to_bytes, to_pixels
+from .pictures import ImageFile, decode_url, encode_page_url, encode_url, read_image_file, to_bytes, to_pixels
 
 if TYPE_CHECKING:
     from .config import LLMConfig
@@ -39,24 +39,40 @@ class Text:
 class Picture:
     """A picture: RGB float32 (3, H, W) in [0, 1], and its features once an encoder has seen it.
 
-    `Picture.of` takes PIL images, numpy arrays, tensors and paths.
+    `Picture.of` takes PIL images, numpy arrays, tensors and paths. `file` keeps the bytes of a picture read from disk,
+    so that saving writes them as they were.
     """
 
     pixels: torch.Tensor
     features: Features | None = field(default=None, repr=False)
+    file: ImageFile | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, source) -> Picture:
         """Any picture: see `pictures.to_pixels`; a str or Path is read from disk. Raises PictureError."""
         if isinstance(source, Picture):
             return source
-        return cls(read_picture(source) if isinstance(source, (str, Path)) else to_pixels(source))
+        if isinstance(source, (str, Path)):
+            pixels, file = read_image_file(source)
+            return cls(pixels, file=file)
+        return cls(to_pixels(source))
+
+    def with_features(self, features: Features) -> Picture:
+        """The same picture with an encoder's features; what was computed from its pixels stays."""
+        other = replace(self, features=features)
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k not in other.__dict__})
+        return other
 
     @cached_property
     def key(self) -> str:
         """A digest of what can be seen: pictures with the same key have the same features."""
         data = to_bytes(self.pixels)
         return hashlib.blake2b(data.tobytes() + repr(data.shape).encode(), digest_size=16).hexdigest()
+
+    @cached_property
+    def page_url(self) -> str:
+        """A data URL of at most `PAGE_SIDE` px a side, for a page; a PNG if small, else a JPEG."""
+        return encode_page_url(self.pixels)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -79,10 +95,13 @@ class Panel:
 class Story:
     """The interleaved document. `add` returns a new story; the old one stays as it was.
 
+    `image_first` says whether a panel's text follows its picture; None infers it from the segments.
+
     >>> story = Story.of("Mia went to the beach.", picture, "Then it rained.")
     """
 
     segments: tuple[Segment, ...] = ()
+    image_first: bool | None = None
 
     @classmethod
     def of(cls, *parts) -> Story:
@@ -99,7 +118,7 @@ class Story:
                 part = Picture.of(part)
             if not (isinstance(part, Text) and not part.text and not part.tokens):
                 added.append(part)
-        return Story(self.segments + tuple(added))
+        return replace(self, segments=self.segments + tuple(added))
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -112,9 +131,18 @@ class Story:
         return tuple(s for s in self.segments if isinstance(s, Picture))
 
     @property
-    def picture_first(self) -> bool:
-        """Whether the story opens with a picture and ends with text: each text then belongs to the picture before."""
-        return len(self) > 1 and isinstance(self.segments[0], Picture) and isinstance(self.segments[-1], Text)
+    def is_image_first(self) -> bool:
+        """Whether each text belongs to the picture before it: `image_first`; if that is None, whether the story opens with
+        a picture and ends with text."""
+        if self.image_first is not None:
+            return self.image_first
+        return len(self) > 1 and self.opens_image_first
+
+    @property
+    def opens_image_first(self) -> bool:
+        """Whether it is one picture, or opens with a picture and ends with text."""
+        first = self.segments[:1]
+        return bool(first) and isinstance(first[0], Picture) and (len(self) == 1 or isinstance(self.segments[-1], Text))
 
     @property
     def text(self) -> str:
@@ -122,45 +150,62 @@ class Story:
         return "\n".join(panel.text for panel in self.panels() if panel.text)
 
     def panels(self) -> tuple[Panel, ...]:
-        """The story as panels: each picture with the text before it, or with that after it.
-
-        The latter if the story is `picture_first`. One that opens with a picture and ends with one was gone on with,
-        each picture drawn from the text before it: its first has none.
-        """
-        parts: list[str | Picture] = []
-        for segment in self.segments:
-            if isinstance(segment, Picture):
-                parts.append(segment)
-            elif parts and isinstance(parts[-1], str):
-                parts[-1] = _join(parts[-1], segment.text)
-            else:
-                parts.append(segment.text.strip())
-        panels: list[Panel] = []
-        for part in parts:
-            last = panels[-1] if panels else None
-            if isinstance(part, Picture):
-                joins = last is not None and last.picture is None and not self.picture_first
-                panels = [*panels[:-1], Panel(last.text, part)] if joins else [*panels, Panel("", part)]
-            else:
-                joins = last is not None and not last.text and self.picture_first
-                panels = [*panels[:-1], Panel(part, last.picture)] if joins else [*panels, Panel(part, None)]
+        """The story as panels: each picture with the text before it, or after it if the story `is_image_first`."""
+        panels = []
+        for texts, picture in self._panel_segments():
+            text = ""
+            for segment in texts:
+                text = _join(text, segment.text)
+            panels.append(Panel(text, picture))
         return tuple(panels)
+
+    def _panel_segments(self) -> list[tuple[list[Text], Picture | None]]:
+        """The segments of each panel: its texts, and its picture if it has one."""
+        panels: list[tuple[list[Text], Picture | None]] = []
+        image_first, is_open = self.is_image_first, False  # is_open: the last panel takes the next segment
+        for segment in self.segments:
+            if isinstance(segment, Text):
+                if not is_open:
+                    panels.append(([], None))
+                    is_open = True
+                panels[-1][0].append(segment)
+            elif image_first:
+                panels.append(([], segment))
+                is_open = True
+            else:
+                texts = panels.pop()[0] if is_open else []
+                panels.append((texts, segment))
+                is_open = False
+        return panels
+
+    def arrange(self, image_first: bool) -> Story:
+        """The same panels, each with its text after its picture (`image_first`), or before it."""
+        return self.from_panels(self._panel_segments(), image_first)
+
+    @classmethod
+    def from_panels(cls, panels, image_first: bool) -> Story:
+        """A story from the texts and the picture (or None) of each panel."""
+        segments: list[Segment] = []
+        for texts, picture in panels:
+            pictures = [] if picture is None else [picture]
+            segments += [*pictures, *texts] if image_first else [*texts, *pictures]
+        return cls(tuple(segments), image_first)
 
     def without_oldest(self) -> Story:
         """The story without its first panel: everything up to and with its first picture, or its first text."""
         for i, segment in enumerate(self.segments):
             if isinstance(segment, Picture):
                 end = i + 1
-                picture_first = i == 0
-                while picture_first and end < len(self.segments) and isinstance(self.segments[end], Text):
+                while i == 0 and end < len(self.segments) and isinstance(self.segments[end], Text):
                     end += 1
-                return Story(self.segments[end:])
-        return Story(self.segments[1:])
+                return replace(self, segments=self.segments[end:])
+        return replace(self, segments=self.segments[1:])
 
     def with_features(self, features: list[Features]) -> Story:
         """The same story whose pictures carry these features, in order."""
-        found = iter(features)
-        return Story(tuple(replace(s, features=next(found)) if isinstance(s, Picture) else s for s in self.segments))
+        remaining = iter(features)
+        segments = (s.with_features(next(remaining)) if isinstance(s, Picture) else s for s in self.segments)
+        return replace(self, segments=tuple(segments))
 
     # ---- JSON ----
 
@@ -169,11 +214,14 @@ class Story:
         names = iter(picture_names or [])
         segments = []
         for segment in self.segments:
-            if isinstance(segment, Text):
+            if isinstance(segment, Picture):
+                segments.append({"picture": next(names) if picture_names else encode_url(segment.pixels)})
+            elif segment.tokens is None:
                 segments.append({"text": segment.text})
             else:
-                segments.append({"picture": next(names) if picture_names else encode_url(segment.pixels)})
-        return {"format": "mm-interleaved-story", "version": 1, "segments": segments}
+                segments.append({"text": segment.text, "token_ids": list(segment.tokens)})
+        order = {} if self.image_first is None else {"image_first": self.image_first}
+        return {"format": "mm-interleaved-story", "version": 1, **order, "segments": segments}
 
     @classmethod
     def from_json(cls, data: dict | str, folder: str | Path = ".") -> Story:
@@ -183,23 +231,38 @@ class Story:
             raise StoryError("This is not a story file: it has no format 'mm-interleaved-story' with segments.")
         if data.get("version", 1) != 1:
             raise StoryError(f"This story file has version {data['version']!r:.20}; this release reads version 1.")
-        story = cls()
+        image_first = data.get("image_first", data.get("picture_first"))
+        if not isinstance(image_first, bool | None):
+            raise StoryError(f"image_first must be true or false, not {image_first!r:.60}.")
+        story = cls(image_first=image_first)
         for i, segment in enumerate(data["segments"]):
+            name = segment.get("image", segment.get("picture")) if isinstance(segment, dict) else None
             if isinstance(segment, dict) and isinstance(segment.get("text"), str):
-                story = story.add(segment["text"])
-            elif isinstance(segment, dict) and isinstance(segment.get("picture"), str):
-                story = story.add(read_named(segment["picture"], folder))
+                story = story.add(Text(segment["text"], _token_ids(segment.get("token_ids"), i + 1)))
+            elif isinstance(name, str):
+                story = story.add(read_named(name, folder))
             else:
                 raise StoryError(f"Segment {i + 1} of the story file must be a text or a picture, not {segment!r:.60}.")
         return story
 
 
+def _token_ids(value, number: int) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(type(i) is int and 0 <= i < 2**31 for i in value):
+        raise StoryError(f"Segment {number} of the story file: token_ids must be a list of whole numbers.")
+    return tuple(value)
+
+
 def read_named(name: str, folder: str | Path) -> Picture:
-    """A picture by data URL, or by its path below `folder`; a path that leaves the folder is refused."""
+    """A picture by data URL, or by its path below `folder`; a path that leaves the folder is refused.
+
+    Back slashes count as slashes: files written on Windows have them.
+    """
     if name.startswith("data:image/"):
         return Picture(decode_url(name))
-    path, folder = Path(name), Path(folder)
-    if path.is_absolute() or ".." in path.parts or ":" in name or "\\" in name:
+    path, folder = Path(name.replace("\\", "/")), Path(folder)
+    if path.is_absolute() or ".." in path.parts or ":" in name or "\0" in name:
         raise StoryError(f"The picture {name!r} must be named by a path below the story's own folder.")
     return Picture.of(folder / path)
 
@@ -208,7 +271,7 @@ def _parse(data) -> dict:
     if isinstance(data, str):
         try:
             data = json.loads(data)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise StoryError(f"This is not JSON that can be read: {error}.") from None
     if not isinstance(data, dict):
         raise StoryError(f"A story file must hold an object, not a {type(data).__name__}.")
@@ -228,17 +291,19 @@ class TokenLayout:
     """A story as the LLM reads it: token ids, and the pictures of their slots in order.
 
     A picture is one start-of-image token and `slots` image tokens. Pictures that have no pixels yet are None.
+    `segment_ends` has for each segment of the story where its tokens end; texts that are joined end together.
     """
 
     ids: tuple[int, ...]
     pictures: tuple[Picture | None, ...]
     picture_ends: tuple[int, ...]
+    segment_ends: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @classmethod
-    def of(cls, ids, pictures, c: LLMConfig) -> TokenLayout:
+    def of(cls, ids, pictures, c: LLMConfig, segment_ends=()) -> TokenLayout:
         """A layout from ids with their slots in place; raises StoryError if slots and pictures disagree."""
         ids, pictures = tuple(int(i) for i in ids), tuple(pictures)
         starts = [i for i, token in enumerate(ids) if token == c.tokens.image and ids[i - 1] == c.tokens.soi]
@@ -248,7 +313,12 @@ class TokenLayout:
                 f"These token ids hold {ids.count(c.tokens.image)} image tokens for {len(pictures)} pictures; a "
                 f"picture is a start-of-image token and {c.slots} image tokens."
             )
-        return cls(ids, pictures, tuple(i + c.slots for i in starts))
+        return cls(ids, pictures, tuple(i + c.slots for i in starts), tuple(segment_ends))
+
+    def prefix(self, length: int, slots: int) -> TokenLayout:
+        """The first `length` tokens, with the pictures of which they hold a slot."""
+        count = sum(end - slots < length for end in self.picture_ends)
+        return TokenLayout(self.ids[:length], self.pictures[:count], self.picture_ends[:count])
 
     def visible(self, c: LLMConfig, start: int = 0, end: int | None = None) -> torch.Tensor:
         """Which pictures the positions start to end see: bool (end - start, pictures).
@@ -268,11 +338,11 @@ def layout(story: Story, tokenizer, c: LLMConfig) -> TokenLayout:
 
     Texts next to each other are joined by one space; white space next to a picture is dropped, as in the reference.
     """
-    ids, pictures = [c.tokens.bos], []
+    ids, pictures, ends = [c.tokens.bos], [], []
     segments = list(story.segments)
     i = 0
     while i < len(segments):
-        segment = segments[i]
+        segment, first = segments[i], i
         i += 1
         if isinstance(segment, Picture):
             ids += [c.tokens.soi] + [c.tokens.image] * c.slots
@@ -286,7 +356,8 @@ def layout(story: Story, tokenizer, c: LLMConfig) -> TokenLayout:
                 i += 1
             after_text = len(ids) > 1 and ids[-1] != c.tokens.image
             ids += require(tokenizer).encode(text.strip(), after_text=after_text)
-    return TokenLayout.of(ids, pictures, c)
+        ends += [len(ids)] * (i - first)
+    return TokenLayout.of(ids, pictures, c, ends)
 
 
 def require(tokenizer):

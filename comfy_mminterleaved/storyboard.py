@@ -7,19 +7,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import PictureError, StoryError
-from .story import Story, Text, read_named
+from .story import Picture, Story, Text, read_named
 
 MODES = {"generate_images": "draw", "generate_texts": "write"}
 
 
+MAX_PANELS = 1000
+
+
 @dataclass(frozen=True)
 class Plan:
-    """One story to make: what it opens with, and the panels to go on with, each its steps "write" and "draw"."""
+    """One story to make.
+
+    Args:
+        opening: What it opens with; its `image_first` is what the file asks for, if it does.
+        panels: How many panels follow.
+        script: The text of each panel, None where the model writes it; may be shorter than `panels`.
+        steps: The steps of each panel where the file spells them out (the reference's annotations).
+    """
 
     opening: Story
-    panels: tuple[tuple[str, ...], ...]
+    panels: int
     title: str = ""
     seed: int = 0
+    script: tuple[str | None, ...] = ()
+    steps: tuple[tuple[str | Text, ...], ...] | None = None
+
+    def steps_after(self, opening: Story) -> tuple[tuple[str | Text, ...], ...]:
+        """The steps of each panel behind `opening`, which is this plan's as the model arranged and introduced it."""
+        return plan_panels(opening, self.panels, self.script) if self.steps is None else self.steps
 
 
 def load_storyboard(path: str | Path) -> list[Plan]:
@@ -29,9 +45,10 @@ def load_storyboard(path: str | Path) -> list[Plan]:
 
         {"format": "mm-interleaved-storyboard", "version": 1, "stories": [
             {"title": "Mia", "opening": [{"text": "..."}, {"picture": "mia.png"}], "panels": 4,
-             "picture_first": false, "seed": 1}]}
+             "image_first": false, "seed": 1}]}
 
-    `picture_first` may be left away: see `plan_panels`.
+    `panels` is their number, or a list of their texts: {"text": "..."} or a string; {} where the model writes it.
+    `image_first` may be left away: then it is as the model's stories are.
 
     The reference's: a list of {sentences, images, sentence_ixs, image_first, generate_mode, num_iter}. With the mode
     generate_images its last picture stands for the one to draw and is not read.
@@ -41,8 +58,11 @@ def load_storyboard(path: str | Path) -> list[Plan]:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise StoryError(f"The storyboard {str(path)!r} cannot be read: {error.strerror or error}.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise StoryError(f"The storyboard {str(path)!r} is not JSON in UTF-8: {error}.") from None
+    except (ValueError, RecursionError) as error:  # also text in another encoding, and numbers of thousands of digits
+        raise StoryError(
+            f"The storyboard {str(path)!r} is not JSON in UTF-8: {error}. A storyboard is a .json file with the format "
+            "'mm-interleaved-storyboard', or a list of the reference's annotations."
+        ) from None
     if isinstance(data, dict) and data.get("format") == "mm-interleaved-storyboard":
         if data.get("version", 1) != 1:
             raise StoryError(f"{str(path)!r} has version {data['version']!r:.20}; this release reads version 1.")
@@ -65,40 +85,76 @@ def load_storyboard(path: str | Path) -> list[Plan]:
 
 
 def _own(entry: dict, folder: Path, name: str) -> Plan:
-    opening = entry.get("opening", [])
-    unknown = sorted(set(entry) - {"title", "opening", "panels", "picture_first", "seed"})
+    unknown = sorted(set(entry) - {"title", "opening", "panels", "image_first", "picture_first", "seed"})
     if unknown:
         raise StoryError(f"{name} has settings that are not known: {', '.join(unknown)}.")
+    opening = entry.get("opening", [])
     if isinstance(opening, str):
         opening = [{"text": opening}]
     if not isinstance(opening, list):
         raise StoryError(f"{name}: opening must be text or a list of texts and pictures, not {opening!r:.60}.")
-    panels = _integer(entry.get("panels", 3), f"{name}: panels", 1)
-    try:
-        story = Story.from_json({"format": "mm-interleaved-story", "segments": opening}, folder)
-    except (StoryError, PictureError) as error:
-        raise type(error)(f"{name}: {error}") from None
-    picture_first = entry.get("picture_first")
-    if not isinstance(picture_first, bool | None):
-        raise StoryError(f"{name}: picture_first must be true or false, not {picture_first!r:.60}.")
-    plan = plan_panels(story, panels, picture_first)
+    panels, script = _panels(entry.get("panels", 3), f"{name}: panels")
+    key = "image_first" if "image_first" in entry else "picture_first"
+    image_first = entry.get(key)
+    if not isinstance(image_first, bool | None):
+        raise StoryError(f"{name}: {key} must be true or false, not {image_first!r:.60}.")
     title = entry.get("title", "")
     if not isinstance(title, str):
         raise StoryError(f"{name}: title must be text, not {title!r:.60}.")
-    return Plan(story, plan, title, _integer(entry.get("seed", 0), f"{name}: seed", 0))
+    seed = _integer(entry.get("seed", 0), f"{name}: seed", 0, 2**63 - 1 - MAX_PANELS)
+    try:
+        data = {"format": "mm-interleaved-story", "image_first": image_first, "segments": opening}
+        story = Story.from_json(data, folder)
+    except (StoryError, PictureError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    return Plan(story, panels, title, seed, script)
 
 
-def plan_panels(story: Story, panels: int, picture_first: bool | None = None) -> tuple[tuple[str, ...], ...]:
-    """The steps of `panels` more panels; text that a story ends with is, for text first, the next panel's.
+def _panels(value, name: str) -> tuple[int, tuple[str | None, ...]]:
+    """The number of panels, and their texts if these are listed."""
+    if not isinstance(value, list):
+        return _integer(value, name, 1, MAX_PANELS), ()
+    if not 1 <= len(value) <= MAX_PANELS:
+        raise StoryError(f"{name} must list 1 to {MAX_PANELS} panels, not {len(value)}.")
+    script = []
+    for number, panel in enumerate(value, 1):
+        text = panel.get("text", "") if isinstance(panel, dict) and not set(panel) - {"text"} else panel
+        if not isinstance(text, str):
+            raise StoryError(f"{name}: panel {number} must be text, or an object with its text, not {panel!r:.60}.")
+        script.append(text.strip() or None)
+    return len(script), tuple(script)
+
+
+def plan_panels(story: Story, panels: int, script=()) -> tuple[tuple[str | Text, ...], ...]:
+    """The steps of `panels` more panels in the story's own order.
+
+    Text that a text-first story ends with is the next panel's; an image-first story that ends with a picture first gets
+    the text of that.
 
     Args:
-        picture_first: None goes on as the story does (`Story.picture_first`).
+        script: texts of the panels that have theirs already, None for the others.
     """
-    if story.picture_first if picture_first is None else picture_first:
-        return (("draw", "write"),) * panels
-    has_text = bool(story.segments) and isinstance(story.segments[-1], Text)
-    first = ("draw",) if has_text else ("write", "draw")
-    return (first, *(("write", "draw"),) * (panels - 1))
+    texts = [Text(text) if text else "write" for text in script] + ["write"] * (panels - len(script))
+    if story.image_first if story.image_first is not None else story.opens_image_first:
+        ends_with_picture = bool(story.segments) and isinstance(story.segments[-1], Picture)
+        return ((("write",),) if ends_with_picture else ()) + tuple(("draw", text) for text in texts)
+    steps = [(text, "draw") for text in texts]
+    if steps[0][0] == "write" and story.segments and isinstance(story.segments[-1], Text):
+        steps[0] = ("draw",)
+    return tuple(steps)
+
+
+def panel_seeds(story: Story, plan) -> list[int]:
+    """What each entry of a plan adds to a story's seed: the number of its panel, from 0.
+
+    So panels that are added later have the seeds that they would have had in a story told at once.
+    """
+    count, seeds = len(story.pictures), []
+    for steps in plan:
+        draws = "draw" in steps
+        seeds.append(count if draws or not story.is_image_first else max(count - 1, 0))
+        count += draws
+    return seeds
 
 
 def _annotation(entry: dict, folder: Path, name: str) -> Plan:
@@ -118,7 +174,7 @@ def _annotation(entry: dict, folder: Path, name: str) -> Plan:
     mode = entry.get("generate_mode", "generate_texts")
     if mode not in MODES:
         raise StoryError(f"{name}: generate_mode must be one of {', '.join(MODES)}, not {mode!r}.")
-    count = _integer(entry.get("num_iter", 1), f"{name}: num_iter", 1)
+    count = _integer(entry.get("num_iter", 1), f"{name}: num_iter", 1, 2 * MAX_PANELS)
 
     parts: list[list[str | None]] = [[sentence] for sentence in sentences]  # None is a picture's place
     for place, first in zip(places, firsts):
@@ -136,10 +192,12 @@ def _annotation(entry: dict, folder: Path, name: str) -> Plan:
     for part in flat:
         story = story.add(part.strip() if part is not None else read_named(next(names), folder))
     order = ("draw", "write") if draws else ("write", "draw")
-    return Plan(story, (order,) * (count // 2) + (order[:1],) * (count % 2))
+    steps = (order,) * (count // 2) + (order[:1],) * (count % 2)
+    return Plan(story, sum("draw" in panel for panel in steps), steps=steps)
 
 
-def _integer(value, name: str, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise StoryError(f"{name} must be a whole number of at least {low}, not {value!r:.60}.")
+def _integer(value, name: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        shown = f"{value!r:.60}" if not isinstance(value, int) or abs(value) < 10**30 else "one of over thirty digits"
+        raise StoryError(f"{name} must be a whole number from {low} to {high}, not {shown}.")
     return value

@@ -6,14 +6,14 @@ from .ask import AskStory, CaptionPicture, ChooseOption
 from .load import LoadEncoder, LoadMMInterleaved, LoadStoryLLM, LoadSynchronizer
 from .panels import PanelsInside, PanelsToStory, StoryToPanels
 from .save import SaveStory
-from .segments import StoryPicture, StoryText
+from .segments import IntroduceCharacter, StoryPicture, StoryText
 from .storyboard import LoadStoryboard
 from .synchronize import Synchronize
 from .tell import TellStory
 from .write import WriteText
 
 NODES = [
-    LoadMMInterleaved, LoadEncoder, LoadStoryLLM, LoadSynchronizer, StoryText, StoryPicture, WriteText, AskStory,
+    LoadMMInterleaved, LoadEncoder, LoadStoryLLM, LoadSynchronizer, StoryText, StoryPicture, IntroduceCharacter, WriteText, AskStory,
     CaptionPicture, ChooseOption, Synchronize, TellStory, StoryToPanels, PanelsToStory, PanelsInside, SaveStory, LoadStoryboard,
 ]  # fmt: skip
 

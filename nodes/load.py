@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..comfy_mminterleaved import checkpoint
 from ..comfy_mminterleaved.errors import CheckpointError
+from ..comfy_mminterleaved.generation_config import read_generation_config
 from .blocks import EncoderBlock, LLMBlock, SynchronizerBlock
 from .native import fit_previews, load_unet, load_vae
 from .sockets import CATEGORY, EncoderSocket, LLMSocket, SynchronizerSocket
@@ -101,6 +102,7 @@ class LoadMMInterleaved(io.ComfyNode):
             for kind in (EncoderBlock, LLMBlock, SynchronizerBlock)
         )
         llm.model.words = checkpoint.read_words(folder)
+        llm.model.generation = read_generation_config(folder)
         unet, vae = (read(folder / f"{name}.safetensors")[0] for name in ("unet", "vae"))
         model, vae = load_unet(config, unet), load_vae(config, vae)
         if config.vae.get("_class_name") == "AutoencoderTiny":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from comfy_api.latest import io
+from comfy_execution.graph import ExecutionBlocker
 
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.story import Story
@@ -50,6 +51,8 @@ class PanelsInside(io.ComfyNode):
 
     @classmethod
     def execute(cls, story) -> io.NodeOutput:
+        if not story.pictures:  # a storyboard may ask for text alone; what takes pictures then does not run
+            return io.NodeOutput(ExecutionBlocker(None), [panel.text for panel in story.panels()])
         return io.NodeOutput(*_taken_apart(story))
 
 

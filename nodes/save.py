@@ -62,8 +62,7 @@ class SaveStory(io.ComfyNode):
             for key, value in (cls.hidden.extra_pnginfo or {}).items():
                 metadata[key] = json.dumps(value)
         with new_folder(folder) as aside:
-            save_story(aside, story, title, metadata=metadata)
+            names = [file.name for file in save_story(aside, story, title, metadata=metadata)[:-2]]
         subfolder = folder.relative_to(folder_paths.get_output_directory()).as_posix()
-        names = [f"{number:02d}.png" for number in range(1, len(story.pictures) + 1)]
         shown = [{"filename": name, "subfolder": subfolder, "type": "output"} for name in names]
         return io.NodeOutput(ui={"images": shown, "text": (story.text,)})

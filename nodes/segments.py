@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import comfy.utils
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.story import Picture, Story, Text
-from .blocks import EncoderBlock
-from .sockets import CATEGORY, EncoderSocket, StorySocket
+from .blocks import EncoderBlock, LLMBlock
+from .sockets import CATEGORY, EncoderSocket, LLMSocket, StorySocket
 
 
 def pictures_of(image) -> list[Picture]:
@@ -68,3 +68,37 @@ class StoryPicture(io.ComfyNode):
     @classmethod
     def execute(cls, encoder, image, story=None) -> io.NodeOutput:
         return io.NodeOutput(with_features(encoder, (story or Story()).add(*pictures_of(image))))
+
+
+class IntroduceCharacter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedIntroduce",
+            display_name="Introduce Character",
+            category=CATEGORY,
+            description="Says in the story who is in its opening picture, so that the same character comes back whatever "
+            "the picture is. A story that does so already stays as it is.",
+            inputs=[
+                LLMSocket.Input("llm", tooltip="Reads the picture and writes the sentence."),
+                StorySocket.Input("story", tooltip="A story that opens with one picture, with text or without."),
+                io.Combo.Input("order", options=list(ORDERS), default="as the model's stories",
+                               tooltip="Whether each text stands before its picture or after it."),
+            ],
+            outputs=[
+                StorySocket.Output("story_out", display_name="story"),
+                io.String.Output("text_out", display_name="text", tooltip="The text of the opening picture."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, llm: LLMBlock, story, order) -> io.NodeOutput:
+        story = story.arrange(llm.model.order(story, ORDERS[order]))
+        if story.pictures:
+            llm.load(story, 128)
+            story = llm.model.introduce(story)
+        text = next((panel.text for panel in story.panels() if panel.picture is not None), story.text)
+        return io.NodeOutput(story, text, ui=ui.PreviewText(text))
+
+
+ORDERS = {"as the model's stories": None, "text first": False, "picture first": True}

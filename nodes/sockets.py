@@ -2,12 +2,17 @@
 
 from comfy_api.latest import io
 
+from ..comfy_mminterleaved.checkpoint import STARTER
+from ..comfy_mminterleaved.generation_config import read_generation_config
+
+DEFAULTS = read_generation_config(STARTER)  # what the widgets show; a model's own stand in its generation_config.json
 CATEGORY = "MM-Interleaved"
 
 StorySocket = io.Custom("STORY")
 EncoderSocket = io.Custom("MMI_ENCODER")
 LLMSocket = io.Custom("MMI_LLM")
 SynchronizerSocket = io.Custom("MMI_SYNCHRONIZER")
+PlanSocket = io.Custom("STORY_PLAN")
 
 
 def seed_input(what: str, name: str = "seed"):
@@ -18,18 +23,19 @@ def seed_input(what: str, name: str = "seed"):
 
 
 def sampling_inputs():
-    """Settings of writing; the defaults are those of the reference."""
+    """Settings of writing."""
+    text = DEFAULTS.text
     return [
-        io.Int.Input("max_tokens", default=40, min=1, max=4096,
+        io.Int.Input("max_tokens", default=text.max_new_tokens, min=1, max=4096,
                      tooltip="At most so many tokens (about three quarters of a word each) are written."),
-        io.Int.Input("min_tokens", default=4, min=0, max=4096,
+        io.Int.Input("min_tokens", default=text.min_new_tokens, min=0, max=4096,
                      tooltip="The text does not end before so many tokens."),
-        io.Float.Input("temperature", default=0.7, min=0.0, max=5.0, step=0.05,
+        io.Float.Input("temperature", default=text.temperature, min=0.0, max=5.0, step=0.05,
                        tooltip="How freely words are chosen: 0 takes the likeliest always, 1 as the model learned it."),
-        io.Int.Input("top_k", default=50, min=0, max=100000,
+        io.Int.Input("top_k", default=text.top_k, min=0, max=100000,
                      tooltip="Choose among so many of the likeliest tokens; 0 for all."),
-        io.Float.Input("top_p", default=0.9, min=0.01, max=1.0, step=0.01,
+        io.Float.Input("top_p", default=text.top_p, min=0.01, max=1.0, step=0.01,
                        tooltip="Choose among the likeliest tokens that together have this probability."),
-        io.Float.Input("repetition_penalty", default=1.0, min=0.5, max=3.0, step=0.05,
+        io.Float.Input("repetition_penalty", default=text.repetition_penalty, min=0.5, max=3.0, step=0.05,
                        tooltip="Over 1 makes words less likely that the new text has already."),
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..comfy_mminterleaved.errors import SettingError, StoryError
 from ..comfy_mminterleaved.storyboard import load_storyboard
 from .segments import with_features
-from .sockets import CATEGORY, EncoderSocket, StorySocket
+from .sockets import CATEGORY, EncoderSocket, PlanSocket, StorySocket
 
 EXAMPLE = "example (three stories)"
 EXAMPLE_PATH = Path(__file__).parents[1] / "workflows" / "example storyboard" / "storyboard.json"
@@ -54,6 +54,8 @@ class LoadStoryboard(io.ComfyNode):
                 io.Int.Output("panels_out", display_name="panels", tooltip="How many panels are wanted."),
                 io.Int.Output("seed_out", display_name="seed"),
                 io.String.Output("title_out", display_name="title"),
+                PlanSocket.Output("plan_out", display_name="plan",
+                                  tooltip="For Tell Story: the texts that panels have already, and stories of text alone."),
             ],
         )  # fmt: skip
 
@@ -72,4 +74,4 @@ class LoadStoryboard(io.ComfyNode):
         if index >= len(plans):
             raise SettingError(f"The storyboard {storyboard!r} has {len(plans)} stories, 0 to {len(plans) - 1}, not {index}.")
         plan = plans[index]
-        return io.NodeOutput(with_features(encoder, plan.opening), len(plan.panels), plan.seed, plan.title)
+        return io.NodeOutput(with_features(encoder, plan.opening), plan.panels, plan.seed, plan.title, plan)

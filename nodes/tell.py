@@ -8,30 +8,44 @@ from comfy_execution.graph_utils import GraphBuilder
 
 from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.story import Story, Text
-from ..comfy_mminterleaved.storyboard import plan_panels
-from .sockets import CATEGORY, EncoderSocket, LLMSocket, StorySocket, SynchronizerSocket, sampling_inputs, seed_input
+from ..comfy_mminterleaved.storyboard import panel_seeds, plan_panels
+from .segments import ORDERS
+from .sockets import (
+    CATEGORY,
+    DEFAULTS,
+    EncoderSocket,
+    LLMSocket,
+    PlanSocket,
+    StorySocket,
+    SynchronizerSocket,
+    sampling_inputs,
+    seed_input,
+)  # fmt: skip
 from .synchronize import check_blocks
 from .write import sampling_of
 
 SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
-def panel_seeds(seed: int, seeds: str, panels: int) -> list[int]:
-    """The seed of each panel: seed + its number, or what `seeds` says at its place.
+def chosen_seeds(seed: int, seeds: str, numbers: list[int]) -> list[int]:
+    """The seed of each panel: seed + its number in the story, or what `seeds` says at its place.
 
     Args:
         seeds: numbers separated by commas or line ends; an empty place keeps the panel's own.
+        numbers: of the panels, from 0 (`storyboard.panel_seeds`).
 
     Raises:
         SettingError: for what is no number, or more numbers than panels.
     """
-    found = [(seed + number) % 2**63 for number in range(panels)]
+    found, panels = [(seed + number) % 2**63 for number in numbers], len(numbers)
     places = [place.strip() for place in seeds.replace("\n", ",").split(",")] if seeds.strip() else []
     if len(places) > panels:
         raise SettingError(f"There are {len(places)} seeds for {panels} panels; give at most one a panel.")
     for number, place in enumerate(places):
-        if place and not (place.isdecimal() and int(place) < 2**63):
-            raise SettingError(f"The seed of panel {number + 1} must be a whole number of at least 0, not {place!r}.")
+        if place and not (place.isdecimal() and len(place) < 20 and int(place) < 2**63):
+            raise SettingError(
+                f"The seed of panel {number + 1} must be a whole number from 0 to {2**63 - 1}, not {place!r:.60}."
+            )
         if place:
             found[number] = int(place)
     return found
@@ -62,8 +76,8 @@ class TellStory(io.ComfyNode):
                 io.String.Input("seeds", default="",
                                 tooltip="Panels with seeds of their own, as '7, , 42': the first has 7, the third 42. To "
                                 "draw only panel 4 anew, put a new number at the fourth place."),
-                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Steps of the sampler for each picture."),
-                io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1,
+                io.Int.Input("steps", default=DEFAULTS.image.steps, min=1, max=1000, tooltip="Steps of the sampler for each picture."),
+                io.Float.Input("cfg", default=DEFAULTS.image.guidance, min=0.0, max=100.0, step=0.1,
                                tooltip="How strictly the pictures follow the story."),
                 io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="dpmpp_2m",
                                tooltip="Any of ComfyUI's samplers."),
@@ -78,8 +92,11 @@ class TellStory(io.ComfyNode):
                 io.Int.Input("pictures", default=-1, min=-1, max=64,
                              tooltip="How many of the last pictures are looked at; -1 for as many as the model is used to."),
                 io.Boolean.Input("picture_first", default=False,
-                                 tooltip="Whether a panel's picture is made before its text."),
+                                 tooltip="On: each panel's picture is made before its text. Off: as the story or its "
+                                 "storyboard says, else as the model's stories are."),
                 *sampling_inputs(),
+                PlanSocket.Input("plan", optional=True,
+                                 tooltip="Of Load Storyboard: instead of the number of panels, with their texts."),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story"),
@@ -92,17 +109,20 @@ class TellStory(io.ComfyNode):
     @classmethod
     def execute(
         cls, encoder, llm, synchronizer, model, vae, opening, panels, seed, seeds, steps, cfg, sampler_name, scheduler,
-        width, height, strength, pictures, picture_first, story=None, **settings,
+        width, height, strength, pictures, picture_first, story=None, plan=None, **settings,
     ) -> io.NodeOutput:  # fmt: skip
-        if panels < 1:
+        if plan is None and panels < 1:
             raise SettingError(f"The number of panels must be at least 1, not {panels}.")
         check_blocks(llm, synchronizer, model)
         begun = (story or Story()).add(Text(opening.strip()))
         if story is not None:
             llm.check(story)
-        plan = plan_panels(begun, panels, picture_first)
-        llm.model.check_room(begun, plan, sampling_of(seed, **settings))
-        found = panel_seeds(seed, seeds, panels)
+        arranged = begun
+        if plan is None or plan.steps is None:
+            arranged = begun.arrange(llm.model.order(begun, picture_first or None))
+        panel_steps = plan_panels(arranged, panels) if plan is None else plan.steps_after(arranged)
+        llm.model.check_room(arranged, panel_steps, sampling_of(seed, **settings))
+        found = chosen_seeds(seed, seeds, panel_seeds(arranged, panel_steps))
         size = synchronizer.config.decoder.picture_size
 
         # Links rather than values: a step whose links lead to the same things is not run again.
@@ -111,11 +131,17 @@ class TellStory(io.ComfyNode):
         told = wires.get("story")
         if opening.strip():
             told = graph.node("MMInterleavedStoryText", "opening", text=opening, **_maybe(story=told)).out(0)
+        if begun.pictures and (plan is None or plan.steps is None):
+            order = next(name for name, value in ORDERS.items() if value is arranged.image_first)
+            told = graph.node("MMInterleavedIntroduce", "introduce", llm=wires["llm"], story=told, order=order).out(0)
         latent = graph.node(
             "EmptyLatentImage", "latent", width=width or size, height=height or size, batch_size=1
         ).out(0)
-        for number, (seed, panel) in enumerate(zip(found, plan), 1):
+        for number, (seed, panel) in enumerate(zip(found, panel_steps), 1):
             for step in panel:
+                if isinstance(step, Text):
+                    told = graph.node("MMInterleavedStoryText", f"text {number}", text=step.text, **_maybe(story=told)).out(0)
+                    continue
                 if step == "write":
                     told = graph.node(
                         "MMInterleavedWrite", f"write {number}", llm=wires["llm"], seed=seed, **_maybe(story=told), **settings

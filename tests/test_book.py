@@ -18,7 +18,8 @@ def test_a_saved_story_comes_back(tmp_path, pictures):
     again = load_story(tmp_path / "story.json")
     assert again.text == story.text and [p.key for p in again.pictures] == [p.key for p in story.pictures]
     data = json.loads(Image.open(tmp_path / "02.png").text[METADATA_KEY])
-    assert data["picture"] == "02.png" and data["settings"] == {"seed": 3} and "猫" in data["segments"][0]["text"]
+    assert data == {"picture": "02.png", "panel": 2, "text": "Then & then.", "title": "A title", "settings": {"seed": 3}}
+    assert json.loads(Image.open(tmp_path / "01.png").text[METADATA_KEY])["text"] == "Zoë met <b>a 猫</b>."
 
 
 def test_the_page_holds_everything_and_nothing_else(pictures):

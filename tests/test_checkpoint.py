@@ -31,10 +31,19 @@ def own(tmp_path, untrained):
     return folder
 
 
-def same_text(a, b):
+def text_of(model):
     sampling = Sampling(max_new_tokens=6, sample=False)
     story = Story.of(torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)), Text("", (5, 6)))
-    return a.write(story, sampling).tokens == b.write(story, sampling).tokens
+    return model.write(story, sampling).tokens
+
+
+def same_text(a, b):
+    return text_of(a) == text_of(b)
+
+
+@pytest.fixture(scope="module")
+def recorded_text():
+    return text_of(MMInterleaved.load(TINY, "cpu"))
 
 
 def test_every_name_and_shape_of_the_full_size_model():
@@ -81,13 +90,13 @@ def test_convert_there_and_back(reference, tmp_path):
     assert same_text(models[0], models[1]) and same_text(models[0], models[2])
 
 
-def test_shards_of_pickles(reference):
+def test_shards_of_pickles(reference, recorded_text):
     tensors = load_file(reference / "model.safetensors")
     names = sorted(tensors)
     for i in range(3):
         torch.save({n: tensors[n] for n in names[i::3]}, reference / f"pytorch_model-{i}.bin")
     (reference / "model.safetensors").unlink()
-    assert same_text(MMInterleaved.load(reference, "cpu"), MMInterleaved.load(TINY, "cpu"))
+    assert text_of(MMInterleaved.load(reference, "cpu")) == recorded_text
 
 
 def test_constants_of_older_checkpoints_are_passed_over(reference):
@@ -138,7 +147,7 @@ def test_faults_of_the_own_layout(own):
 def test_a_missing_shard_is_named(reference):
     index = {"weight_map": {"soi_token": "model-00002-of-00002.safetensors", "x": "model.safetensors"}}
     (reference / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="lacks 1 shards: model-00002-of-00002.safetensors"):
+    with pytest.raises(CheckpointError, match="lacks 1 shard: model-00002-of-00002.safetensors"):
         MMInterleaved.load(reference, "cpu")
 
 
@@ -165,6 +174,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(reference, tmp
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
+    (reference / "model.safetensors").unlink()
     torch.save({"soi_token": Evil()}, reference / "evil.bin")
     with pytest.raises(CheckpointError, match="evil.bin' is refused: it holds more than tensors"):
         MMInterleaved.load(reference, "cpu")
@@ -172,6 +182,86 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(reference, tmp
     with pytest.raises(CheckpointError):
         MMInterleaved.load(reference, "cpu")
     assert not (tmp_path / "ran").exists()
+
+
+def shards(folder, suffix="safetensors", stem="model"):
+    """The recorded tensors in two shards with their index, instead of one file."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"{stem}-0000{i}-of-00002.{suffix}"
+        part = {name: tensors[name] for name in part}
+        save_file(part, folder / file) if suffix == "safetensors" else torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tensors
+
+
+@pytest.mark.parametrize("suffix, stem", [("safetensors", "model"), ("bin", "pytorch_model")])
+def test_what_trainers_leave_beside_the_weights_is_left_alone(reference, suffix, stem, recorded_text):
+    """Case 8: a folder as transformers' Trainer, accelerate and DeepSpeed write it."""
+    shards(reference, suffix, stem)
+    for name in ("training_args.bin", "optimizer.bin", "scheduler.bin", "random_states_0.bin", "rng_state_0.pth"):
+        torch.save({"lr": 1}, reference / name)
+    for name in ("adapter_model.safetensors", "model_lora.safetensors"):
+        save_file({"x": torch.zeros(1)}, reference / name)
+    assert text_of(MMInterleaved.load(reference, "cpu")) == recorded_text
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_wrappers_prefix_is_taken_off_and_said(reference, prefix, caplog, recorded_text):
+    tensors = load_file(reference / "model.safetensors")
+    save_file({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, reference / "model.safetensors")
+    assert text_of(MMInterleaved.load(reference, "cpu")) == recorded_text
+    assert f"all begin with '{prefix}', which is left out" in caplog.text
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_pickles_of_every_kind(reference, wrapped, zipped, recorded_text):
+    tensors = load_file(reference / "model.safetensors")
+    (reference / "model.safetensors").unlink()
+    path = reference / "pytorch_model.bin"
+    torch.save({"module": tensors} if wrapped else tensors, path, _use_new_zipfile_serialization=zipped)
+    assert text_of(MMInterleaved.load(reference, "cpu")) == recorded_text
+
+
+def test_a_single_file_of_any_name(reference, recorded_text):
+    (reference / "model.safetensors").rename(reference / "mm_interleaved.safetensors")
+    assert text_of(MMInterleaved.load(reference, "cpu")) == recorded_text
+
+
+def test_an_error_lists_twenty_names_and_the_count(reference):
+    tensors = load_file(reference / "model.safetensors")
+    save_file({f"other.{name}": tensor for name, tensor in tensors.items()}, reference / "model.safetensors")
+    with pytest.raises(CheckpointError) as error:
+        MMInterleaved.load(reference, "cpu")
+    lines = str(error.value).splitlines()
+    assert f"in {2 * len(tensors)} entries" in lines[0] and lines[-1] == f"  ... and {2 * len(tensors) - 20} more"
+    assert len(lines) == 22 and sum("unexpected:" in line for line in lines) == 10
+
+
+def test_byte_order_marks_are_no_fault(reference, own):
+    for path in (reference / "config.json", reference / "llm" / "config.json", own / "config.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert MMInterleaved.load(reference, "cpu") and MMInterleaved.load(own, "cpu")
+
+
+def test_a_git_lfs_pointer_is_called_one(reference, own):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n"
+    for folder, name in ((reference, "model.safetensors"), (own, "llm.safetensors")):
+        (folder / name).write_text(pointer)
+        with pytest.raises(CheckpointError, match=f"{name}' is a Git LFS pointer.*git lfs pull"):
+            MMInterleaved.load(folder, "cpu")
+
+
+@pytest.mark.parametrize("place", ["llm", "."])
+def test_a_sentencepiece_model_is_found(reference, place, monkeypatch):
+    """Vicuna's folder has tokenizer.model; what converts it is transformers' affair."""
+    (reference / place / "tokenizer.model").write_bytes(b"no sentencepiece model")
+    with pytest.raises(CheckpointError, match="tokenizer.model' cannot be converted; install sentencepiece"):
+        MMInterleaved.load(reference, "cpu")
 
 
 def test_the_wrong_model(tmp_path):

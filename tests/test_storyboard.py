@@ -39,9 +39,9 @@ def test_own_format(write, pictures):
     )
     first, second, third = load_storyboard(write(board))
     assert parts(first.opening, pictures) == ["One.", "b"] and (first.title, first.seed) == ("Zoë", 5)
-    assert first.panels == (("write", "draw"),) * 2
-    assert second.panels == (("draw",), ("write", "draw"), ("write", "draw"))
-    assert third.panels == (("draw", "write"),)
+    assert first.steps_after(first.opening) == (("write", "draw"),) * 2
+    assert second.steps_after(second.opening) == (("draw",), ("write", "draw"), ("write", "draw"))
+    assert third.opening.image_first and third.steps_after(third.opening) == (("draw", "write"),)
 
 
 def annotation(**changes):
@@ -56,10 +56,10 @@ def annotation(**changes):
 def test_the_references_format(write, pictures):
     plan = load_storyboard(write(annotation()))[0]
     assert parts(plan.opening, pictures) == ["a", "one", "two", "b", "three", "c"]
-    assert plan.panels == (("write", "draw"), ("write",))
+    assert plan.steps == (("write", "draw"), ("write",)) and plan.panels == 1
     drawn = load_storyboard(write(annotation(generate_mode="generate_images", num_iter=2)))[0]
     assert parts(drawn.opening, pictures) == ["a", "one", "two", "b", "three"]
-    assert drawn.panels == (("draw", "write"),)
+    assert drawn.steps == (("draw", "write"),)
 
 
 def test_pictures_fill_their_places_in_the_order_listed(write, pictures):
@@ -70,7 +70,7 @@ def test_pictures_fill_their_places_in_the_order_listed(write, pictures):
 
 def test_the_picture_to_draw_need_not_exist(write, pictures):
     board = annotation(images=["art/a.png", "art/b.png", "nowhere.png"], generate_mode="generate_images", num_iter=1)
-    assert load_storyboard(write(board))[0].panels == (("draw",),)
+    assert load_storyboard(write(board))[0].steps == (("draw",),)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +80,22 @@ def test_the_picture_to_draw_need_not_exist(write, pictures):
         ("{}", "is no storyboard"),
         ("[]", "holds no stories"),
         ("[3]", "Story 1 of 'board.json' must be an object, not 3"),
-        (own({"opening": "x", "panels": 0}), "panels must be a whole number of at least 1, not 0"),
-        (own({"opening": "x", "seed": "a"}), "seed must be a whole number of at least 0, not 'a'"),
+        (own({"opening": "x", "panels": 0}), "panels must be a whole number from 1 to 1000, not 0"),
+        (own({"opening": "x", "seed": "a"}), "seed must be a whole number from 0 to .*, not 'a'"),
         (own({"opening": "x", "title": 3}), "title must be text, not 3"),
         (own({"opening": [{"picture": "../a.png"}]}), "Story 1 of 'board.json': .*'../a.png' must be named by a path"),
         (own({"opening": [{"bild": "a.png"}]}), "Story 1 of 'board.json': Segment 1 .* must be a text or a picture"),
         (own({"opening": 7}), "opening must be text or a list of texts and pictures, not 7"),
         (own({"opening": "x", "panel": 3}), "settings that are not known: panel"),
+        (own({"opening": "x", "seed": 2**64}), "seed must be a whole number from 0 to .*, not 18446744073709551616"),
+        (own({"opening": "x", "seed": 10**40}), "one of over thirty digits"),
+        (json.dumps(own({"opening": "x", "seed": 7})).replace("7", "7" * 5000), "is not JSON in UTF-8"),
+        (own({"opening": "x", "panels": 300_000_000}), "panels must be a whole number from 1 to 1000, not 300000000"),
+        (own({"opening": "x", "panels": []}), "must list 1 to 1000 panels, not 0"),
+        (own({"opening": "x", "panels": ["a", {"txt": "b"}]}), "panel 2 must be text, or an object with its text"),
+        (own({"opening": "x", "panels": [["a"]]}), "panel 1 must be text, or an object with its text"),
+        (own({"opening": "x", "title": ["a"]}), "title must be text"),
+        (own({"opening": "x", "image_first": "no"}), "image_first must be true or false, not 'no'"),
         (own({"opening": "x", "picture_first": "no"}), "picture_first must be true or false, not 'no'"),
         ({**own({"opening": "x"}), "version": 2}, "has version 2; this release reads version 1"),
         ("[" * 100_000, "is not JSON in UTF-8"),
@@ -94,7 +103,7 @@ def test_the_picture_to_draw_need_not_exist(write, pictures):
         (annotation(images=["a"]), "has 1 images, 3 sentence_ixs and 3 image_first; they must agree"),
         (annotation(sentence_ixs=[0, 1, 3]), "a sentence_ix must be from 0 to 2, not 3"),
         (annotation(generate_mode="sing"), "generate_mode must be one of generate_images, generate_texts, not 'sing'"),
-        (annotation(num_iter=0), "num_iter must be a whole number of at least 1, not 0"),
+        (annotation(num_iter=0), "num_iter must be a whole number from 1 to 2000, not 0"),
         (annotation(sentences="x"), "must have the lists"),
         (annotation(sentences=[1, 2, 3]), "must hold texts"),
         (annotation(generate_mode="generate_images", image_first=[True] * 3), "must be at the end"),
