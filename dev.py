@@ -1,9 +1,10 @@
 """Everything a newcomer needs, with nothing but Python: makes an environment beside this file and works in it.
 
 python dev.py demo                       an illustrated story page in demo/
-python dev.py demo --picture cat.jpg --text "Mia waves in the village. It rains."
+python dev.py demo --image example.png --text "Mia waves in the village. It rains."
 python dev.py test                       lint and tests; what follows goes to pytest
 python dev.py test --oldest              the tests with the oldest supported diffusers and transformers
+python dev.py test --long                also the tests that take long
 """
 
 import os
@@ -36,24 +37,39 @@ def environment(name: str, constraints: str, extra: str = "") -> Path:
     return python
 
 
+def check(command: list[str]) -> None:
+    """Ends with a sentence for arguments that the command line would refuse, before anything is installed."""
+    sys.path.insert(0, str(HERE))
+    from comfy_mminterleaved.__main__ import _parser  # of the standard library alone
+
+    args = _parser().parse_args(command)
+    files = [value for kind, value in args.opening or [] if kind == "picture"]
+    files += [value for value in (args.story, args.storyboard) if value]
+    for file in files:
+        if not os.path.exists(file):
+            sys.exit(f"There is no file {file!r}.")
+    if args.model not in (None, "starter", "untrained") and not os.path.isdir(args.model):
+        sys.exit(f"There is no model folder {args.model!r}.")
+
+
 def demo(args: list[str]) -> int:
-    python = environment(".venv", "tests/constraints.txt")
-    if not any(a in args for a in ("--text", "--picture", "--story", "--storyboard")):
+    opens = ("--text", "--image", "--picture", "--story", "--storyboard")
+    if not any(arg.split("=")[0] in opens for arg in args):
         args = ["--text", "Mia is a cat in a red coat with a bow. Mia waves in the village with a kite.", *args]
-    for option, value in (
-        ("--panels", "4" if "--picture" in args else "5"),
-        ("--steps", "20"),
-        ("--guidance", "4"),
-        ("--scheduler", "dpm++"),
-        ("--out", str(HERE / "demo")),
-    ):
-        args = [option, value, *args]  # before the user's own, which then count
-    return subprocess.run([python, "-m", "comfy_mminterleaved", "tell", *args]).returncode
+    own = ["--panels", "4" if any("--image" in arg or "--picture" in arg for arg in args) else "5"]
+    if not any(arg.split("=")[0] == "--out" for arg in args):
+        own += ["--out", str(HERE / "demo"), "--overwrite"]
+    command = ["tell", *own, *args]  # the user's own come last, and count
+    check(command)
+    python = environment(".venv", "tests/constraints.txt")
+    return subprocess.run([python, "-m", "comfy_mminterleaved", *command]).returncode
 
 
 def test(args: list[str]) -> int:
-    oldest = "--oldest" in args
-    args = [a for a in args if a != "--oldest"]
+    oldest, long = "--oldest" in args, "--long" in args
+    args = [a for a in args if a not in ("--oldest", "--long")]
+    if long:
+        args = ["--long", *args]
     if oldest:
         python = environment(".venv-oldest", "tests/constraints-oldest.txt", "[test]")
     else:

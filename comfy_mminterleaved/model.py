@@ -411,8 +411,9 @@ class MMInterleaved:
         else:
             return story
         self.forget()
-        new = [Text(text)] if text else []
-        panels[index] = [*new, *texts], picture
+        if not text:
+            return story
+        panels[index] = [Text(text), *texts], picture
         return Story.from_panels(panels, story.is_image_first)
 
     def _introduction(self, shown: Story, described: str) -> str:

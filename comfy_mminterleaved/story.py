@@ -109,7 +109,10 @@ class Story:
         return cls().add(*parts)
 
     def add(self, *parts) -> Story:
-        """This story and then `parts`; empty text is left out."""
+        """This story and then `parts`; empty text is left out.
+
+        Texts that an `image_first` story opens with belong to its first picture: that is put before them.
+        """
         added = []
         for part in parts:
             if isinstance(part, str):
@@ -118,7 +121,11 @@ class Story:
                 part = Picture.of(part)
             if not (isinstance(part, Text) and not part.text and not part.tokens):
                 added.append(part)
-        return replace(self, segments=self.segments + tuple(added))
+        segments = [*self.segments, *added]
+        first = next((i for i, segment in enumerate(segments) if isinstance(segment, Picture)), 0)
+        if self.image_first and first >= len(self.segments):
+            segments.insert(0, segments.pop(first))
+        return replace(self, segments=tuple(segments))
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -132,8 +139,10 @@ class Story:
 
     @property
     def is_image_first(self) -> bool:
-        """Whether each text belongs to the picture before it: `image_first`; if that is None, whether the story opens with
-        a picture and ends with text."""
+        """Whether each text belongs to the picture before it: `image_first`, or if that is None, as it opens and ends.
+
+        A story that opens with a picture and ends with text is.
+        """
         if self.image_first is not None:
             return self.image_first
         return len(self) > 1 and self.opens_image_first

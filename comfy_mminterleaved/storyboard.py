@@ -128,16 +128,20 @@ def _panels(value, name: str) -> tuple[int, tuple[str | None, ...]]:
 def plan_panels(story: Story, panels: int, script=()) -> tuple[tuple[str | Text, ...], ...]:
     """The steps of `panels` more panels in the story's own order.
 
-    Text that a text-first story ends with is the next panel's; an image-first story that ends with a picture first gets
-    the text of that.
+    Text that a text-first story ends with is the next panel's, as is all of a story without pictures; an image-first
+    story that ends with a picture first gets the text of that.
 
     Args:
         script: texts of the panels that have theirs already, None for the others.
     """
     texts = [Text(text) if text else "write" for text in script] + ["write"] * (panels - len(script))
     if story.image_first if story.image_first is not None else story.opens_image_first:
-        ends_with_picture = bool(story.segments) and isinstance(story.segments[-1], Picture)
-        return ((("write",),) if ends_with_picture else ()) + tuple(("draw", text) for text in texts)
+        steps = [("draw", text) for text in texts]
+        if story.segments and isinstance(story.segments[-1], Picture):
+            return (("write",), *steps)
+        if story.segments and not story.pictures and texts[0] == "write":
+            steps[0] = ("draw",)
+        return tuple(steps)
     steps = [(text, "draw") for text in texts]
     if steps[0][0] == "write" and story.segments and isinstance(story.segments[-1], Text):
         steps[0] = ("draw",)

@@ -11,6 +11,21 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)  # models this small lose more to waiting threads than they gain
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also run the tests that take long")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes; run by `dev.py test --long`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes long; run with --long"))
+
+
 @pytest.fixture(scope="session")
 def untrained():
     """The small random model; its kept reading is dropped by whoever measures that."""

@@ -18,7 +18,8 @@ def test_a_saved_story_comes_back(tmp_path, pictures):
     again = load_story(tmp_path / "story.json")
     assert again.text == story.text and [p.key for p in again.pictures] == [p.key for p in story.pictures]
     data = json.loads(Image.open(tmp_path / "02.png").text[METADATA_KEY])
-    assert data == {"picture": "02.png", "panel": 2, "text": "Then & then.", "title": "A title", "settings": {"seed": 3}}
+    about = {"picture": "02.png", "panel": 2, "text": "Then & then.", "title": "A title", "settings": {"seed": 3}}
+    assert data == about
     assert json.loads(Image.open(tmp_path / "01.png").text[METADATA_KEY])["text"] == "Zoë met <b>a 猫</b>."
 
 
@@ -60,6 +61,66 @@ def test_nothing_half_written(tmp_path, pictures, monkeypatch):
     with pytest.raises(OutputError, match="01.png' cannot be written: No space left on device"):
         save_story(tmp_path, Story.of("New.", pictures[1]))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_second_save_writes_the_new_panel_only(tmp_path, pictures, monkeypatch):
+    from comfy_mminterleaved import book
+
+    story = Story.of("One.", pictures[0], "Two.", pictures[1])
+    save_story(tmp_path, story)
+    written, write = [], book.write_bytes
+    monkeypatch.setattr(book, "write_bytes", lambda path, data: written.append(path.name) or write(path, data))
+    save_story(tmp_path, story.add("Three.", pictures[2]))
+    assert written == ["03.png", "story.html"]
+    written.clear()
+    save_story(tmp_path, Story.of("One.", pictures[3], "Two.", pictures[1]))
+    assert written == ["01.png", "story.html"]
+
+
+def test_a_picture_first_story_names_the_text_of_a_picture_once_it_is_there(tmp_path, pictures):
+    story = Story((pictures[0],), image_first=True)
+    save_story(tmp_path, story)
+    save_story(tmp_path, story.add("Otto runs."))
+    assert json.loads(Image.open(tmp_path / "01.png").text[METADATA_KEY])["text"] == "Otto runs."
+    assert load_story(tmp_path).image_first is True
+
+
+def test_a_photograph_is_kept_as_it_is_and_embedded_scaled(tmp_path):
+    """Case 12: the folder has the camera's own bytes, and going on sees the same pixels."""
+    import numpy as np
+
+    from comfy_mminterleaved import Picture
+
+    rng = np.random.default_rng(0)
+    colours = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype="uint8")).resize((2000, 1500), 3)
+    noise = np.asarray(colours).astype(int) + rng.integers(-6, 7, (1500, 2000, 3))
+    Image.fromarray(noise.clip(0, 255).astype("uint8")).save(tmp_path / "photo.jpg", quality=92)
+    (tmp_path / "book").mkdir()
+    story = Story.of(Picture.of(tmp_path / "photo.jpg"), "Mia waves.")
+    save_story(tmp_path / "book", story)
+    assert (tmp_path / "book" / "01.jpg").read_bytes() == (tmp_path / "photo.jpg").read_bytes()
+    page_size = (tmp_path / "book" / "story.html").stat().st_size
+    assert page_size < (tmp_path / "photo.jpg").stat().st_size and page_size < 1_500_000
+    again = load_story(tmp_path / "book")
+    assert again.pictures[0].key == story.pictures[0].key
+    save_story(tmp_path / "book", again.add("Then."))
+    assert (tmp_path / "book" / "01.jpg").read_bytes() == (tmp_path / "photo.jpg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text, language, initial",
+    [
+        ("Mia waves.", "en", True), ("שלום, מיה מנופפת בכפר.", "he", True), ("ميا تلوح في القرية.", "ar", False),
+        ("ミアは村で手を振る。", "ja", False), ("米娅在村里挥手。", "zh", False), ("미아가 손을 흔든다.", "ko", False),
+        ("Миа машет.", "ru", True), ("", "en", True), ("123", "en", True), ("Mia said שלום.", "en", True),
+    ],
+)  # fmt: skip
+def test_the_page_is_in_the_script_of_its_text(pictures, text, language, initial):
+    """Case 4: a large first letter stands where the text begins, and only in scripts whose letters stand apart."""
+    html = page(Story.of(text, pictures[0]))
+    assert f'<html lang="{language}">' in html and 'dir="auto"' in html
+    assert ('<main class="initials">' in html) == initial
+    assert "float: inline-start" in html and "float: left" not in html
 
 
 class FullDisk:

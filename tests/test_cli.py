@@ -17,7 +17,7 @@ FAST = ["--steps", "1", "--scheduler", "ddim", "--max-new-tokens", "6", "--devic
 
 
 def run(*args, cwd=None):
-    env = {**os.environ, "PYTHONPATH": str(HERE.parent), "PYTHONIOENCODING": "utf-8"}
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "comfy_mminterleaved", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=cwd, env=env)
 

@@ -1,4 +1,5 @@
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -162,3 +163,79 @@ def test_values_that_are_not_numbers(tmp_path):
     path = save(tmp_path, Image.fromarray(np.full((20, 20), np.nan, np.float32)), "nan.tiff")
     with pytest.raises(PictureError, match="not numbers"):
         read_picture(path)
+
+
+def colours(*sides):
+    return [Image.new("RGB", (32, 24), colour) for colour in sides]
+
+
+@pytest.mark.parametrize("kind, suffix", [("MPO", "jpg"), ("TIFF", "tif")])
+def test_the_first_picture_of_a_still_format_with_several_is_read(tmp_path, kind, suffix):
+    """Case 3: cameras put a preview behind the picture (MPO); a TIFF has pages."""
+    first, second = colours("red", "blue")
+    first.save(tmp_path / f"x.{suffix}", kind, save_all=True, append_images=[second])
+    with Image.open(tmp_path / f"x.{suffix}") as image:
+        assert image.format == kind and image.n_frames == 2
+    pixels = read_picture(tmp_path / f"x.{suffix}")
+    assert pixels.shape == (3, 24, 32) and pixels[0].min() > 0.9 and pixels[2].max() < 0.1
+
+
+@pytest.mark.parametrize("kind, suffix", [("GIF", "gif"), ("WEBP", "webp"), ("PNG", "png")])
+def test_an_animation_is_still_refused(tmp_path, kind, suffix):
+    first, second = colours("red", "blue")
+    first.save(tmp_path / f"x.{suffix}", kind, save_all=True, append_images=[second])
+    with pytest.raises(PictureError, match="animation of 2 frames"):
+        read_picture(tmp_path / f"x.{suffix}")
+
+
+def wide_profile() -> bytes:
+    """An RGB profile of larger primaries than sRGB (those of Rec. 2020), by hand: header, tags, curves."""
+    import struct
+
+    def s15(*values):
+        return b"".join(struct.pack(">i", round(v * 65536)) for v in values)
+
+    def xyz(*v):
+        return b"XYZ \0\0\0\0" + s15(*v)
+
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(2.2 * 256)) + b"\0\0"
+    name = b"wide\0"
+    desc = b"desc\0\0\0\0" + struct.pack(">I", len(name)) + name + b"\0" * 78
+    desc += b"\0" * (-len(desc) % 4)
+    tags = {
+        b"desc": desc, b"wtpt": xyz(0.9642, 1.0, 0.8249), b"rXYZ": xyz(0.6735, 0.2790, -0.0019),
+        b"gXYZ": xyz(0.1657, 0.6753, 0.0300), b"bXYZ": xyz(0.1251, 0.0456, 0.7969), b"rTRC": curve, b"gTRC": curve,
+        b"bTRC": curve,
+    }  # fmt: skip
+    table, body, offset = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
+    for tag, data in tags.items():
+        table += tag + struct.pack(">II", offset + len(body), len(data))
+        body += data
+    head = struct.pack(">I4sI4s4s4s", offset + len(body), b"lcms", 0x02100000, b"mntr", b"RGB ", b"XYZ ")
+    head += struct.pack(">6H", 2024, 1, 1, 0, 0, 0) + b"acsp" + b"\0" * 28 + s15(0.9642, 1.0, 0.8249)
+    return head.ljust(128, b"\0") + table + body
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_an_embedded_profile_is_converted_to_srgb(tmp_path, mode):
+    from PIL import ImageCms
+
+    image = Image.new(mode, (16, 16), (150, 100, 80, 255)[: len(mode)])
+    image.save(tmp_path / "wide.png", icc_profile=wide_profile())
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "srgb.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    image.save(tmp_path / "broken.png", icc_profile=b"no profile")
+    wide, plain, srgb, broken = (read_picture(tmp_path / f"{n}.png") for n in ("wide", "plain", "srgb", "broken"))
+    assert (plain * 255).round()[:, 0, 0].tolist() == [150, 100, 80]
+    assert (wide - plain).abs().max() > 0.03 and wide[0, 0, 0] > plain[0, 0, 0]  # the same numbers, more saturated
+    assert torch.equal(srgb, plain) and torch.equal(broken, plain)
+
+
+def test_heic(tmp_path, monkeypatch):
+    heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    heif.from_pillow(colours("red")[0]).save(tmp_path / "x.heic")
+    pixels = read_picture(tmp_path / "x.heic")
+    assert pixels.shape == (3, 24, 32) and pixels[0].mean() > 0.9 and pixels[2].mean() < 0.1
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(PictureError, match="is a HEIC file; install pillow-heif to read it, or save it as JPEG or PNG"):
+        read_picture(tmp_path / "x.heic")

@@ -40,6 +40,48 @@ def test_without_oldest(pictures):
     assert Story.of("x", "y").without_oldest().text == "y"
 
 
+@pytest.mark.parametrize(
+    "parts, image_first, arranged",
+    [
+        ("pt", False, "tp"), ("tp", True, "pt"), ("tp", False, "tp"), ("p", False, "p"), ("ptpt", False, "tptp"),
+        ("ttp", True, "ptt"), ("ppt", False, "ptp"), ("tpt", True, "ptt"), ("", True, ""),
+    ],
+)  # fmt: skip
+def test_arranged_panels_stay_together(pictures, parts, image_first, arranged):
+    supply = iter(pictures)
+    story = Story.of(*(next(supply) if part == "p" else f"text {i}" for i, part in enumerate(parts)))
+    other = story.arrange(image_first)
+    assert "".join("p" if isinstance(s, Picture) else "t" for s in other) == arranged
+    assert other.image_first is image_first
+    if parts != "tpt":  # an unfinished panel of text first is, picture first, more of the text before
+        assert panels(other) == panels(story)
+
+
+def test_the_order_is_kept(pictures):
+    """A picture-first story that ends with a picture, as while it is told, is not taken for a text-first one."""
+    a, b = pictures[:2]
+    ka, kb = a.key[:4], b.key[:4]
+    told = Story((a,), image_first=True).add("x", b)
+    assert panels(told) == [("x", ka), ("", kb)] and panels(told.add("y")) == [("x", ka), ("y", kb)]
+    again = Story.from_json(json.dumps(told.to_json()))
+    assert again.image_first is True and panels(again) == [("x", ka), ("", kb)]
+    assert panels(Story((a, Text("x")), image_first=False)) == [("", ka), ("x", None)]
+    old = {"format": "mm-interleaved-story", "picture_first": False, "segments": []}
+    assert Story.from_json(old).image_first is False
+
+
+def test_what_the_model_wrote_keeps_its_token_ids(pictures):
+    story = Story.of("One.", Text("Two.", (5, 6)), pictures[0])
+    data = json.loads(json.dumps(story.to_json()))
+    assert [s.get("token_ids") for s in data["segments"]] == [None, [5, 6], None]
+    again = Story.from_json(data)
+    assert again.segments[1].tokens == (5, 6) and again.segments[0].tokens is None
+    for bad in ("x", [1.5], [-1], [True], {}):
+        data["segments"][1]["token_ids"] = bad
+        with pytest.raises(StoryError, match="Segment 2 of the story file: token_ids must be a list of whole numbers"):
+            Story.from_json(data)
+
+
 def test_json_round_trip(pictures, tmp_path):
     story = Story.of("Zoë sah\neine 猫.", pictures[0], "<b>&", pictures[1])
     data = json.loads(json.dumps(story.to_json()))
@@ -72,6 +114,9 @@ def test_json_round_trip(pictures, tmp_path):
             {"format": "mm-interleaved-story", "segments": [{"picture": "../x.png"}]},
             "'../x.png' must be named by a path below",
         ),
+        ({"format": "mm-interleaved-story", "image_first": 3, "segments": []}, "image_first must be true or false"),
+        ({"format": "mm-interleaved-story", "segments": [{"image": "..\\x.png"}]}, "must be named by a path below"),
+        ({"format": "mm-interleaved-story", "segments": [{"image": "a\0b.png"}]}, "must be named by a path below"),
         ({"format": "mm-interleaved-story", "segments": [{"picture": "/etc/x.png"}]}, "'/etc/x.png' must be named"),
         ({"format": "mm-interleaved-story", "segments": [{"picture": "C:\\x.png"}]}, "must be named"),
         ({"format": "mm-interleaved-story", "segments": [{"picture": "nothing.png"}]}, "no picture file"),

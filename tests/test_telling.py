@@ -1,0 +1,182 @@
+"""Stories of the starter: each text beside its own picture, one hero whatever the opening, stopped and gone on with."""
+
+import json
+import random
+
+import pytest
+import torch
+from PIL import Image
+
+from comfy_mminterleaved import MMInterleaved, Picture, Story
+from comfy_mminterleaved.book import load_story, save_story
+from comfy_mminterleaved.training import paint, world
+
+
+@pytest.fixture(scope="module")
+def starter():
+    return MMInterleaved.load("starter", "cpu")
+
+
+def scene_picture(seed):
+    """A picture of one hero of the world, as somebody else's story might have drawn it."""
+    page = world.make_story(seed, held_out=True, heroes=1)[0]
+    return page, Picture.of(Image.fromarray(paint.paint(page.scene)))
+
+
+def facts(text):
+    found = world.parse(text)
+    return found and (found.place, found.prop, found.action)
+
+
+def agreement(model, story):
+    """Of the panels with a text in the world's words, how many show what it says, by the model's own caption."""
+    right = []
+    for panel in story.panels():
+        said = facts(panel.text)
+        if said is not None and panel.picture is not None:
+            seen = facts(model.caption(Story.of(panel.picture))[0].text)
+            right.append(said == seen)
+    return right
+
+
+def openings():
+    page, picture = scene_picture(70_004)
+    plain = world.describe(page.scene, random.Random(0))
+    return {
+        "text only": Story.of("Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball."),
+        "picture only": Story.of(picture),
+        "picture, text": Story.of(picture, plain),
+        "text, picture": Story.of(plain, picture),
+        "unknown words": Story.of("Alice found an old map.", picture),
+        "a photograph": Story.of(Picture.of(Image.effect_noise((96, 96), 90).convert("RGB"))),
+    }
+
+
+def told_openings(model, image_first):
+    for number, (name, opening) in enumerate(openings().items()):
+        settings = (c.plus(7 * number) for c in (model.generation.text, model.generation.image))
+        told = model.tell(opening, 3, image_first, *settings)
+        assert len(told.pictures) == len(opening.pictures) + 3
+        assert all(panel.text for panel in told.panels() if panel.picture is not None), name
+        yield told
+
+
+def test_each_text_stands_beside_its_own_picture(starter, tmp_path):
+    """Case 1. At least nine of ten in all; measured over four times as many: 110 of 112."""
+    right = []
+    for told in told_openings(starter, None):
+        right += agreement(starter, told)
+    save_story(tmp_path, told)
+    again = starter.tell(load_story(tmp_path), 3)
+    assert [p.key for p in again.pictures[:4]] == [p.key for p in told.pictures]
+    right += agreement(starter, again)
+    assert len(right) >= 20 and sum(right) >= 0.9 * len(right), (sum(right), len(right))
+
+
+def test_picture_first_too_the_text_is_of_its_own_picture_and_not_of_the_next(starter):
+    """The starter is weaker there: 96 of 112. A text one page off agrees with next to none."""
+    own, next_page = [], []
+    for told in told_openings(starter, True):
+        own += agreement(starter, told)
+        panels = told.panels()
+        shifted = [panel for a, b in zip(panels, panels[1:]) for panel in (b.picture, a.text)]
+        next_page += agreement(starter, Story(image_first=True).add(*shifted))
+    assert sum(own) / len(own) > 0.6 > 0.2 > sum(next_page) / len(next_page), (own, next_page)
+
+
+def test_an_opening_picture_is_introduced_in_the_text(starter):
+    page, picture = scene_picture(70_004)
+    (hero,) = page.scene.heroes
+    story = starter.introduce(starter_order(starter, Story.of(picture, "Mia waves by the lake with a kite.")))
+    assert story.text == f"Mia is {world.looks(hero)}. Mia waves by the lake with a kite."
+    assert starter.introduce(story) is story  # once is enough
+    alone = starter.introduce(starter_order(starter, Story.of(picture)))
+    said = world.parse(alone.text)
+    assert said.heroes == (hero.look,) and (said.place, said.prop) == (page.scene.place, page.scene.prop)
+    named = starter.introduce(starter_order(starter, Story.of("Otto found an old map.", picture)))
+    assert named.text.startswith(f"Otto is {world.looks(hero)}. Otto ")
+    assert named.text.endswith(". Otto found an old map.")
+    told = f"Mia is {world.looks(hero)}. Mia runs in the snow with a drum."
+    assert starter.introduce(Story.of(told, picture)).text == told
+    assert starter.introduce(Story.of("Mia waves.")).text == "Mia waves."
+
+
+def starter_order(model, story):
+    return story.arrange(model.order(story))
+
+
+def test_a_model_without_introductions_writes_the_text_of_an_opening_picture(untrained, pictures):
+    story = untrained.introduce(Story((pictures[0],), image_first=False))
+    assert story.text and isinstance(story.segments[1], Picture)
+    first = Story((pictures[0],), image_first=True)
+    assert untrained.introduce(first) is first  # its text comes by the plan
+
+
+@pytest.mark.parametrize("opening, stop", [("text", "picture"), ("text", "text"), ("picture", "picture")])
+@pytest.mark.parametrize("image_first", [False, True])
+def test_stopped_and_gone_on_with_is_never_stopped(starter, tmp_path, opening, stop, image_first):
+    """Case 5, to the pixel: seeds, settings and states are those of the story told at once."""
+    from dataclasses import replace
+
+    page, picture = scene_picture(70_004)
+    begun = Story.of("Mia waves in the village with a kite." if opening == "text" else picture)
+    text = replace(starter.generation.text, seed=3)
+    image = replace(starter.generation.image, seed=3, steps=2)
+    starter.forget()
+    whole = starter.tell(begun, 3, image_first, text, image)
+
+    class Stop(Exception):
+        pass
+
+    def watch(story):
+        save_story(tmp_path, story)
+        kind = "picture" if isinstance(story.segments[-1], Picture) else "text"
+        if len(story.pictures) == len(begun.pictures) + 2 and kind == stop:
+            raise Stop
+
+    if (stop, image_first) == ("text", False):  # the third text, before its picture
+        def watch(story):
+            save_story(tmp_path, story)
+            if len(story.pictures) == 2 and not isinstance(story.segments[-1], Picture):
+                raise Stop
+
+    starter.forget()
+    with pytest.raises(Stop):
+        starter.tell(begun, 3, image_first, text, image, on_segment=watch)
+    starter.forget()
+    part = load_story(tmp_path)
+    left = 3 + len(begun.pictures) - len(part.pictures)
+    again = starter.tell(part, left, None, text, image, introduce=False)
+    assert [p.text for p in again.panels()] == [p.text for p in whole.panels()]
+    assert [p.key for p in again.pictures] == [p.key for p in whole.pictures]
+
+
+def test_reading_depends_on_the_story_alone(starter):
+    """To the bit, whatever was read before."""
+    page, picture = scene_picture(70_004)
+    written = starter.write(Story.of("Mia waves.", picture))
+    story = starter.encode(Story.of("Mia waves.", picture, written_text(written), picture))
+    starter.forget()
+    starter.read(story)
+    want = starter.contexts([story])[0]
+    for before in (Story.of("Mia runs."), Story.of("Mia waves.", picture, "Otto sleeps."), story):
+        starter.read(before)
+        starter.read(story)
+        assert torch.equal(starter.contexts([story])[0], want)
+
+
+def written_text(written):
+    from comfy_mminterleaved import Text
+
+    return Text(written.text, written.tokens)
+
+
+def test_ids_of_another_vocabulary_are_not_used(starter, untrained):
+    from comfy_mminterleaved import Text
+
+    foreign = Story((Text("Mia waves.", (700, 701, 9999)),))
+    plain = Story.of("Mia waves.")
+    assert starter.layout(foreign).ids == starter.layout(plain).ids
+    ids = tuple(starter.tokenizer.encode("Mia waves."))
+    assert starter.layout(Story((Text("Mia waves.", ids),))).ids == starter.layout(plain).ids
+    assert json.dumps(foreign.to_json())
