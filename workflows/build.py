@@ -244,7 +244,7 @@ def storyboard_batch(w: Workflow) -> None:
     model = load(w)
     board = w.add("MMInterleavedLoadStoryboard", 0, 260, (300, 170), encoder=model[0], storyboard=EXAMPLE)
     told = w.add("MMInterleavedTellStory", 400, 0, (360, 640), encoder=model[0], llm=model[1], synchronizer=model[2],
-                 model=model[3], vae=model[4], story=board[0], panels=board[1], seed=board[2])  # fmt: skip
+                 model=model[3], vae=model[4], story=board[0], panels=board[1], seed=board[2], plan=board[4])  # fmt: skip
     w.add("MMInterleavedSaveStory", 840, 0, (420, 460), story=told[0], title=board[3], filename_prefix="storyboard/story")
     w.group("1. Model and storyboard", -20, -70, 340, 520, BLUE)
     w.group("2. Tell", 380, -70, 400, 1040, PURPLE)

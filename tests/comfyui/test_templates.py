@@ -50,7 +50,7 @@ def test_template(comfyui, definitions, path):
 
 def test_every_node_is_there_with_a_tooltip_on_every_input(definitions):
     ours = {name: entry for name, entry in definitions.items() if name.startswith("MMInterleaved")}
-    assert len(ours) == 17
+    assert len(ours) == 18
     for name, entry in ours.items():
         assert entry["description"], name
         for section in ("required", "optional"):
