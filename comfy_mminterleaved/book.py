@@ -194,7 +194,7 @@ _PAGE = """<!DOCTYPE html>
   .sheet > span { display: block; text-align: center; font-size: .85rem; color: #8d7f6d; }
   @media print {
     @page { margin: 14mm; }
-    body { background: none; font-size: 16pt; }
+    body { background: none; font-size: 20pt; }
     main { max-width: none; padding: 0; }
     h1 { margin-bottom: 6mm; }
     .sheet { box-shadow: none; padding: 0; margin: 0; break-inside: avoid; background: none; }

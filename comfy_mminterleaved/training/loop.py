@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -151,6 +152,10 @@ def train(
     if accelerator.is_main_process and (folder / "log.jsonl").exists():
         plot(folder)
     accelerator.wait_for_everyone()  # a process that ends while another still writes takes that one with it
+    # What holds on to the group must be gone before it is destroyed, or its threads are torn down while they run.
+    losses = wrapped = optimizer = None
+    accelerator.free_memory()
+    gc.collect()
     accelerator.end_training()
     return step + 1 >= stage.steps
 

@@ -97,7 +97,7 @@ def test_cancel_stops_at_once_and_the_queue_goes_on(comfyui, where):
 
 BAD = {
     "no panels": (tell(panels=0), "panels must be at least 1, not 0"),
-    "seeds of nothing": (tell(seeds="1, two"), "panel 2 must be a whole number from 0 to 9223372036854775807, not 'two'"),
+    "seeds of nothing": (tell(seeds="1, two"), "panel 2 must be a whole number from 0 to 9223372036854775807"),
     "too many seeds": (tell(seeds="1,2,3,4,5"), "5 seeds for 4 panels"),
     "too long": (tell(panels=40), "more than the"),
     "min over max": (tell(min_tokens=30), "min_tokens, 30, must not be over max_tokens, 24"),
