@@ -273,7 +273,7 @@ def test_a_vaes_decoder_learns_what_the_encoder_sees(config):
     latents = encode_latents(blocks["vae"], pictures).detach()
     before = learner.eval()(latents, pictures)["seen"].item()
     optimizer = Muon(dict(blocks["vae"].decoder.named_parameters()), 3e-3, 0.0)
-    for _ in range(20):
+    for _ in range(60):
         optimizer.zero_grad()
         learner.train()(latents, pictures)["loss"].backward()
         optimizer.step()
@@ -467,7 +467,7 @@ def test_a_unet_learns_to_draw_what_codes_say(config):
     optimizer = Muon(dict(blocks["unet"].named_parameters()), 3e-3, 0.0)
     labels = torch.zeros(16, len(HEADS), dtype=torch.long)
     labels[8:, 1] = 1
-    latents = torch.where(torch.arange(16).view(-1, 1, 1, 1) < 8, 1.0, -1.0).expand(16, 4, 8, 8)
+    latents = torch.where(torch.arange(16).view(-1, 1, 1, 1) < 8, 1.0, -1.0).expand(16, 4, 4, 4)
 
     @torch.no_grad()
     def error(labels) -> float:
@@ -476,11 +476,12 @@ def test_a_unet_learns_to_draw_what_codes_say(config):
         found = learner.eval().unet(noise, 999, encoder_hidden_states=learner.codes(labels)).sample
         return (found + latents).square().mean().item()
 
-    for _ in range(90):
+    # It learns which half is which between steps 60 and 130, sooner or later as the processor rounds; then it is sure.
+    for _ in range(200):
         optimizer.zero_grad()
         learner.train()(latents, labels)["loss"].backward()
         optimizer.step()
-    assert error(labels) < 0.7 * error(labels.flip(0))
+    assert error(labels) < 0.5 * error(labels.flip(0))  # 0.03 to 0.07 with several seeds
 
 
 def test_a_unet_is_told_of_looks_by_its_sites(config):
