@@ -23,17 +23,22 @@ def book(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(book):
-    """A judge that has learned a handful of drawings by heart."""
-    return judge.train_judge(book, steps=120, batch=16)
+    """The judge that ships: it is right about every drawing of these few stories."""
+    shipped = judge.load()
+    assert judge.accuracy(shipped, book)["all"] == 1.0
+    return shipped
 
 
 def true_pictures(stories):
     return [[evaluate.pixels_of(page.scene) for page in pages[1:]] for pages in stories]
 
 
-def test_a_judge_learns_what_it_is_shown(trained, book, tmp_path):
+def test_a_judge_learns_what_it_is_shown(tmp_path):
+    book = Book(tmp_path, 2)
+    before = judge.accuracy(judge.train_judge(book, steps=1, batch=8), book)
+    trained = judge.train_judge(book, steps=60, batch=8)
     found = judge.accuracy(trained, book)
-    assert set(found) == {*labels.HEADS, "all"} and found["all"] > 0.9
+    assert set(found) == {*labels.HEADS, "all"} and found["all"] > 0.8 > 0.3 > before["all"], (before, found)
     judge.save(trained, tmp_path / "judge.safetensors")
     again = judge.load(tmp_path / "judge.safetensors")
     pictures = book.pictures(range(5))
