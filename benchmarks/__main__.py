@@ -18,9 +18,14 @@ from . import book, gather, story, token, unet
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = {
-    "unet": unet.measure, "sizes": unet.sizes, "token": token.measure, "story": story.measure, "memory": story.peaks,
-    "gather": gather.measure, "book": book.measure,
-}  # fmt: skip
+    "unet": unet.measure,
+    "sizes": unet.sizes,
+    "token": token.measure,
+    "story": story.measure,
+    "memory": story.peaks,
+    "gather": gather.measure,
+    "book": book.measure,
+}
 
 
 def rows(found: dict) -> list[tuple[str, str, str, str]]:

@@ -42,9 +42,11 @@ def main() -> dict:
         for name in ("encode", "write", "draw"):
             setattr(model, name, clocked(name, getattr(model, name)))
         told = model.tell(
-            Story.of(OPENING), 5, sampling=Sampling(max_new_tokens=60),
+            Story.of(OPENING),
+            5,
+            sampling=Sampling(max_new_tokens=60),
             drawing=Drawing(steps=20, scheduler="dpm++", guidance=4.0),
-        )  # fmt: skip
+        )
     with tempfile.TemporaryDirectory() as folder:
         clocked("save", save_story)(folder, told)
     return {"whole": time.perf_counter() - began, **spent}

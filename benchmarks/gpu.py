@@ -95,9 +95,15 @@ def picture(device: str = "cuda", rounds: int = 3, steps: int = 30) -> dict:
     decoder, states = blocks["synchronizer"], torch.randn(1, 77, 1024).to(device, torch.float16)
     scheduler = make_scheduler("ddim", config.scheduler)
     pipeline = diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=None, tokenizer=None, unet=blocks["unet"], scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=blocks["unet"],
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
     prepared = decoder.prepare(random_maps(config, 1, device, torch.float16), torch.ones(1, 1, dtype=torch.bool))
     prepared = PreparedSites(prepared.sites, prepared.visible.to(device))
@@ -108,9 +114,13 @@ def picture(device: str = "cuda", rounds: int = 3, steps: int = 30) -> dict:
 
     def theirs():
         latents = pipeline(
-            prompt_embeds=states, negative_prompt_embeds=states, num_inference_steps=steps, output_type="latent",
-            height=512, width=512,
-        ).images  # fmt: skip
+            prompt_embeds=states,
+            negative_prompt_embeds=states,
+            num_inference_steps=steps,
+            output_type="latent",
+            height=512,
+            width=512,
+        ).images
         return vae.decode(latents.float() / vae.config.scaling_factor).sample
 
     from .timing import interleaved

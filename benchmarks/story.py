@@ -48,29 +48,66 @@ def config() -> Config:
     tokens = SpecialTokens(bos=1, eos=2, pad=0, soi=4000, image=4001)
     return Config(
         encoder=EncoderConfig(
-            ResamplerConfig(32, feature, feature, 4, 4, 2 * feature, 2, qk_norm=True), out_width=width, image_size=224,
-            patch_size=14, width=feature, layers=8, heads=4, ffn_width=4 * feature, position_grid=16, stem_width=64,
+            ResamplerConfig(32, feature, feature, 4, 4, 2 * feature, 2, qk_norm=True),
+            out_width=width,
+            image_size=224,
+            patch_size=14,
+            width=feature,
+            layers=8,
+            heads=4,
+            ffn_width=4 * feature,
+            position_grid=16,
+            stem_width=64,
         ),
         llm=LLMConfig(
-            slots=32, vocab_size=4002, width=width, layers=8, heads=8, kv_heads=8, ffn_width=1024,
-            context_length=2048, tokens=tokens, sync_every=4, sync_levels=(32, 16, 8), sync_base=16, sync_heads=8,
-            sync_points=8, sync_width=feature, feature_width=feature, max_pictures=50,
+            slots=32,
+            vocab_size=4002,
+            width=width,
+            layers=8,
+            heads=8,
+            kv_heads=8,
+            ffn_width=1024,
+            context_length=2048,
+            tokens=tokens,
+            sync_every=4,
+            sync_levels=(32, 16, 8),
+            sync_base=16,
+            sync_heads=8,
+            sync_points=8,
+            sync_width=feature,
+            feature_width=feature,
+            max_pictures=50,
         ),
         decoder=DecoderConfig(
-            width, ResamplerConfig(77, context, width, 1, 6, 4 * context), widths, sides, picture_size=256,
-            position_grid=32, feature_width=feature, levels=(64, 32, 16, 8), sync_heads=8, sync_points=8,
-            sync_width=feature, max_pictures=10, look_back=1,
+            width,
+            ResamplerConfig(77, context, width, 1, 6, 4 * context),
+            widths,
+            sides,
+            picture_size=256,
+            position_grid=32,
+            feature_width=feature,
+            levels=(64, 32, 16, 8),
+            sync_heads=8,
+            sync_points=8,
+            sync_width=feature,
+            max_pictures=10,
+            look_back=1,
         ),
         unet={
-            "_class_name": "UNet2DConditionModel", "sample_size": 32, "block_out_channels": blocks,
-            "layers_per_block": layers, "cross_attention_dim": context, "attention_head_dim": [2, 4, 8],
-            "use_linear_projection": True, "norm_num_groups": 32,
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": 32,
+            "block_out_channels": blocks,
+            "layers_per_block": layers,
+            "cross_attention_dim": context,
+            "attention_head_dim": [2, 4, 8],
+            "use_linear_projection": True,
+            "norm_num_groups": 32,
             "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
         },
         vae={"_class_name": "AutoencoderTiny", "scaling_factor": 1.0},
         scheduler={"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
-    )  # fmt: skip
+    )
 
 
 def model() -> MMInterleaved:
@@ -203,14 +240,17 @@ def measure(panels: int = 8, rounds: int = 2) -> dict:
                 panel_seconds = seconds
     median = statistics.median
     return {
-        "panel 2 (s)": median(early), f"panel {panels} (s)": median(late),
+        "panel 2 (s)": median(early),
+        f"panel {panels} (s)": median(late),
         "late over early": median(b / a for a, b in zip(early, late)),
-        "story (s)": median(whole["kept"]), "story, started over (s)": median(whole["kv"]),
+        "story (s)": median(whole["kept"]),
+        "story, started over (s)": median(whole["kv"]),
         "story, every cache off (s)": median(whole["nothing"]),
         "kept over started over": median(a / b for a, b in zip(whole["kept"], whole["kv"])),
         "kept over nothing kept": median(a / b for a, b in zip(whole["kept"], whole["nothing"])),
-        "panel seconds": panel_seconds, "rounds": rounds,
-    }  # fmt: skip
+        "panel seconds": panel_seconds,
+        "rounds": rounds,
+    }
 
 
 def peaks(rounds: int = 3) -> dict:

@@ -41,8 +41,10 @@ def _parser() -> argparse.ArgumentParser:
         return p
 
     def model_options(p):
-        p.add_argument("--model", help="a checkpoint folder; starter: the small model that ships (the default); "
-                       "untrained: random weights")
+        p.add_argument(
+            "--model",
+            help="a checkpoint folder; starter: the small model that ships (the default); untrained: random weights",
+        )
         p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
         p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, float16 on CUDA)")
         p.add_argument("--compile", action="store_true", help="torch.compile: slow to begin, for many pictures")
@@ -50,8 +52,14 @@ def _parser() -> argparse.ArgumentParser:
 
     def story_options(p, grows=True):
         p.add_argument("--text", action=_Segment, help="text of the story; may be repeated, in order with --image")
-        p.add_argument("--image", "--picture", dest="picture", action=_Segment, metavar="FILE",
-                       help="a picture of the story; may be repeated")
+        p.add_argument(
+            "--image",
+            "--picture",
+            dest="picture",
+            action=_Segment,
+            metavar="FILE",
+            help="a picture of the story; may be repeated",
+        )
         p.add_argument("--story", metavar="FILE", help="a story to go on with: its story.json, or the folder of it")
         if grows:
             said = "let a story that is too long lose its oldest panels"
@@ -86,16 +94,24 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--storyboard", metavar="FILE", help="a file of stories to make; each gets a folder of its own")
     p.add_argument("--panels", type=int, default=3, help="how many panels to add (default: %(default)s)")
     p.add_argument(
-        "--image-first", "--picture-first", dest="image_first", action=argparse.BooleanOptionalAction,
+        "--image-first",
+        "--picture-first",
+        dest="image_first",
+        action=argparse.BooleanOptionalAction,
         help="each panel's picture before its text (default: as the story or the model has it)",
-    )  # fmt: skip
+    )
     p.add_argument(
-        "--introduce", action=argparse.BooleanOptionalAction, default=True,
+        "--introduce",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="say in the text who is in an opening picture, where the model's stories do so",
-    )  # fmt: skip
+    )
     p.add_argument("--title")
-    p.add_argument("--out", default="out/story", help="the folder to write; a free name beside it if it holds a story "
-                   "(default: %(default)s)")  # fmt: skip
+    p.add_argument(
+        "--out",
+        default="out/story",
+        help="the folder to write; a free name beside it if it holds a story (default: %(default)s)",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace the story in --out")
     sampling_options(p), drawing_options(p), model_options(p)
 
@@ -294,8 +310,9 @@ def _tell(args) -> int:
         if args.opening or args.story:
             raise SettingError("--storyboard has its own openings; leave --text, --image and --story away.")
         if args.title or args.image_first is not None:
-            raise SettingError("A storyboard's stories have their own title and image_first; leave --title and "
-                               "--image-first away.")  # fmt: skip
+            raise SettingError(
+                "A storyboard's stories have their own title and image_first; leave --title and --image-first away."
+            )
         plans = load_storyboard(args.storyboard)
     opening = _opening(args, required=not args.storyboard)
     out = Path(args.out)
@@ -320,8 +337,12 @@ def _tell(args) -> int:
             openings.append(arranged)
         for number, (plan, story) in enumerate(zip(plans, openings), 1):
             sampling, drawing = opening.sampling.plus(plan.seed), opening.drawing.plus(plan.seed)
-            settings = {"model": opening.model, "seed": sampling.seed, "text_generation": to_file(sampling),
-                        "image_generation": to_file(drawing)}  # fmt: skip
+            settings = {
+                "model": opening.model,
+                "seed": sampling.seed,
+                "text_generation": to_file(sampling),
+                "image_generation": to_file(drawing),
+            }
             with contextlib.closing(bars), output_folder(out / f"{number:03d}" if args.storyboard else out) as folder:
 
                 def save(story, folder=folder, plan=plan, settings=settings):
@@ -333,9 +354,16 @@ def _tell(args) -> int:
                         _say(f"Note: the opening picture is introduced as: {story.text.splitlines()[0]}")
                         save(story)
                 story = model.follow(
-                    story, plan.steps_after(story), sampling, drawing, None, bars.tokens(sampling.max_new_tokens),
-                    bars.step, save, args.drop_oldest_panels,
-                )  # fmt: skip
+                    story,
+                    plan.steps_after(story),
+                    sampling,
+                    drawing,
+                    None,
+                    bars.tokens(sampling.max_new_tokens),
+                    bars.step,
+                    save,
+                    args.drop_oldest_panels,
+                )
             segments = json.loads((folder / "story.json").read_text(encoding="utf-8"))["segments"]
             stories.append({"folder": str(folder), "page": str(folder / "story.html"), "segments": segments})
     text = "\n".join(f"Open {story['page']}" for story in stories)
@@ -352,8 +380,9 @@ def _write(args) -> int:
     model, bars = _model(args, opening.model, opening.story), _Bars(args.quiet)
     on_token = bars.tokens(opening.sampling.max_new_tokens)
     with contextlib.closing(bars):
-        texts = model.write_all([opening.story], opening.sampling, args.count, lambda i, text: on_token(text),
-                                args.drop_oldest_panels)[0]  # fmt: skip
+        texts = model.write_all(
+            [opening.story], opening.sampling, args.count, lambda i, text: on_token(text), args.drop_oldest_panels
+        )[0]
     found = [{"text": t.text, "stopped_by": t.stopped_by} for t in texts]
     return _result(args, {"texts": found}, "\n".join(t.text for t in texts))
 
@@ -370,8 +399,9 @@ def _draw(args) -> int:
     with output_folder(out.parent):
         model, bars = _model(args, opening.model, opening.story), _Bars(args.quiet)
         with contextlib.closing(bars):
-            pictures = model.draw_all([opening.story], opening.drawing, args.count, begin, bars.step,
-                                      args.drop_oldest_panels)[0]  # fmt: skip
+            pictures = model.draw_all(
+                [opening.story], opening.drawing, args.count, begin, bars.step, args.drop_oldest_panels
+            )[0]
         names = [out if len(pictures) == 1 else out.with_stem(f"{out.stem}-{i}") for i in range(1, len(pictures) + 1)]
         for name, picture in zip(names, pictures):
             write_bytes(name, encode_png(picture.pixels))
@@ -420,10 +450,15 @@ def _info(args) -> int:
     config, tokenizer = saved.config, saved.tokenizer
     counts = {name: sum(t.numel() for t in tensors.values()) for name, tensors in saved.blocks.items()}
     data = {
-        "layout": saved.layout, "parameters": counts, "tokenizer": tokenizer is not None,
-        "picture_size": config.decoder.picture_size, "context_length": config.llm.context_length,
-        "visual_tokens": config.llm.slots, "generation_config": saved.generation.to_dict(), "config": config.to_dict(),
-    }  # fmt: skip
+        "layout": saved.layout,
+        "parameters": counts,
+        "tokenizer": tokenizer is not None,
+        "picture_size": config.decoder.picture_size,
+        "context_length": config.llm.context_length,
+        "visual_tokens": config.llm.slots,
+        "generation_config": saved.generation.to_dict(),
+        "config": config.to_dict(),
+    }
     lines = [f"{name:13}{count / 1e6:12,.2f} million values" for name, count in counts.items()]
     lines += [
         f"{'layout':13}{saved.layout:>12}",

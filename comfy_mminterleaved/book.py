@@ -121,9 +121,18 @@ def load_book(path: str | Path) -> Book:
 
 # First word of the Unicode names of a script's letters -> language tag; the languages most often written in it.
 _LANGUAGES = {
-    "LATIN": "en", "CYRILLIC": "ru", "GREEK": "el", "HEBREW": "he", "ARABIC": "ar", "CJK": "zh", "HIRAGANA": "ja",
-    "KATAKANA": "ja", "HANGUL": "ko", "DEVANAGARI": "hi", "THAI": "th",
-}  # fmt: skip
+    "LATIN": "en",
+    "CYRILLIC": "ru",
+    "GREEK": "el",
+    "HEBREW": "he",
+    "ARABIC": "ar",
+    "CJK": "zh",
+    "HIRAGANA": "ja",
+    "KATAKANA": "ja",
+    "HANGUL": "ko",
+    "DEVANAGARI": "hi",
+    "THAI": "th",
+}
 _WITH_INITIALS = ("en", "ru", "el", "he")  # scripts whose letters stand apart: the first can be set large
 
 
@@ -152,9 +161,11 @@ def page(story: Story, title: str = "") -> str:
         sheets.append(f'<section class="{kind}">{picture}<div class="text">{text}</div><span>{number}</span></section>')
     language = language_of(story.text)
     parts = {
-        "title": html.escape(title), "sheets": "\n".join(sheets), "language": language,
+        "title": html.escape(title),
+        "sheets": "\n".join(sheets),
+        "language": language,
         "initials": "initials" if language in _WITH_INITIALS else "",
-    }  # fmt: skip
+    }
     # In one pass: texts stay as they are.
     return re.sub(r"\{\{(title|sheets|language|initials)\}\}", lambda match: parts[match[1]], _PAGE)
 

@@ -368,9 +368,13 @@ def read_reference(folder: Path) -> tuple[Config, dict[str, dict[str, torch.Tens
     tensors = {name: tensor for name, tensor in tensors.items() if not _CONSTANT.match(name)}
 
     files = {
-        "model": "config.json", "llm": "llm/config.json", "clip": "clip/config.json", "unet": "sd/unet/config.json",
-        "vae": "sd/vae/config.json", "scheduler": "sd/scheduler/scheduler_config.json",
-    }  # fmt: skip
+        "model": "config.json",
+        "llm": "llm/config.json",
+        "clip": "clip/config.json",
+        "unet": "sd/unet/config.json",
+        "vae": "sd/vae/config.json",
+        "scheduler": "sd/scheduler/scheduler_config.json",
+    }
     config = from_reference({k: read_json(folder / f) for k, f in files.items() if (folder / f).is_file()})
     positions = tensors.get(_VIT + "embeddings.position_embedding.weight")
     if positions is not None:  # the reference resizes them at load, so CLIP's config need not say the true size
@@ -523,9 +527,14 @@ def read(source: str | Path) -> Saved:
 
 
 def save(
-    folder: str | Path, config: Config, blocks: dict[str, dict[str, torch.Tensor]], tokenizer=None, dtype=None,
-    generation=None, words: frozenset[str] | None = None,
-) -> None:  # fmt: skip
+    folder: str | Path,
+    config: Config,
+    blocks: dict[str, dict[str, torch.Tensor]],
+    tokenizer=None,
+    dtype=None,
+    generation=None,
+    words: frozenset[str] | None = None,
+) -> None:
     """Writes a checkpoint in this project's layout; a folder that is there already is refused, a failed one removed."""
     with new_folder(folder) as aside:
         write_json(aside / "config.json", config.to_dict())
@@ -540,9 +549,14 @@ def save(
 
 
 def save_reference(
-    folder: str | Path, config: Config, blocks: dict[str, dict], tokenizer=None, dtype=None, generation=None,
+    folder: str | Path,
+    config: Config,
+    blocks: dict[str, dict],
+    tokenizer=None,
+    dtype=None,
+    generation=None,
     words: frozenset[str] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Writes a checkpoint in the reference's layout: one model.safetensors, and the component configs beside it."""
     files = to_reference(config)
     parts = dict(zip(("model", "llm", "clip", "unet", "vae", "scheduler"), files.values()))

@@ -41,9 +41,17 @@ class Site(nn.Module):
         self.feature_norm = operations.LayerNorm(c.feature_width, eps=1e-6)
         self.positions = nn.Parameter(torch.zeros(c.position_grid**2, width), requires_grad=False)  # sine-cosine
         self.mmfs = Synchronizer(
-            width, c.feature_width, c.sync_width, width, c.levels, base, c.sync_heads, c.sync_points, c.max_pictures,
+            width,
+            c.feature_width,
+            c.sync_width,
+            width,
+            c.levels,
+            base,
+            c.sync_heads,
+            c.sync_points,
+            c.max_pictures,
             operations,
-        )  # fmt: skip
+        )
         self.conv = operations.Conv2d(width, width, 1)
 
     def fold(self) -> None:

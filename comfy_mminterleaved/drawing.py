@@ -53,9 +53,14 @@ class Drawing:
 
     def __post_init__(self):
         for name, low, high in (
-            ("steps", 1, 1000), ("guidance", 1.0, 100.0), ("seed", 0, 2**63 - 1), ("look_back", 0, 1000),
-            ("strength", -10.0, 10.0), ("start", 0.0, 1.0), ("end", 0.0, 1.0),
-        ):  # fmt: skip
+            ("steps", 1, 1000),
+            ("guidance", 1.0, 100.0),
+            ("seed", 0, 2**63 - 1),
+            ("look_back", 0, 1000),
+            ("strength", -10.0, 10.0),
+            ("start", 0.0, 1.0),
+            ("end", 0.0, 1.0),
+        ):
             if getattr(self, name) is not None and not low <= getattr(self, name) <= high:
                 raise SettingError(f"{name} must be at least {low} and at most {high}, not {getattr(self, name)}.")
         if not 0 < self.denoise <= 1:
@@ -165,9 +170,18 @@ class _Switch:
 
 @torch.no_grad()
 def draw(
-    unet, vae, scheduler, decoder: Decoder, states, prepared: PreparedSites, settings: Drawing, seeds: list[int],
-    size: tuple[int, int], begin: list[torch.Tensor] | None = None, on_step: OnStep | None = None,
-) -> torch.Tensor:  # fmt: skip
+    unet,
+    vae,
+    scheduler,
+    decoder: Decoder,
+    states,
+    prepared: PreparedSites,
+    settings: Drawing,
+    seeds: list[int],
+    size: tuple[int, int],
+    begin: list[torch.Tensor] | None = None,
+    on_step: OnStep | None = None,
+) -> torch.Tensor:
     """Denoises pictures.
 
     Args:

@@ -117,9 +117,17 @@ class GatedSynchronizer(nn.Module):
         self.norm = operations.RMSNorm(c.width, eps=c.eps)
         self.feature_norm = operations.RMSNorm(c.feature_width, eps=c.eps)
         self.mmfs = Synchronizer(
-            c.width, c.feature_width, c.sync_width, c.width, c.sync_levels, c.sync_base, c.sync_heads, c.sync_points,
-            c.max_pictures, operations,
-        )  # fmt: skip
+            c.width,
+            c.feature_width,
+            c.sync_width,
+            c.width,
+            c.sync_levels,
+            c.sync_base,
+            c.sync_heads,
+            c.sync_points,
+            c.max_pictures,
+            operations,
+        )
 
     def prepare(self, features, sizes) -> PreparedPictures:
         return self.mmfs.prepare(self.feature_norm(features), sizes)
@@ -182,11 +190,11 @@ class StoryLLM(nn.Module):
             options: `torch.compile`'s.
         """
         self._compiled = tuple(
-            SimpleNamespace(**{
-                name: torch.compile(getattr(layer, name), **options) for name in ("project", "attended", "think")
-            })
+            SimpleNamespace(
+                **{name: torch.compile(getattr(layer, name), **options) for name in ("project", "attended", "think")}
+            )
             for layer in self.layers
-        )  # fmt: skip
+        )
 
     def embed(self, ids, tokens=None) -> torch.Tensor:
         """Embeds token ids, with visual tokens in the picture slots.

@@ -47,9 +47,12 @@ class MMInterleaved:
 
     @classmethod
     def load(
-        cls, source: str | Path = "starter", device: str = "auto", dtype: torch.dtype | None = None,
+        cls,
+        source: str | Path = "starter",
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
         compile: bool = False,
-    ) -> MMInterleaved:  # fmt: skip
+    ) -> MMInterleaved:
         """Loads a checkpoint folder of either layout, or a model that comes with the package.
 
         Args:
@@ -179,8 +182,10 @@ class MMInterleaved:
         """
         story = self.encode(story)
         slots, whole = self.config.llm.slots, self.layout(story)
-        pieces = [self._pieces(story.segments[i], start, end)
-                  for i, (start, end) in enumerate(zip((0, *whole.segment_ends), whole.segment_ends))]  # fmt: skip
+        pieces = [
+            self._pieces(story.segments[i], start, end)
+            for i, (start, end) in enumerate(zip((0, *whole.segment_ends), whole.segment_ends))
+        ]
         held = 0 if self._read is None else self._read.shared(whole, slots)
         held = max((end for ends in pieces for end in ends if end <= held), default=0)
         if held:
@@ -229,9 +234,13 @@ class MMInterleaved:
         return self.write_all([story], sampling, 1, on_token and (lambda _, text: on_token(text)), drop_oldest)[0][0]
 
     def write_all(
-        self, stories: list[Story], sampling: Sampling | None = None, count: int = 1, on_token=None,
+        self,
+        stories: list[Story],
+        sampling: Sampling | None = None,
+        count: int = 1,
+        on_token=None,
         drop_oldest: bool = False,
-    ) -> list[list[Written]]:  # fmt: skip
+    ) -> list[list[Written]]:
         """`count` texts for each of several stories at once; each as if it was alone.
 
         Args:
@@ -249,9 +258,13 @@ class MMInterleaved:
     # ---- drawing ----
 
     def draw(
-        self, story: Story, drawing: Drawing | None = None, begin: Picture | None = None, on_step=None,
+        self,
+        story: Story,
+        drawing: Drawing | None = None,
+        begin: Picture | None = None,
+        on_step=None,
         drop_oldest: bool = False,
-    ) -> Picture:  # fmt: skip
+    ) -> Picture:
         """Draws the picture that comes next in a story.
 
         Args:
@@ -262,9 +275,16 @@ class MMInterleaved:
         return self.draw_all([story], drawing, 1, begin and [begin], on_step, drop_oldest)[0][0]
 
     def draw_all(
-        self, stories: list[Story], drawing: Drawing | None = None, count: int = 1, begin: list[Picture] | None = None,
-        on_step=None, drop_oldest: bool = False, rows_at_once: int = 8, seeds: list[int] | None = None,
-    ) -> list[list[Picture]]:  # fmt: skip
+        self,
+        stories: list[Story],
+        drawing: Drawing | None = None,
+        count: int = 1,
+        begin: list[Picture] | None = None,
+        on_step=None,
+        drop_oldest: bool = False,
+        rows_at_once: int = 8,
+        seeds: list[int] | None = None,
+    ) -> list[list[Picture]]:
         """`count` pictures for each of several stories; each as if it was alone.
 
         Args:
@@ -291,9 +311,18 @@ class MMInterleaved:
             with torch.no_grad():
                 prepared = self.decoder.prepare(maps, visible)
             drawn = draw(
-                self.unet, self.vae, scheduler, self.decoder, states[rows], prepared, drawing, row_seeds, size,
-                [begin[i].pixels for i in rows] if begin else None, on_step,
-            )  # fmt: skip
+                self.unet,
+                self.vae,
+                scheduler,
+                self.decoder,
+                states[rows],
+                prepared,
+                drawing,
+                row_seeds,
+                size,
+                [begin[i].pixels for i in rows] if begin else None,
+                on_step,
+            )
             pictures += [Picture(pixels.cpu()) for pixels in drawn]
         return [pictures[i : i + count] for i in range(0, len(pictures), count)]
 
@@ -341,11 +370,19 @@ class MMInterleaved:
     # ---- stories ----
 
     def tell(
-        self, story: Story = Story(), panels: int = 3, picture_first: bool | None = None,
-        sampling: Sampling | None = None, drawing: Drawing | None = None, seeds: list[int] | None = None,
-        on_token=None, on_step=None, on_segment: Callable[[Story], object] | None = None, drop_oldest: bool = False,
+        self,
+        story: Story = Story(),
+        panels: int = 3,
+        picture_first: bool | None = None,
+        sampling: Sampling | None = None,
+        drawing: Drawing | None = None,
+        seeds: list[int] | None = None,
+        on_token=None,
+        on_step=None,
+        on_segment: Callable[[Story], object] | None = None,
+        drop_oldest: bool = False,
         introduce: bool = True,
-    ) -> Story:  # fmt: skip
+    ) -> Story:
         """Goes on with a story for `panels` more panels, each text and picture made in view of all before it.
 
         A story that ends with text has, for text first, the text of its next panel already. Where a text ends is the
@@ -441,10 +478,17 @@ class MMInterleaved:
         return f"{prompt} {self.write(begun, greedy, lambda text: text.endswith('.')).text}"
 
     def follow(
-        self, story: Story, plan, sampling: Sampling | None = None, drawing: Drawing | None = None,
-        seeds: list[int] | None = None, on_token=None, on_step=None,
-        on_segment: Callable[[Story], object] | None = None, drop_oldest: bool = False,
-    ) -> Story:  # fmt: skip
+        self,
+        story: Story,
+        plan,
+        sampling: Sampling | None = None,
+        drawing: Drawing | None = None,
+        seeds: list[int] | None = None,
+        on_token=None,
+        on_step=None,
+        on_segment: Callable[[Story], object] | None = None,
+        drop_oldest: bool = False,
+    ) -> Story:
         """`tell` with the panels spelled out.
 
         Args:
@@ -485,9 +529,7 @@ class MMInterleaved:
         self._check_drawing(drawing)
         self.check_room(story, plan, sampling, drop_oldest)
 
-    def check_room(
-        self, story: Story, plan, sampling: Sampling | None = None, drop_oldest: bool = False
-    ) -> None:
+    def check_room(self, story: Story, plan, sampling: Sampling | None = None, drop_oldest: bool = False) -> None:
         """Raises StoryTooLong if the LLM cannot hold a story that is gone on with as planned."""
         sampling = sampling or self.generation.text
         steps = [step for panel in plan for step in panel]

@@ -44,9 +44,18 @@ class Synchronizer(nn.Module):
     """
 
     def __init__(
-        self, query_width, feature_width, value_width, out_width, levels, base, heads=16, points=8, max_pictures=50,
+        self,
+        query_width,
+        feature_width,
+        value_width,
+        out_width,
+        levels,
+        base,
+        heads=16,
+        points=8,
+        max_pictures=50,
         operations=nn,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.heads, self.points, self.operations = heads, points, operations
         self.scales = tuple(level / base for level in levels)

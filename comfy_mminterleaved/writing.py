@@ -41,10 +41,15 @@ class Sampling:
 
     def __post_init__(self):
         for name, low, high in (
-            ("max_new_tokens", 1, None), ("min_new_tokens", 0, None), ("temperature", 1e-3, None),
-            ("top_k", 0, None), ("top_p", 1e-6, 1.0), ("repetition_penalty", 1e-3, None), ("beams", 1, 64),
+            ("max_new_tokens", 1, None),
+            ("min_new_tokens", 0, None),
+            ("temperature", 1e-3, None),
+            ("top_k", 0, None),
+            ("top_p", 1e-6, 1.0),
+            ("repetition_penalty", 1e-3, None),
+            ("beams", 1, 64),
             ("seed", 0, 2**63 - 1),
-        ):  # fmt: skip
+        ):
             value = getattr(self, name)
             if not low <= value <= (high if high is not None else 1e9):
                 top = f" and at most {high}" if high is not None else ""

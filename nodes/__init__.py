@@ -13,9 +13,25 @@ from .tell import TellStory
 from .write import WriteText
 
 NODES = [
-    LoadMMInterleaved, LoadEncoder, LoadStoryLLM, LoadSynchronizer, StoryText, StoryPicture, IntroduceCharacter, WriteText, AskStory,
-    CaptionPicture, ChooseOption, Synchronize, TellStory, StoryToPanels, PanelsToStory, PanelsInside, SaveStory, LoadStoryboard,
-]  # fmt: skip
+    LoadMMInterleaved,
+    LoadEncoder,
+    LoadStoryLLM,
+    LoadSynchronizer,
+    StoryText,
+    StoryPicture,
+    IntroduceCharacter,
+    WriteText,
+    AskStory,
+    CaptionPicture,
+    ChooseOption,
+    Synchronize,
+    TellStory,
+    StoryToPanels,
+    PanelsToStory,
+    PanelsInside,
+    SaveStory,
+    LoadStoryboard,
+]
 
 
 class MMInterleavedExtension(ComfyExtension):

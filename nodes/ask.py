@@ -23,13 +23,20 @@ class AskStory(io.ComfyNode):
             inputs=[
                 LLMSocket.Input("llm", tooltip="Reads the story and answers."),
                 StorySocket.Input("story", tooltip="A story with at least one picture."),
-                io.String.Input("question", multiline=True, default="Who is in the picture?", dynamic_prompts=False,
-                                tooltip="The starter model knows questions about who, where, what and the weather."),
-                io.Int.Input("max_tokens", default=20, min=1, max=1024, tooltip="The answer has at most so many tokens."),
+                io.String.Input(
+                    "question",
+                    multiline=True,
+                    default="Who is in the picture?",
+                    dynamic_prompts=False,
+                    tooltip="The starter model knows questions about who, where, what and the weather.",
+                ),
+                io.Int.Input(
+                    "max_tokens", default=20, min=1, max=1024, tooltip="The answer has at most so many tokens."
+                ),
             ],
             outputs=[io.String.Output("answer_out", display_name="answer")],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, llm, story, question, max_tokens) -> io.NodeOutput:
@@ -54,12 +61,19 @@ class CaptionPicture(io.ComfyNode):
                 LLMSocket.Input("llm", tooltip="Writes the caption."),
                 EncoderSocket.Input("encoder", tooltip="Sees the picture."),
                 io.Image.Input("image", tooltip="The picture, or a batch of pictures."),
-                io.Int.Input("beams", default=5, min=1, max=64,
-                             tooltip="The search keeps so many captions at a time; 1 takes the likeliest word always."),
-                io.Int.Input("max_tokens", default=40, min=1, max=1024, tooltip="A caption has at most so many tokens."),
+                io.Int.Input(
+                    "beams",
+                    default=5,
+                    min=1,
+                    max=64,
+                    tooltip="The search keeps so many captions at a time; 1 takes the likeliest word always.",
+                ),
+                io.Int.Input(
+                    "max_tokens", default=40, min=1, max=1024, tooltip="A caption has at most so many tokens."
+                ),
             ],
             outputs=[io.String.Output("captions_out", display_name="captions", is_output_list=True)],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, llm, encoder, image, beams, max_tokens) -> io.NodeOutput:
@@ -85,17 +99,26 @@ class ChooseOption(io.ComfyNode):
             inputs=[
                 LLMSocket.Input("llm", tooltip="Reads the story and weighs the options."),
                 StorySocket.Input("story", tooltip="The story that the options are about."),
-                io.String.Input("options", multiline=True, default="a fox\na bear\na rabbit", dynamic_prompts=False,
-                                tooltip="One option a line."),
+                io.String.Input(
+                    "options",
+                    multiline=True,
+                    default="a fox\na bear\na rabbit",
+                    dynamic_prompts=False,
+                    tooltip="One option a line.",
+                ),
                 io.String.Input("question", default="", tooltip="A question that the options answer; may be empty."),
             ],
             outputs=[
                 io.String.Output("best_out", display_name="best", tooltip="The likeliest option."),
                 io.String.Output("options_out", display_name="ranked", is_output_list=True, tooltip="Likeliest first."),
-                io.Float.Output("scores_out", display_name="scores", is_output_list=True,
-                                tooltip="The log-probability of each, in the order of 'ranked'."),
+                io.Float.Output(
+                    "scores_out",
+                    display_name="scores",
+                    is_output_list=True,
+                    tooltip="The log-probability of each, in the order of 'ranked'.",
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, llm, story, options, question) -> io.NodeOutput:

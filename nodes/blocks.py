@@ -46,7 +46,9 @@ class Block:
         self.config = config
         load_device, offload_device = management.text_encoder_device(), management.text_encoder_offload_device()
         self.dtype = torch.float32 if management.is_device_cpu(load_device) else torch.float16
-        module = checkpoint.build(config, (self.name,), operations=comfy.ops.manual_cast, attention=attention)[self.name]
+        module = checkpoint.build(config, (self.name,), operations=comfy.ops.manual_cast, attention=attention)[
+            self.name
+        ]
         found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         checkpoint.check(checkpoint.shapes(module), found, what)
         module.load_state_dict({k: t.to(offload_device, self.dtype) for k, t in tensors.items()}, assign=True)

@@ -26,8 +26,11 @@ def models() -> list[str]:
     found = []
     for folder in map(Path, folder_paths.get_folder_paths(FOLDER)):
         # Models are often links to another disk; Path.glob does not follow them.
-        found += [Path(path).relative_to(folder).as_posix() for path, _, files in sorted(os.walk(folder, followlinks=True))
-                  if {"config.json", "llm.safetensors"} <= set(files)]  # fmt: skip
+        found += [
+            Path(path).relative_to(folder).as_posix()
+            for path, _, files in sorted(os.walk(folder, followlinks=True))
+            if {"config.json", "llm.safetensors"} <= set(files)
+        ]
     return [STARTER, *dict.fromkeys(found)]
 
 
@@ -75,19 +78,24 @@ class LoadMMInterleaved(io.ComfyNode):
             category=CATEGORY,
             description="Loads all blocks of a model: the starter that comes with the package, or a folder of your own.",
             inputs=[
-                io.Combo.Input("model", options=models(), default=STARTER,
-                               tooltip="'starter' comes with the package and knows one picture-book world; your own "
-                               f"models are folders in models/{FOLDER}."),
+                io.Combo.Input(
+                    "model",
+                    options=models(),
+                    default=STARTER,
+                    tooltip="'starter' comes with the package and knows one picture-book world; your own "
+                    f"models are folders in models/{FOLDER}.",
+                ),
             ],
             outputs=[
                 EncoderSocket.Output("encoder_out", display_name="encoder", tooltip="Sees pictures."),
                 LLMSocket.Output("llm_out", display_name="LLM", tooltip="Reads and writes the story."),
-                SynchronizerSocket.Output("synchronizer_out", display_name="synchronizer",
-                                          tooltip="Shows the earlier pictures to the U-Net."),
+                SynchronizerSocket.Output(
+                    "synchronizer_out", display_name="synchronizer", tooltip="Shows the earlier pictures to the U-Net."
+                ),
                 io.Model.Output("model_out", display_name="MODEL", tooltip="The U-Net, ready for Synchronize."),
                 io.Vae.Output("vae_out", display_name="VAE", tooltip="For VAE Decode."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def validate_inputs(cls, model):
@@ -120,11 +128,14 @@ def _one_block(node_id, title, kind, category, socket, output, what):
                 category=CATEGORY,
                 description=f"Loads {what} from its own file, to be mixed with other loaders.",
                 inputs=[
-                    io.Combo.Input("file", options=folder_paths.get_filename_list(category),
-                                   tooltip=f"A safetensors file in models/{category}, written by this project's converter."),
+                    io.Combo.Input(
+                        "file",
+                        options=folder_paths.get_filename_list(category),
+                        tooltip=f"A safetensors file in models/{category}, written by this project's converter.",
+                    ),
                 ],
                 outputs=[socket.Output(f"{output}_out", display_name=output)],
-            )  # fmt: skip
+            )
 
         @classmethod
         def validate_inputs(cls, file):
@@ -139,14 +150,23 @@ def _one_block(node_id, title, kind, category, socket, output, what):
 
 
 LoadEncoder = _one_block(
-    "MMInterleavedLoadEncoder", "Load Encoder (MM-Interleaved)", EncoderBlock, "clip_vision", EncoderSocket, "encoder",
+    "MMInterleavedLoadEncoder",
+    "Load Encoder (MM-Interleaved)",
+    EncoderBlock,
+    "clip_vision",
+    EncoderSocket,
+    "encoder",
     "the encoder",
-)  # fmt: skip
+)
 LoadStoryLLM = _one_block(
     "MMInterleavedLoadLLM", "Load Story LLM", LLMBlock, "text_encoders", LLMSocket, "LLM", "the story's LLM"
 )
 LoadSynchronizer = _one_block(
-    "MMInterleavedLoadSynchronizer", "Load Synchronizer", SynchronizerBlock,
+    "MMInterleavedLoadSynchronizer",
+    "Load Synchronizer",
+    SynchronizerBlock,
     "model_patches" if "model_patches" in folder_paths.folder_names_and_paths else "diffusion_models",
-    SynchronizerSocket, "synchronizer", "the synchronizer",
-)  # fmt: skip
+    SynchronizerSocket,
+    "synchronizer",
+    "the synchronizer",
+)

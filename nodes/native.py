@@ -35,15 +35,25 @@ def unet_settings(unet: dict) -> dict:
     down = [int("CrossAttn" in kind) for kind in unet["down_block_types"]]
     up = [int("CrossAttn" in kind) for kind in reversed(unet["up_block_types"])]
     return {
-        "use_checkpoint": False, "image_size": 32, "use_spatial_transformer": True, "legacy": False,
-        "in_channels": unet.get("in_channels", 4), "out_channels": unet.get("out_channels", 4),
-        "model_channels": widths[0], "num_res_blocks": per_block, "channel_mult": [w // widths[0] for w in widths],
+        "use_checkpoint": False,
+        "image_size": 32,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "in_channels": unet.get("in_channels", 4),
+        "out_channels": unet.get("out_channels", 4),
+        "model_channels": widths[0],
+        "num_res_blocks": per_block,
+        "channel_mult": [w // widths[0] for w in widths],
         "transformer_depth": [depth for depth, count in zip(down, per_block) for _ in range(count)],
         "transformer_depth_output": [depth for depth, count in zip(up, per_block) for _ in range(count + 1)],
-        "transformer_depth_middle": 1, "context_dim": unet["cross_attention_dim"], "adm_in_channels": None,
-        "use_linear_in_transformer": unet.get("use_linear_projection", False), "use_temporal_attention": False,
-        "num_heads": -1, "num_head_channels": head_widths.pop(),
-    }  # fmt: skip
+        "transformer_depth_middle": 1,
+        "context_dim": unet["cross_attention_dim"],
+        "adm_in_channels": None,
+        "use_linear_in_transformer": unet.get("use_linear_projection", False),
+        "use_temporal_attention": False,
+        "num_heads": -1,
+        "num_head_channels": head_widths.pop(),
+    }
 
 
 def load_unet(config: Config, tensors: dict[str, torch.Tensor]):

@@ -21,12 +21,20 @@ class StoryToPanels(io.ComfyNode):
             description="Takes a story apart: the pictures, and the text of each.",
             inputs=[StorySocket.Input("story", tooltip="The story to take apart.")],
             outputs=[
-                io.Image.Output("images_out", display_name="images", is_output_list=True,
-                                tooltip="The pictures, one after the other."),
-                io.String.Output("texts_out", display_name="texts", is_output_list=True,
-                                 tooltip="The text that belongs to each picture; empty if there is none."),
+                io.Image.Output(
+                    "images_out",
+                    display_name="images",
+                    is_output_list=True,
+                    tooltip="The pictures, one after the other.",
+                ),
+                io.String.Output(
+                    "texts_out",
+                    display_name="texts",
+                    is_output_list=True,
+                    tooltip="The text that belongs to each picture; empty if there is none.",
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, story) -> io.NodeOutput:
@@ -45,9 +53,10 @@ class PanelsInside(io.ComfyNode):
             description="A part of Tell Story; on the canvas use Story to Panels.",
             inputs=[StorySocket.Input("story", tooltip="The story to take apart.")],
             outputs=[
-                io.Image.Output("images_out", display_name="images"), io.String.Output("texts_out", display_name="texts"),
+                io.Image.Output("images_out", display_name="images"),
+                io.String.Output("texts_out", display_name="texts"),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, story) -> io.NodeOutput:
@@ -75,18 +84,24 @@ class PanelsToStory(io.ComfyNode):
             inputs=[
                 EncoderSocket.Input("encoder", tooltip="Sees the pictures."),
                 io.Image.Input("images", tooltip="Pictures, as a list or a batch."),
-                io.String.Input("texts", optional=True, force_input=True,
-                                tooltip="As many texts as pictures; a picture may have an empty one."),
+                io.String.Input(
+                    "texts",
+                    optional=True,
+                    force_input=True,
+                    tooltip="As many texts as pictures; a picture may have an empty one.",
+                ),
             ],
             outputs=[StorySocket.Output("story_out", display_name="story")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, encoder, images, texts=None) -> io.NodeOutput:
         pictures = [picture for image in images for picture in pictures_of(image)]
         texts = texts or [""] * len(pictures)
         if len(texts) != len(pictures):
-            raise StoryError(f"There are {len(pictures)} pictures and {len(texts)} texts; there must be as many of both.")
+            raise StoryError(
+                f"There are {len(pictures)} pictures and {len(texts)} texts; there must be as many of both."
+            )
         story = Story()
         for text, picture in zip(texts, pictures):
             story = story.add(text.strip(), picture)

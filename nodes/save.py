@@ -21,8 +21,12 @@ def story_folder(prefix: str) -> Path:
     output = Path(folder_paths.get_output_directory())
     normal = os.path.normpath(prefix.replace("\\", "/"))
     inside = (output / normal).resolve()
-    if not prefix.strip() or prefix.strip().endswith(("/", "\\")) or not inside.is_relative_to(output.resolve()) \
-            or inside == output.resolve():  # fmt: skip
+    if (
+        not prefix.strip()
+        or prefix.strip().endswith(("/", "\\"))
+        or not inside.is_relative_to(output.resolve())
+        or inside == output.resolve()
+    ):
         raise OutputError(f"The prefix {prefix!r} must name something below ComfyUI's output folder, as 'stories/mia'.")
     parent, name, counter, _, _ = folder_paths.get_save_image_path(normal, str(output))
     while (Path(parent) / f"{name}_{counter:05d}").exists():
@@ -42,13 +46,16 @@ class SaveStory(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 StorySocket.Input("story", tooltip="The story to save."),
-                io.String.Input("filename_prefix", default="stories/story",
-                                tooltip="Where in ComfyUI's output folder; a number is put behind it."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="stories/story",
+                    tooltip="Where in ComfyUI's output folder; a number is put behind it.",
+                ),
                 io.String.Input("title", default="", tooltip="Stands over the story on its page."),
             ],
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, story, filename_prefix, title) -> io.NodeOutput:

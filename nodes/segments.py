@@ -35,12 +35,19 @@ class StoryText(io.ComfyNode):
             category=CATEGORY,
             description="Adds text to a story, or begins one.",
             inputs=[
-                StorySocket.Input("story", optional=True, tooltip="The story to go on with; without it a new one begins."),
-                io.String.Input("text", multiline=True, default="", dynamic_prompts=False,
-                                tooltip="One or two sentences, as they are to stand on the page."),
+                StorySocket.Input(
+                    "story", optional=True, tooltip="The story to go on with; without it a new one begins."
+                ),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="",
+                    dynamic_prompts=False,
+                    tooltip="One or two sentences, as they are to stand on the page.",
+                ),
             ],
             outputs=[StorySocket.Output("story_out", display_name="story")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, text, story=None) -> io.NodeOutput:
@@ -58,12 +65,14 @@ class StoryPicture(io.ComfyNode):
             category=CATEGORY,
             description="Adds a picture to a story; a batch adds all its pictures, one after the other.",
             inputs=[
-                StorySocket.Input("story", optional=True, tooltip="The story to go on with; without it a new one begins."),
+                StorySocket.Input(
+                    "story", optional=True, tooltip="The story to go on with; without it a new one begins."
+                ),
                 EncoderSocket.Input("encoder", tooltip="Sees the picture, so that what comes after can look at it."),
                 io.Image.Input("image", tooltip="Any picture: drawn by the model, or your own."),
             ],
             outputs=[StorySocket.Output("story_out", display_name="story")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, encoder, image, story=None) -> io.NodeOutput:
@@ -82,14 +91,18 @@ class IntroduceCharacter(io.ComfyNode):
             inputs=[
                 LLMSocket.Input("llm", tooltip="Reads the picture and writes the sentence."),
                 StorySocket.Input("story", tooltip="A story that opens with one picture, with text or without."),
-                io.Combo.Input("order", options=list(ORDERS), default="as the model's stories",
-                               tooltip="Whether each text stands before its picture or after it."),
+                io.Combo.Input(
+                    "order",
+                    options=list(ORDERS),
+                    default="as the model's stories",
+                    tooltip="Whether each text stands before its picture or after it.",
+                ),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story"),
                 io.String.Output("text_out", display_name="text", tooltip="The text of the opening picture."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, llm: LLMBlock, story, order) -> io.NodeOutput:

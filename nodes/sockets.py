@@ -17,25 +17,62 @@ PlanSocket = io.Custom("STORY_PLAN")
 
 def seed_input(what: str, name: str = "seed"):
     return io.Int.Input(
-        name, default=0, min=0, max=2**63 - 1, control_after_generate=True,
+        name,
+        default=0,
+        min=0,
+        max=2**63 - 1,
+        control_after_generate=True,
         tooltip=f"The seed of {what}. The same seed gives the same result.",
-    )  # fmt: skip
+    )
 
 
 def sampling_inputs():
     """Settings of writing."""
     text = DEFAULTS.text
     return [
-        io.Int.Input("max_tokens", default=text.max_new_tokens, min=1, max=4096,
-                     tooltip="At most so many tokens (about three quarters of a word each) are written."),
-        io.Int.Input("min_tokens", default=text.min_new_tokens, min=0, max=4096,
-                     tooltip="The text does not end before so many tokens."),
-        io.Float.Input("temperature", default=text.temperature, min=0.0, max=5.0, step=0.05,
-                       tooltip="How freely words are chosen: 0 takes the likeliest always, 1 as the model learned it."),
-        io.Int.Input("top_k", default=text.top_k, min=0, max=100000,
-                     tooltip="Choose among so many of the likeliest tokens; 0 for all."),
-        io.Float.Input("top_p", default=text.top_p, min=0.01, max=1.0, step=0.01,
-                       tooltip="Choose among the likeliest tokens that together have this probability."),
-        io.Float.Input("repetition_penalty", default=text.repetition_penalty, min=0.5, max=3.0, step=0.05,
-                       tooltip="Over 1 makes words less likely that the new text has already."),
-    ]  # fmt: skip
+        io.Int.Input(
+            "max_tokens",
+            default=text.max_new_tokens,
+            min=1,
+            max=4096,
+            tooltip="At most so many tokens (about three quarters of a word each) are written.",
+        ),
+        io.Int.Input(
+            "min_tokens",
+            default=text.min_new_tokens,
+            min=0,
+            max=4096,
+            tooltip="The text does not end before so many tokens.",
+        ),
+        io.Float.Input(
+            "temperature",
+            default=text.temperature,
+            min=0.0,
+            max=5.0,
+            step=0.05,
+            tooltip="How freely words are chosen: 0 takes the likeliest always, 1 as the model learned it.",
+        ),
+        io.Int.Input(
+            "top_k",
+            default=text.top_k,
+            min=0,
+            max=100000,
+            tooltip="Choose among so many of the likeliest tokens; 0 for all.",
+        ),
+        io.Float.Input(
+            "top_p",
+            default=text.top_p,
+            min=0.01,
+            max=1.0,
+            step=0.01,
+            tooltip="Choose among the likeliest tokens that together have this probability.",
+        ),
+        io.Float.Input(
+            "repetition_penalty",
+            default=text.repetition_penalty,
+            min=0.5,
+            max=3.0,
+            step=0.05,
+            tooltip="Over 1 makes words less likely that the new text has already.",
+        ),
+    ]

@@ -45,8 +45,14 @@ class LoadStoryboard(io.ComfyNode):
             description="Reads one story of a storyboard file, in the project's format or the reference's.",
             inputs=[
                 io.Combo.Input("storyboard", options=storyboards(), tooltip="A JSON file in ComfyUI's input folder."),
-                io.Int.Input("index", default=0, min=0, max=100000, control_after_generate=True,
-                             tooltip="Which story of the file, from 0; 'increment' and a batch count queue them all."),
+                io.Int.Input(
+                    "index",
+                    default=0,
+                    min=0,
+                    max=100000,
+                    control_after_generate=True,
+                    tooltip="Which story of the file, from 0; 'increment' and a batch count queue them all.",
+                ),
                 EncoderSocket.Input("encoder", optional=True, tooltip="Needed if the story opens with pictures."),
             ],
             outputs=[
@@ -54,10 +60,13 @@ class LoadStoryboard(io.ComfyNode):
                 io.Int.Output("panels_out", display_name="panels", tooltip="How many panels are wanted."),
                 io.Int.Output("seed_out", display_name="seed"),
                 io.String.Output("title_out", display_name="title"),
-                PlanSocket.Output("plan_out", display_name="plan",
-                                  tooltip="For Tell Story: the texts that panels have already, and stories of text alone."),
+                PlanSocket.Output(
+                    "plan_out",
+                    display_name="plan",
+                    tooltip="For Tell Story: the texts that panels have already, and stories of text alone.",
+                ),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def validate_inputs(cls, storyboard):
@@ -72,6 +81,8 @@ class LoadStoryboard(io.ComfyNode):
     def execute(cls, storyboard, index, encoder=None) -> io.NodeOutput:
         plans = load_storyboard(storyboard_path(storyboard))
         if index >= len(plans):
-            raise SettingError(f"The storyboard {storyboard!r} has {len(plans)} stories, 0 to {len(plans) - 1}, not {index}.")
+            raise SettingError(
+                f"The storyboard {storyboard!r} has {len(plans)} stories, 0 to {len(plans) - 1}, not {index}."
+            )
         plan = plans[index]
         return io.NodeOutput(with_features(encoder, plan.opening), plan.panels, plan.seed, plan.title, plan)

@@ -38,7 +38,9 @@ def check_blocks(llm: LLMBlock, synchronizer: SynchronizerBlock, model) -> None:
         )
 
 
-def look_at(model, synchronizer: SynchronizerBlock, story: Story, strength: float, start: float, end: float, pictures: int):
+def look_at(
+    model, synchronizer: SynchronizerBlock, story: Story, strength: float, start: float, end: float, pictures: int
+):
     """A clone of MODEL whose skips and mid output look at the story's last `pictures` pictures."""
     if strength == 0 or start >= end:
         return model.clone()
@@ -96,21 +98,44 @@ class Synchronize(io.ComfyNode):
                 SynchronizerSocket.Input("synchronizer", tooltip="Shows the earlier pictures to the U-Net."),
                 StorySocket.Input("story", optional=True, tooltip="The story up to the picture that is to be drawn."),
                 io.Model.Input("model", tooltip="The U-Net that belongs to the synchronizer; with LoRAs if you like."),
-                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05,
-                               tooltip="How much the earlier pictures count in the U-Net; 0 draws from the text alone."),
-                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01,
-                               tooltip="From which part of the sampling on the U-Net looks at them."),
-                io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01,
-                               tooltip="Up to which part of the sampling the U-Net looks at them."),
-                io.Int.Input("pictures", default=-1, min=-1, max=64,
-                             tooltip="How many of the last pictures are looked at; -1 for as many as the model is used to."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How much the earlier pictures count in the U-Net; 0 draws from the text alone.",
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="From which part of the sampling on the U-Net looks at them.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Up to which part of the sampling the U-Net looks at them.",
+                ),
+                io.Int.Input(
+                    "pictures",
+                    default=-1,
+                    min=-1,
+                    max=64,
+                    tooltip="How many of the last pictures are looked at; -1 for as many as the model is used to.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model_out", display_name="MODEL", tooltip="For any sampler."),
                 io.Conditioning.Output("positive_out", display_name="positive"),
                 io.Conditioning.Output("negative_out", display_name="negative"),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, llm, synchronizer, model, strength, start, end, pictures, story=None) -> io.NodeOutput:

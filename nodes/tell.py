@@ -20,7 +20,7 @@ from .sockets import (
     SynchronizerSocket,
     sampling_inputs,
     seed_input,
-)  # fmt: skip
+)
 from .synchronize import check_blocks
 from .write import sampling_of
 
@@ -67,36 +67,96 @@ class TellStory(io.ComfyNode):
                 SynchronizerSocket.Input("synchronizer", tooltip="Shows the earlier pictures to the U-Net."),
                 io.Model.Input("model", tooltip="The U-Net, with LoRAs if you like."),
                 io.Vae.Input("vae", tooltip="Decodes the pictures."),
-                StorySocket.Input("story", optional=True,
-                                  tooltip="A story to go on with: text, pictures or both. It may be left out."),
-                io.String.Input("opening", multiline=True, default="", dynamic_prompts=False,
-                                tooltip="The text of the first panel. If it is empty, the model begins by itself."),
-                io.Int.Input("panels", default=3, min=0, max=64, tooltip="How many pictures are made. It is a promise."),
+                StorySocket.Input(
+                    "story", optional=True, tooltip="A story to go on with: text, pictures or both. It may be left out."
+                ),
+                io.String.Input(
+                    "opening",
+                    multiline=True,
+                    default="",
+                    dynamic_prompts=False,
+                    tooltip="The text of the first panel. If it is empty, the model begins by itself.",
+                ),
+                io.Int.Input(
+                    "panels", default=3, min=0, max=64, tooltip="How many pictures are made. It is a promise."
+                ),
                 seed_input("the whole story; each panel has this plus its number"),
-                io.String.Input("seeds", default="",
-                                tooltip="Panels with seeds of their own, as '7, , 42': the first has 7, the third 42. To "
-                                "draw only panel 4 anew, put a new number at the fourth place."),
-                io.Int.Input("steps", default=DEFAULTS.image.steps, min=1, max=1000, tooltip="Steps of the sampler for each picture."),
-                io.Float.Input("cfg", default=DEFAULTS.image.guidance, min=0.0, max=100.0, step=0.1,
-                               tooltip="How strictly the pictures follow the story."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="dpmpp_2m",
-                               tooltip="Any of ComfyUI's samplers."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="karras",
-                               tooltip="Any of ComfyUI's schedules."),
-                io.Int.Input("width", default=0, min=0, max=4096, step=8,
-                             tooltip="In pixels; 0 for the size the model was trained at."),
-                io.Int.Input("height", default=0, min=0, max=4096, step=8,
-                             tooltip="In pixels; 0 for the size the model was trained at."),
-                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.05,
-                               tooltip="How much the earlier pictures count in the U-Net."),
-                io.Int.Input("pictures", default=-1, min=-1, max=64,
-                             tooltip="How many of the last pictures are looked at; -1 for as many as the model is used to."),
-                io.Boolean.Input("picture_first", default=False,
-                                 tooltip="On: each panel's picture is made before its text. Off: as the story or its "
-                                 "storyboard says, else as the model's stories are."),
+                io.String.Input(
+                    "seeds",
+                    default="",
+                    tooltip="Panels with seeds of their own, as '7, , 42': the first has 7, the third 42. To "
+                    "draw only panel 4 anew, put a new number at the fourth place.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=DEFAULTS.image.steps,
+                    min=1,
+                    max=1000,
+                    tooltip="Steps of the sampler for each picture.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=DEFAULTS.image.guidance,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How strictly the pictures follow the story.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="dpmpp_2m",
+                    tooltip="Any of ComfyUI's samplers.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="karras",
+                    tooltip="Any of ComfyUI's schedules.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    tooltip="In pixels; 0 for the size the model was trained at.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    tooltip="In pixels; 0 for the size the model was trained at.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How much the earlier pictures count in the U-Net.",
+                ),
+                io.Int.Input(
+                    "pictures",
+                    default=-1,
+                    min=-1,
+                    max=64,
+                    tooltip="How many of the last pictures are looked at; -1 for as many as the model is used to.",
+                ),
+                io.Boolean.Input(
+                    "picture_first",
+                    default=False,
+                    tooltip="On: each panel's picture is made before its text. Off: as the story or its "
+                    "storyboard says, else as the model's stories are.",
+                ),
                 *sampling_inputs(),
-                PlanSocket.Input("plan", optional=True,
-                                 tooltip="Of Load Storyboard: instead of the number of panels, with their texts."),
+                PlanSocket.Input(
+                    "plan",
+                    optional=True,
+                    tooltip="Of Load Storyboard: instead of the number of panels, with their texts.",
+                ),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story"),
@@ -104,13 +164,33 @@ class TellStory(io.ComfyNode):
                 io.String.Output("texts_out", display_name="texts", is_output_list=True),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, encoder, llm, synchronizer, model, vae, opening, panels, seed, seeds, steps, cfg, sampler_name, scheduler,
-        width, height, strength, pictures, picture_first, story=None, plan=None, **settings,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        encoder,
+        llm,
+        synchronizer,
+        model,
+        vae,
+        opening,
+        panels,
+        seed,
+        seeds,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        width,
+        height,
+        strength,
+        pictures,
+        picture_first,
+        story=None,
+        plan=None,
+        **settings,
+    ) -> io.NodeOutput:
         if plan is None and panels < 1:
             raise SettingError(f"The number of panels must be at least 1, not {panels}.")
         check_blocks(llm, synchronizer, model)
@@ -134,32 +214,58 @@ class TellStory(io.ComfyNode):
         if begun.pictures and (plan is None or plan.steps is None):
             order = next(name for name, value in ORDERS.items() if value is arranged.image_first)
             told = graph.node("MMInterleavedIntroduce", "introduce", llm=wires["llm"], story=told, order=order).out(0)
-        latent = graph.node(
-            "EmptyLatentImage", "latent", width=width or size, height=height or size, batch_size=1
-        ).out(0)
+        latent = graph.node("EmptyLatentImage", "latent", width=width or size, height=height or size, batch_size=1).out(
+            0
+        )
         for number, (seed, panel) in enumerate(zip(found, panel_steps), 1):
             for step in panel:
                 if isinstance(step, Text):
-                    told = graph.node("MMInterleavedStoryText", f"text {number}", text=step.text, **_maybe(story=told)).out(0)
+                    told = graph.node(
+                        "MMInterleavedStoryText", f"text {number}", text=step.text, **_maybe(story=told)
+                    ).out(0)
                     continue
                 if step == "write":
                     told = graph.node(
-                        "MMInterleavedWrite", f"write {number}", llm=wires["llm"], seed=seed, **_maybe(story=told), **settings
+                        "MMInterleavedWrite",
+                        f"write {number}",
+                        llm=wires["llm"],
+                        seed=seed,
+                        **_maybe(story=told),
+                        **settings,
                     ).out(0)
                     continue
                 ready = graph.node(
-                    "MMInterleavedSynchronize", f"synchronize {number}", llm=wires["llm"],
-                    synchronizer=wires["synchronizer"], model=wires["model"], strength=strength, start=0.0, end=1.0,
-                    pictures=pictures, **_maybe(story=told),
-                )  # fmt: skip
+                    "MMInterleavedSynchronize",
+                    f"synchronize {number}",
+                    llm=wires["llm"],
+                    synchronizer=wires["synchronizer"],
+                    model=wires["model"],
+                    strength=strength,
+                    start=0.0,
+                    end=1.0,
+                    pictures=pictures,
+                    **_maybe(story=told),
+                )
                 drawn = graph.node(
-                    "KSampler", f"draw {number}", model=ready.out(0), positive=ready.out(1), negative=ready.out(2),
-                    latent_image=latent, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name, scheduler=scheduler,
+                    "KSampler",
+                    f"draw {number}",
+                    model=ready.out(0),
+                    positive=ready.out(1),
+                    negative=ready.out(2),
+                    latent_image=latent,
+                    seed=seed,
+                    steps=steps,
+                    cfg=cfg,
+                    sampler_name=sampler_name,
+                    scheduler=scheduler,
                     denoise=1.0,
-                )  # fmt: skip
+                )
                 image = graph.node("VAEDecode", f"decode {number}", samples=drawn.out(0), vae=wires["vae"])
                 told = graph.node(
-                    "MMInterleavedStoryPicture", f"add {number}", encoder=wires["encoder"], image=image.out(0),
+                    "MMInterleavedStoryPicture",
+                    f"add {number}",
+                    encoder=wires["encoder"],
+                    image=image.out(0),
                     **_maybe(story=told),
                 ).out(0)
         taken = graph.node("MMInterleavedPanelsInside", "panels", story=told)

@@ -33,9 +33,15 @@ def sampling_of(seed, max_tokens, min_tokens, temperature, top_k, top_p, repetit
     if min_tokens > max_tokens:
         raise SettingError(f"min_tokens, {min_tokens}, must not be over max_tokens, {max_tokens}.")
     return Sampling(
-        max_new_tokens=max_tokens, min_new_tokens=min_tokens, sample=temperature > 0, temperature=temperature or 1.0,
-        top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed,
-    )  # fmt: skip
+        max_new_tokens=max_tokens,
+        min_new_tokens=min_tokens,
+        sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
 
 
 class WriteText(io.ComfyNode):
@@ -48,19 +54,25 @@ class WriteText(io.ComfyNode):
             description="Goes on with the story in words, up to where the model ends the text or asks for a picture.",
             inputs=[
                 LLMSocket.Input("llm", tooltip="Reads the story and writes."),
-                StorySocket.Input("story", optional=True,
-                                  tooltip="The story so far; what was read before is not read again. It may be left out."),
+                StorySocket.Input(
+                    "story",
+                    optional=True,
+                    tooltip="The story so far; what was read before is not read again. It may be left out.",
+                ),
                 seed_input("the text"),
                 *sampling_inputs(),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story", tooltip="The story with the new text."),
                 io.String.Output("text_out", display_name="text", tooltip="The new text alone."),
-                io.Boolean.Output("wants_picture_out", display_name="wants picture",
-                                  tooltip="Whether the model ended the text by asking for a picture."),
+                io.Boolean.Output(
+                    "wants_picture_out",
+                    display_name="wants picture",
+                    tooltip="Whether the model ended the text by asking for a picture.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, llm, seed, story=None, **settings) -> io.NodeOutput:

@@ -110,11 +110,18 @@ def test_a_photograph_is_kept_as_it_is_and_embedded_scaled(tmp_path):
 @pytest.mark.parametrize(
     "text, language, initial",
     [
-        ("Mia waves.", "en", True), ("שלום, מיה מנופפת בכפר.", "he", True), ("ميا تلوح في القرية.", "ar", False),
-        ("ミアは村で手を振る。", "ja", False), ("米娅在村里挥手。", "zh", False), ("미아가 손을 흔든다.", "ko", False),
-        ("Миа машет.", "ru", True), ("", "en", True), ("123", "en", True), ("Mia said שלום.", "en", True),
+        ("Mia waves.", "en", True),
+        ("שלום, מיה מנופפת בכפר.", "he", True),
+        ("ميا تلوح في القرية.", "ar", False),
+        ("ミアは村で手を振る。", "ja", False),
+        ("米娅在村里挥手。", "zh", False),
+        ("미아가 손을 흔든다.", "ko", False),
+        ("Миа машет.", "ru", True),
+        ("", "en", True),
+        ("123", "en", True),
+        ("Mia said שלום.", "en", True),
     ],
-)  # fmt: skip
+)
 def test_the_page_is_in_the_script_of_its_text(pictures, text, language, initial):
     """Case 4: a large first letter stands where the text begins, and only in scripts whose letters stand apart."""
     html = page(Story.of(text, pictures[0]))

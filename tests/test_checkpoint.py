@@ -125,8 +125,13 @@ def test_all_faults_in_one_error(reference):
     save_file(tensors, reference / "model.safetensors")
     with pytest.raises(CheckpointError) as error:
         MMInterleaved.load(reference, "cpu")
-    for line in ("in 4 entries", "missing: soi_token", "missing: mm_decoder.norm.weight", "unexpected: extra.weight",
-                 "wrong shape: context_feat_proj.bias is (7,), must be (32,)"):  # fmt: skip
+    for line in (
+        "in 4 entries",
+        "missing: soi_token",
+        "missing: mm_decoder.norm.weight",
+        "unexpected: extra.weight",
+        "wrong shape: context_feat_proj.bias is (7,), must be (32,)",
+    ):
         assert line in str(error.value)
 
 

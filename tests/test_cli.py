@@ -34,8 +34,23 @@ def fails(capsys, *args) -> str:
 
 def test_from_a_photograph_to_a_page(photo, tmp_path):
     out = tmp_path / "Mia's book"
-    done = run("tell", "--text", "Mia the cat waited. 猫", "--picture", photo, "--panels", "2", "--out", out, "--json",
-               "--title", "Mia", "--seed", "3", *FAST)  # fmt: skip
+    done = run(
+        "tell",
+        "--text",
+        "Mia the cat waited. 猫",
+        "--picture",
+        photo,
+        "--panels",
+        "2",
+        "--out",
+        out,
+        "--json",
+        "--title",
+        "Mia",
+        "--seed",
+        "3",
+        *FAST,
+    )
     assert done.returncode == 0, done.stderr
     assert "does not know the words waited, 猫" in done.stderr
     story = json.loads(done.stdout)["stories"][0]
@@ -74,8 +89,16 @@ def test_a_storyboard_makes_a_folder_for_each_story(tmp_path, capsys):
 
 
 def test_the_references_annotations(tmp_path, photo, capsys):
-    board = [{"sentences": ["A photo of"], "images": [photo.name], "sentence_ixs": [0], "image_first": [True],
-              "generate_mode": "generate_texts", "num_iter": 2}]  # fmt: skip
+    board = [
+        {
+            "sentences": ["A photo of"],
+            "images": [photo.name],
+            "sentence_ixs": [0],
+            "image_first": [True],
+            "generate_mode": "generate_texts",
+            "num_iter": 2,
+        }
+    ]
     (tmp_path / "annt.json").write_text(json.dumps(board))
     assert (
         main(["tell", "--storyboard", str(tmp_path / "annt.json"), "--out", str(tmp_path / "out"), "--json", *FAST])

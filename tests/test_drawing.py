@@ -168,9 +168,16 @@ def test_unknown_scheduler_and_too_much_to_look_at(untrained, story):
 
 
 @pytest.mark.parametrize(
-    "name", ["FlowMatchEulerDiscreteScheduler", "KarrasVeScheduler", "RePaintScheduler", "DDPMWuerstchenScheduler",
-             "UnCLIPScheduler", "VQDiffusionScheduler"],
-)  # fmt: skip
+    "name",
+    [
+        "FlowMatchEulerDiscreteScheduler",
+        "KarrasVeScheduler",
+        "RePaintScheduler",
+        "DDPMWuerstchenScheduler",
+        "UnCLIPScheduler",
+        "VQDiffusionScheduler",
+    ],
+)
 def test_a_scheduler_that_does_not_fit_is_found_before_anything_is_drawn(untrained, story, name):
     drawn = []
     with pytest.raises(SettingError, match=f"scheduler '{name}' does not fit this model's noise in 2 steps; use ddpm"):

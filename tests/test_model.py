@@ -16,9 +16,19 @@ def kinds(story):
 @pytest.mark.parametrize(
     "opening, picture_first, kind",
     [
-        ("", False, "tptp"), ("", True, "ptpt"), ("t", False, "tptp"), ("t", True, "ptpt"), ("tp", False, "tptptp"),
-        ("t", None, "tptp"), ("p", None, "ptptpt"), ("tp", None, "tptptp"), ("pt", None, "ptptpt"),
-        ("pt", False, "tptptp"), ("tp", True, "ptptpt"), ("p", True, "ptptpt"), ("p", False, "tptptp"),
+        ("", False, "tptp"),
+        ("", True, "ptpt"),
+        ("t", False, "tptp"),
+        ("t", True, "ptpt"),
+        ("tp", False, "tptptp"),
+        ("t", None, "tptp"),
+        ("p", None, "ptptpt"),
+        ("tp", None, "tptptp"),
+        ("pt", None, "ptptpt"),
+        ("pt", False, "tptptp"),
+        ("tp", True, "ptptpt"),
+        ("p", True, "ptptpt"),
+        ("p", False, "tptptp"),
     ],
 )
 def test_tell_keeps_its_promise(untrained, pictures, opening, picture_first, kind):
@@ -124,8 +134,12 @@ def test_ask_caption_choose(untrained, pictures):
     ranked = untrained.choose(story, ["a bear", "a fox", "a bee"], "What is it?")
     assert [c.log_probability for c in ranked] == sorted((c.log_probability for c in ranked), reverse=True)
     assert {c.option for c in ranked} == {"a bear", "a fox", "a bee"}
-    for bad in (lambda: untrained.ask(story, " "), lambda: untrained.caption(Story.of("no picture")),
-                lambda: untrained.choose(story, []), lambda: untrained.choose(story, [""])):  # fmt: skip
+    for bad in (
+        lambda: untrained.ask(story, " "),
+        lambda: untrained.caption(Story.of("no picture")),
+        lambda: untrained.choose(story, []),
+        lambda: untrained.choose(story, [""]),
+    ):
         with pytest.raises(StoryError):
             bad()
 

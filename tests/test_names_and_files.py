@@ -82,8 +82,22 @@ def test_a_model_without_a_tokenizer_says_what_is_missing(folder, tmp_path, caps
 
 def test_every_file_that_is_written_is_read(tmp_path, capsys, image):
     book, drawn = tmp_path / "book", tmp_path / "drawn.png"
-    words = ["tell", "--text", "Mia", "--image", "IMAGE", "--panels", "1", "--out", str(book), *DRAWN, *SHORT, *FAST,
-             "--model", "untrained"]  # fmt: skip
+    words = [
+        "tell",
+        "--text",
+        "Mia",
+        "--image",
+        "IMAGE",
+        "--panels",
+        "1",
+        "--out",
+        str(book),
+        *DRAWN,
+        *SHORT,
+        *FAST,
+        "--model",
+        "untrained",
+    ]
     run(capsys, words, tmp_path, image)
     run(capsys, ["draw", "--text", "Mia", "--out", str(drawn), *DRAWN, *FAST, "--model", "untrained"], tmp_path, image)
     for picture in (book / "01.png", book / "02.png", drawn):
@@ -96,8 +110,11 @@ def test_every_file_that_is_written_is_read(tmp_path, capsys, image):
         assert settings["model"] == "untrained"  # and the steps, or this took long
         assert settings["image_generation"]["num_inference_steps"] == 1
         assert settings["text_generation"]["max_new_tokens"] == 4
-        board = {"format": "mm-interleaved-storyboard", "version": 1, "stories": [
-            {"opening": json.loads((book / "story.json").read_text())["segments"], "panels": 1}]}  # fmt: skip
+        board = {
+            "format": "mm-interleaved-storyboard",
+            "version": 1,
+            "stories": [{"opening": json.loads((book / "story.json").read_text())["segments"], "panels": 1}],
+        }
         (book / "board.json").write_text(json.dumps(board))
         words = ["tell", "--storyboard", str(book / "board.json"), "--out", "OUT/board", *DRAWN, *SHORT, *FAST]
         run(capsys, [*words, "--model", "untrained"], tmp_path, image)
@@ -122,18 +139,36 @@ def test_flags_count_before_the_storys_settings_and_those_before_the_models(tmp_
 
 
 def test_settings_of_older_stories_are_read(tmp_path, capsys, image):
-    (tmp_path / "story.json").write_text(json.dumps({
-        "format": "mm-interleaved-story", "version": 1, "segments": [{"text": "Mia"}], "title": "Old",
-        "settings": {"model": "untrained", "seed": 2,
-                     "sampling": {"max_new_tokens": 3, "sample": False, "min_new_tokens": 1},
-                     "drawing": {"steps": 1, "scheduler": "ddim", "look_back": 1, "size": [64, 64]}}}))  # fmt: skip
+    (tmp_path / "story.json").write_text(
+        json.dumps(
+            {
+                "format": "mm-interleaved-story",
+                "version": 1,
+                "segments": [{"text": "Mia"}],
+                "title": "Old",
+                "settings": {
+                    "model": "untrained",
+                    "seed": 2,
+                    "sampling": {"max_new_tokens": 3, "sample": False, "min_new_tokens": 1},
+                    "drawing": {"steps": 1, "scheduler": "ddim", "look_back": 1, "size": [64, 64]},
+                },
+            }
+        )
+    )
     told = run(capsys, ["tell", "--story", str(tmp_path), "--panels", "1", "--out", "OUT", *FAST], tmp_path, image)
     data = json.loads((Path(told["stories"][0]["folder"]) / "story.json").read_text())
     assert data["title"] == "Old" and data["settings"]["image_generation"]["size"] == [64, 64]
-    for bad in ({"seed": "x"}, {"model": 3}, {"text_generation": {"max_new_tokens": "many"}}, {"drawing": []},
-                {"image_generation": {"size": 7}}, {"text_generation": {"colour": 1}}):  # fmt: skip
-        (tmp_path / "story.json").write_text(json.dumps({
-            "format": "mm-interleaved-story", "segments": [{"text": "Mia"}], "settings": bad}))  # fmt: skip
+    for bad in (
+        {"seed": "x"},
+        {"model": 3},
+        {"text_generation": {"max_new_tokens": "many"}},
+        {"drawing": []},
+        {"image_generation": {"size": 7}},
+        {"text_generation": {"colour": 1}},
+    ):
+        (tmp_path / "story.json").write_text(
+            json.dumps({"format": "mm-interleaved-story", "segments": [{"text": "Mia"}], "settings": bad})
+        )
         assert main(["write", "--story", str(tmp_path), *FAST]) == 2
         assert capsys.readouterr().err.count("Error: ") == 1
 

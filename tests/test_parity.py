@@ -171,8 +171,10 @@ def test_drawing(golden, scheduler):
     drawn = golden.model.draw_all([Story(segments[:third])], drawing, count=len(recorded))[0]
     for picture, want in zip(drawn, recorded):
         assert (picture.pixels - want).abs().max() <= 1e-3
-    first = [torch.randn(want.shape, generator=torch.Generator().manual_seed(42 + i))
-             for i, want in enumerate(golden["gen.image_latents_init"])]  # fmt: skip
+    first = [
+        torch.randn(want.shape, generator=torch.Generator().manual_seed(42 + i))
+        for i, want in enumerate(golden["gen.image_latents_init"])
+    ]
     assert_close(torch.stack(first), golden["gen.image_latents_init"])
 
 

@@ -203,10 +203,15 @@ def wide_profile() -> bytes:
     desc = b"desc\0\0\0\0" + struct.pack(">I", len(name)) + name + b"\0" * 78
     desc += b"\0" * (-len(desc) % 4)
     tags = {
-        b"desc": desc, b"wtpt": xyz(0.9642, 1.0, 0.8249), b"rXYZ": xyz(0.6735, 0.2790, -0.0019),
-        b"gXYZ": xyz(0.1657, 0.6753, 0.0300), b"bXYZ": xyz(0.1251, 0.0456, 0.7969), b"rTRC": curve, b"gTRC": curve,
+        b"desc": desc,
+        b"wtpt": xyz(0.9642, 1.0, 0.8249),
+        b"rXYZ": xyz(0.6735, 0.2790, -0.0019),
+        b"gXYZ": xyz(0.1657, 0.6753, 0.0300),
+        b"bXYZ": xyz(0.1251, 0.0456, 0.7969),
+        b"rTRC": curve,
+        b"gTRC": curve,
         b"bTRC": curve,
-    }  # fmt: skip
+    }
     table, body, offset = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
     for tag, data in tags.items():
         table += tag + struct.pack(">II", offset + len(body), len(data))

@@ -87,10 +87,22 @@ def test_llm_in_one_go_and_token_by_token(kv_heads, sync_every):
     from comfy_mminterleaved.llm import KVCache
 
     c = LLMConfig(
-        slots=2, vocab_size=20, width=16, layers=3, heads=4, kv_heads=kv_heads, ffn_width=16, sync_every=sync_every,
-        tokens=SpecialTokens(1, 2, 17, 18, 19), sync_levels=(4, 2), sync_heads=2, sync_points=2, sync_width=8,
-        feature_width=8, context_length=400,
-    )  # fmt: skip
+        slots=2,
+        vocab_size=20,
+        width=16,
+        layers=3,
+        heads=4,
+        kv_heads=kv_heads,
+        ffn_width=16,
+        sync_every=sync_every,
+        tokens=SpecialTokens(1, 2, 17, 18, 19),
+        sync_levels=(4, 2),
+        sync_heads=2,
+        sync_points=2,
+        sync_width=8,
+        feature_width=8,
+        context_length=400,
+    )
     torch.manual_seed(0)
     llm = StoryLLM(c).requires_grad_(False)
     initialize(llm, std=0.2)

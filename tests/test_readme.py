@@ -16,8 +16,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip() for line in README.splitlines() if re.match(r"    \S", line)]
 # What is not run here: installing, this suite itself, and measurements of many minutes, whose short forms
 # test_evaluate.py and test_benchmarks.py run.
-ELSEWHERE = ("pip install", "python -m venv", ".venv/bin/pip", "python dev.py test", "COMFYUI_PATH=",
-             "python -m comfy_mminterleaved.training.evaluate", "python -m benchmarks")  # fmt: skip
+ELSEWHERE = (
+    "pip install",
+    "python -m venv",
+    ".venv/bin/pip",
+    "python dev.py test",
+    "COMFYUI_PATH=",
+    "python -m comfy_mminterleaved.training.evaluate",
+    "python -m benchmarks",
+)
 RUN = [c for c in COMMANDS if not c.startswith(ELSEWHERE)]
 
 

@@ -43,10 +43,17 @@ def test_without_oldest(pictures):
 @pytest.mark.parametrize(
     "parts, image_first, arranged",
     [
-        ("pt", False, "tp"), ("tp", True, "pt"), ("tp", False, "tp"), ("p", False, "p"), ("ptpt", False, "tptp"),
-        ("ttp", True, "ptt"), ("ppt", False, "ptp"), ("tpt", True, "ptt"), ("", True, ""),
+        ("pt", False, "tp"),
+        ("tp", True, "pt"),
+        ("tp", False, "tp"),
+        ("p", False, "p"),
+        ("ptpt", False, "tptp"),
+        ("ttp", True, "ptt"),
+        ("ppt", False, "ptp"),
+        ("tpt", True, "ptt"),
+        ("", True, ""),
     ],
-)  # fmt: skip
+)
 def test_arranged_panels_stay_together(pictures, parts, image_first, arranged):
     supply = iter(pictures)
     story = Story.of(*(next(supply) if part == "p" else f"text {i}" for i, part in enumerate(parts)))

@@ -46,10 +46,13 @@ def test_own_format(write, pictures):
 
 def annotation(**changes):
     data = {
-        "sentences": ["one", "two", "three"], "images": ["./art/a.png", "art/b.png", "art/c.png"],
-        "sentence_ixs": [0, 1, 2], "image_first": [True, False, False], "generate_mode": "generate_texts",
+        "sentences": ["one", "two", "three"],
+        "images": ["./art/a.png", "art/b.png", "art/c.png"],
+        "sentence_ixs": [0, 1, 2],
+        "image_first": [True, False, False],
+        "generate_mode": "generate_texts",
         "num_iter": 3,
-    }  # fmt: skip
+    }
     return [{**data, **changes}]
 
 

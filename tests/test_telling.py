@@ -135,6 +135,7 @@ def test_stopped_and_gone_on_with_is_never_stopped(starter, tmp_path, opening, s
             raise Stop
 
     if (stop, image_first) == ("text", False):  # the third text, before its picture
+
         def watch(story):
             save_story(tmp_path, story)
             if len(story.pictures) == 2 and not isinstance(story.segments[-1], Picture):

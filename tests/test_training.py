@@ -433,9 +433,9 @@ def test_sites_learn_to_find_how_heroes_look(batches, config):
 
     class Says(torch.nn.Module):
         def forward(self, pictures):
-            shown = torch.cat([
-                torch.nn.functional.one_hot(batch.shown.flatten(0, 1)[:, k], SIZES[k]) for k in LOOKS
-            ], 1).float()  # fmt: skip
+            shown = torch.cat(
+                [torch.nn.functional.one_hot(batch.shown.flatten(0, 1)[:, k], SIZES[k]) for k in LOOKS], 1
+            ).float()
             width = config.decoder.feature_width
             values = torch.nn.functional.pad(shown, (0, max(0, width - shown.shape[1])))[:, :width, None, None]
             return type("Found", (), {"maps": [values.expand(-1, -1, s, s) for s in config.decoder.levels]})
@@ -591,9 +591,12 @@ def test_two_processes_learn_together_though_a_batch_leaves_parameters_out(tmp_p
     where = {"PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     ran = subprocess.run(
-        [*command, str(tmp_path / "toy"), str(minutes)], env={**os.environ, **where}, capture_output=True, text=True,
+        [*command, str(tmp_path / "toy"), str(minutes)],
+        env={**os.environ, **where},
+        capture_output=True,
+        text=True,
         timeout=240,
-    )  # fmt: skip
+    )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert (tmp_path / "toy" / "odd.safetensors").exists()
 
@@ -608,9 +611,14 @@ def run_vae(folder, book, config, stage, minutes=None):
     learner = LearnVAE(blocks["vae"])
     small_pictures = book.pictures(range(8))[:, :, ::4, ::4]
     done = train(
-        stage, learner, {"vae": blocks["vae"]}, folder, lambda seed: (small_pictures[[seed % 8]],),
-        [(small_pictures[:2],)], minutes=minutes,
-    )  # fmt: skip
+        stage,
+        learner,
+        {"vae": blocks["vae"]},
+        folder,
+        lambda seed: (small_pictures[[seed % 8]],),
+        [(small_pictures[:2],)],
+        minutes=minutes,
+    )
     return done, blocks["vae"].state_dict()
 
 

@@ -80,10 +80,17 @@ def test_every_text_reads_back(template):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "Mia.", "Mia waves on the moon with a kite.", "Mia and Otto waves on the beach with a kite.",
-     "Mia waves on the beach with a kite. It is noon.", "Mia waves on the beach with a kite and a drum.",
-     "mia waves on the beach with a kite.", "Mia waves on the beach."],
-)  # fmt: skip
+    [
+        "",
+        "Mia.",
+        "Mia waves on the moon with a kite.",
+        "Mia and Otto waves on the beach with a kite.",
+        "Mia waves on the beach with a kite. It is noon.",
+        "Mia waves on the beach with a kite and a drum.",
+        "mia waves on the beach with a kite.",
+        "Mia waves on the beach.",
+    ],
+)
 def test_what_is_not_in_the_grammar(text):
     assert parse(text) is None
 

@@ -127,9 +127,17 @@ def test_writing_one_text_leaves_it_read(untrained, pictures):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("max_new_tokens", 0), ("min_new_tokens", -1), ("temperature", 0), ("top_p", 1.5), ("top_k", -1), ("beams", 0),
-     ("seed", -1), ("repetition_penalty", 0)],
-)  # fmt: skip
+    [
+        ("max_new_tokens", 0),
+        ("min_new_tokens", -1),
+        ("temperature", 0),
+        ("top_p", 1.5),
+        ("top_k", -1),
+        ("beams", 0),
+        ("seed", -1),
+        ("repetition_penalty", 0),
+    ],
+)
 def test_settings_out_of_range(name, value):
     with pytest.raises(SettingError, match=f"{name} must be at least .*, not {value}"):
         Sampling(**{name: value})

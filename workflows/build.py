@@ -63,8 +63,16 @@ class Workflow:
         self.nodes.append(Node(len(self.nodes) + 1, "MarkdownNote", (x, y), size, {"text": text}, None))
 
     def group(self, title: str, x: int, y: int, w: int, h: int, color: str) -> None:
-        self.groups.append({"id": len(self.groups) + 1, "title": title, "bounding": [x, y, w, h], "color": color,
-                            "font_size": 24, "flags": {}})  # fmt: skip
+        self.groups.append(
+            {
+                "id": len(self.groups) + 1,
+                "title": title,
+                "bounding": [x, y, w, h],
+                "color": color,
+                "font_size": 24,
+                "flags": {},
+            }
+        )
 
     def inputs_of(self, type: str):
         """(name, type, whether it is a widget, settings) of a node's inputs, in order."""
@@ -80,9 +88,18 @@ class Workflow:
         links, nodes = [], []
         outgoing: dict[tuple[int, int], list[int]] = {}
         for node in self.nodes:
-            entry = {"id": node.id, "type": node.type, "pos": list(node.position), "size": list(node.size), "flags": {},
-                     "order": node.id - 1, "mode": 0, "inputs": [], "outputs": [],
-                     "properties": {"Node name for S&R": node.type}}  # fmt: skip
+            entry = {
+                "id": node.id,
+                "type": node.type,
+                "pos": list(node.position),
+                "size": list(node.size),
+                "flags": {},
+                "order": node.id - 1,
+                "mode": 0,
+                "inputs": [],
+                "outputs": [],
+                "properties": {"Node name for S&R": node.type},
+            }
             if node.heading:
                 entry["title"] = node.heading
             nodes.append(entry)
@@ -127,10 +144,17 @@ class Workflow:
             if nodes[link[3] - 1]["type"] == "Reroute":  # they stand in order
                 nodes[link[3] - 1]["outputs"][0]["type"] = link[5]
         return {
-            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)), "revision": 0, "last_node_id": len(nodes), "last_link_id": len(links), "nodes": nodes,
-            "links": links, "groups": self.groups, "config": {}, "extra": {"ds": {"scale": 0.7, "offset": [60, 80]}},
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
+            "revision": 0,
+            "last_node_id": len(nodes),
+            "last_link_id": len(links),
+            "nodes": nodes,
+            "links": links,
+            "groups": self.groups,
+            "config": {},
+            "extra": {"ds": {"scale": 0.7, "offset": [60, 80]}},
             "version": 0.4,
-        }  # fmt: skip
+        }
 
     @staticmethod
     def _bend(entry: dict, node: Node, links: list, outgoing: dict) -> None:
@@ -151,13 +175,30 @@ def load(w: Workflow, x=0, y=0) -> Node:
 
 
 def tell_a_story(w: Workflow) -> None:
-    w.note(0, -340, (720, 200), "## Tell a story in one node\n\nWrite how it begins under **opening**, choose the number of "
-           "**panels**, press **Run**. Each panel is written and drawn in view of all before it, so the same character "
-           "comes back.\n\nThe starter model knows one picture-book world: animals with names, in places like the beach "
-           "or the forest.")  # fmt: skip
+    w.note(
+        0,
+        -340,
+        (720, 200),
+        "## Tell a story in one node\n\nWrite how it begins under **opening**, choose the number of "
+        "**panels**, press **Run**. Each panel is written and drawn in view of all before it, so the same character "
+        "comes back.\n\nThe starter model knows one picture-book world: animals with names, in places like the beach "
+        "or the forest.",
+    )
     model = load(w)
-    told = w.add("MMInterleavedTellStory", 360, 0, (360, 640), encoder=model[0], llm=model[1], synchronizer=model[2],
-                 model=model[3], vae=model[4], opening=MIA, panels=4, seed=3)  # fmt: skip
+    told = w.add(
+        "MMInterleavedTellStory",
+        360,
+        0,
+        (360, 640),
+        encoder=model[0],
+        llm=model[1],
+        synchronizer=model[2],
+        model=model[3],
+        vae=model[4],
+        opening=MIA,
+        panels=4,
+        seed=3,
+    )
     w.add("PreviewImage", 780, 0, (420, 320), images=told[1])
     w.add("MMInterleavedSaveStory", 780, 380, (420, 420), story=told[0], title="Mia")
     w.group("1. Model", -20, -70, 340, 240, BLUE)
@@ -166,11 +207,16 @@ def tell_a_story(w: Workflow) -> None:
 
 
 def four_blocks(w: Workflow) -> None:
-    w.note(0, -400, (1080, 250), "## The four blocks by hand\n\nEach row is one panel, and sees the text and the pictures of "
-           "the rows above it.\n\n- **Write**: the LLM reads the story and goes on.\n- **Synchronize**: the story becomes "
-           "conditioning, and the U-Net looks at the earlier pictures.\n- **KSampler** and **VAE Decode** are ComfyUI's "
-           "own.\n- **Story Picture**: the encoder sees the new picture, for the next panel.\n\nOnly what you change runs "
-           "again. The model is loaded once, though each row has its own node for it.")  # fmt: skip
+    w.note(
+        0,
+        -400,
+        (1080, 250),
+        "## The four blocks by hand\n\nEach row is one panel, and sees the text and the pictures of "
+        "the rows above it.\n\n- **Write**: the LLM reads the story and goes on.\n- **Synchronize**: the story becomes "
+        "conditioning, and the U-Net looks at the earlier pictures.\n- **KSampler** and **VAE Decode** are ComfyUI's "
+        "own.\n- **Story Picture**: the encoder sees the new picture, for the next panel.\n\nOnly what you change runs "
+        "again. The model is loaded once, though each row has its own node for it.",
+    )
     told = None
     for number in range(3):
         y = number * 660
@@ -181,17 +227,39 @@ def four_blocks(w: Workflow) -> None:
             told = w.add("MMInterleavedStoryText", 420, y + 60, (310, 180), text=MIA)[0]
         else:
             told = w.add("MMInterleavedWrite", 420, y + 60, (310, 380), llm=model[1], story=told, seed=number)[0]
-        ready = w.add("MMInterleavedSynchronize", 810, y + 60, (310, 240), llm=model[1], synchronizer=model[2],
-                      model=model[3], story=told)  # fmt: skip
+        ready = w.add(
+            "MMInterleavedSynchronize",
+            810,
+            y + 60,
+            (310, 240),
+            llm=model[1],
+            synchronizer=model[2],
+            model=model[3],
+            story=told,
+        )
         latent = w.add("EmptyLatentImage", 810, y + 370, (310, 110), width=128, height=128)
-        drawn = w.add("KSampler", 1200, y + 60, (310, 470), model=ready[0], positive=ready[1], negative=ready[2],
-                      latent_image=latent[0], seed=10 + number, steps=20, cfg=4.0, sampler_name="dpmpp_2m",
-                      scheduler="karras")  # fmt: skip
+        drawn = w.add(
+            "KSampler",
+            1200,
+            y + 60,
+            (310, 470),
+            model=ready[0],
+            positive=ready[1],
+            negative=ready[2],
+            latent_image=latent[0],
+            seed=10 + number,
+            steps=20,
+            cfg=4.0,
+            sampler_name="dpmpp_2m",
+            scheduler="karras",
+        )
         vae = w.reroute(1590, y + 560, w.reroute(1120, y + 560, vae))
         image = w.add("VAEDecode", 1590, y + 120, (230, 60), samples=drawn[0], vae=vae)
         w.add("PreviewImage", 1590, y + 250, (230, 280), images=image[0])
         encoder = w.reroute(1820, y, encoder)
-        told = w.add("MMInterleavedStoryPicture", 1900, y + 60, (280, 90), encoder=encoder, image=image[0], story=told)[0]
+        told = w.add("MMInterleavedStoryPicture", 1900, y + 60, (280, 90), encoder=encoder, image=image[0], story=told)[
+            0
+        ]
         if number < 2:  # back to the left, between the rows
             told = w.reroute(340, y + 612, w.reroute(2040, y + 612, told))
         w.group(f"Panel {number + 1}", -30, y - 60, 2250, 650, (PURPLE, BLUE, GREEN)[number])
@@ -200,15 +268,32 @@ def four_blocks(w: Workflow) -> None:
 
 
 def own_picture(w: Workflow) -> None:
-    w.note(0, -340, (700, 200), "## Continue from my own picture\n\nLoad a picture; the story begins with it, and the one "
-           "who is in it comes back in every panel.\n\nThe starter model does its best with any picture, and best with one "
-           "of its own world, as template 1 makes them.")  # fmt: skip
+    w.note(
+        0,
+        -340,
+        (700, 200),
+        "## Continue from my own picture\n\nLoad a picture; the story begins with it, and the one "
+        "who is in it comes back in every panel.\n\nThe starter model does its best with any picture, and best with one "
+        "of its own world, as template 1 makes them.",
+    )
     model = load(w)
     picture = w.add("LoadImage", 0, 260, (300, 330), image="example.png")
     begun = w.add("MMInterleavedStoryText", 380, 0, (320, 130), text="Mia runs in the meadow with a kite.")
     shown = w.add("MMInterleavedStoryPicture", 380, 260, (320, 90), story=begun[0], encoder=model[0], image=picture[0])
-    told = w.add("MMInterleavedTellStory", 780, 0, (360, 640), encoder=model[0], llm=model[1], synchronizer=model[2],
-                 model=model[3], vae=model[4], story=shown[0], panels=3, seed=8)  # fmt: skip
+    told = w.add(
+        "MMInterleavedTellStory",
+        780,
+        0,
+        (360, 640),
+        encoder=model[0],
+        llm=model[1],
+        synchronizer=model[2],
+        model=model[3],
+        vae=model[4],
+        story=shown[0],
+        panels=3,
+        seed=8,
+    )
     w.add("MMInterleavedSaveStory", 1220, 0, (420, 460), story=told[0], title="My picture")
     w.group("1. Model and picture", -20, -70, 340, 680, BLUE)
     w.group("2. The story begins", 360, -70, 360, 440, BROWN)
@@ -217,15 +302,27 @@ def own_picture(w: Workflow) -> None:
 
 
 def ask_and_caption(w: Workflow) -> None:
-    w.note(0, -340, (700, 200), "## Ask and caption\n\nWhat the model sees in a picture: a caption, an answer to a "
-           "question, and which of several answers is likeliest.")  # fmt: skip
+    w.note(
+        0,
+        -340,
+        (700, 200),
+        "## Ask and caption\n\nWhat the model sees in a picture: a caption, an answer to a "
+        "question, and which of several answers is likeliest.",
+    )
     model = load(w)
     picture = w.add("LoadImage", 0, 260, (300, 330), image="example.png")
     story = w.add("MMInterleavedStoryPicture", 400, 80, (300, 90), encoder=model[0], image=picture[0])
-    answer = w.add("MMInterleavedAsk", 800, 0, (360, 200), llm=model[1], story=story[0],
-                   question="Where is it?")  # fmt: skip
-    best = w.add("MMInterleavedChoose", 800, 300, (360, 240), llm=model[1], story=story[0],
-                 options="a fox\na bear\na rabbit", question="Who is it?")  # fmt: skip
+    answer = w.add("MMInterleavedAsk", 800, 0, (360, 200), llm=model[1], story=story[0], question="Where is it?")
+    best = w.add(
+        "MMInterleavedChoose",
+        800,
+        300,
+        (360, 240),
+        llm=model[1],
+        story=story[0],
+        options="a fox\na bear\na rabbit",
+        question="Who is it?",
+    )
     caption = w.add("MMInterleavedCaption", 800, 640, (360, 170), llm=model[1], encoder=model[0], image=picture[0])
     for y, text in ((0, answer), (300, best), (640, caption)):
         w.add("PreviewAny", 1260, y, (300, 140), source=text[0])
@@ -238,34 +335,76 @@ def ask_and_caption(w: Workflow) -> None:
 
 
 def storyboard_batch(w: Workflow) -> None:
-    w.note(0, -370, (760, 230), "## A storyboard over night\n\nPut a storyboard (JSON) into ComfyUI's input folder. Each "
-           "run tells one of its stories; **index** counts up by itself, so set the number of runs beside the Run button to "
-           "the number of stories and go to bed.\n\nThe example has three.")  # fmt: skip
+    w.note(
+        0,
+        -370,
+        (760, 230),
+        "## A storyboard over night\n\nPut a storyboard (JSON) into ComfyUI's input folder. Each "
+        "run tells one of its stories; **index** counts up by itself, so set the number of runs beside the Run button to "
+        "the number of stories and go to bed.\n\nThe example has three.",
+    )
     model = load(w)
     board = w.add("MMInterleavedLoadStoryboard", 0, 260, (300, 170), encoder=model[0], storyboard=EXAMPLE)
-    told = w.add("MMInterleavedTellStory", 400, 0, (360, 640), encoder=model[0], llm=model[1], synchronizer=model[2],
-                 model=model[3], vae=model[4], story=board[0], panels=board[1], seed=board[2], plan=board[4])  # fmt: skip
-    w.add("MMInterleavedSaveStory", 840, 0, (420, 460), story=told[0], title=board[3], filename_prefix="storyboard/story")
+    told = w.add(
+        "MMInterleavedTellStory",
+        400,
+        0,
+        (360, 640),
+        encoder=model[0],
+        llm=model[1],
+        synchronizer=model[2],
+        model=model[3],
+        vae=model[4],
+        story=board[0],
+        panels=board[1],
+        seed=board[2],
+        plan=board[4],
+    )
+    w.add(
+        "MMInterleavedSaveStory", 840, 0, (420, 460), story=told[0], title=board[3], filename_prefix="storyboard/story"
+    )
     w.group("1. Model and storyboard", -20, -70, 340, 520, BLUE)
     w.group("2. Tell", 380, -70, 400, 1040, PURPLE)
     w.group("3. Save", 820, -70, 460, 560, GREEN)
 
 
 def own_sampler(w: Workflow) -> None:
-    w.note(0, -340, (700, 200), "## Your own sampler, LoRA and upscaling\n\nSynchronize gives a MODEL and conditionings like "
-           "any other: here they go to **SamplerCustomAdvanced**. A LoRA loader fits between *Load* and *Synchronize*; the "
-           "picture is enlarged at the end.")  # fmt: skip
+    w.note(
+        0,
+        -340,
+        (700, 200),
+        "## Your own sampler, LoRA and upscaling\n\nSynchronize gives a MODEL and conditionings like "
+        "any other: here they go to **SamplerCustomAdvanced**. A LoRA loader fits between *Load* and *Synchronize*; the "
+        "picture is enlarged at the end.",
+    )
     model = load(w)
     latent = w.add("EmptyLatentImage", 0, 260, (300, 110), width=128, height=128)
     begun = w.add("MMInterleavedStoryText", 380, 0, (320, 130), text=MIA)
-    ready = w.add("MMInterleavedSynchronize", 380, 260, (320, 240), llm=model[1], synchronizer=model[2], story=begun[0],
-                  model=model[3])  # fmt: skip
+    ready = w.add(
+        "MMInterleavedSynchronize",
+        380,
+        260,
+        (320, 240),
+        llm=model[1],
+        synchronizer=model[2],
+        story=begun[0],
+        model=model[3],
+    )
     guider = w.add("CFGGuider", 780, 0, (300, 100), model=ready[0], positive=ready[1], negative=ready[2], cfg=4.0)
     noise = w.add("RandomNoise", 780, 180, (300, 90), noise_seed=5)
     sampler = w.add("KSamplerSelect", 780, 350, (300, 60), sampler_name="euler_ancestral")
     sigmas = w.add("BasicScheduler", 780, 490, (300, 110), model=ready[0], scheduler="karras", steps=25)
-    drawn = w.add("SamplerCustomAdvanced", 1160, 0, (300, 330), noise=noise[0], guider=guider[0], sampler=sampler[0],
-                  sigmas=sigmas[0], latent_image=latent[0])  # fmt: skip
+    drawn = w.add(
+        "SamplerCustomAdvanced",
+        1160,
+        0,
+        (300, 330),
+        noise=noise[0],
+        guider=guider[0],
+        sampler=sampler[0],
+        sigmas=sigmas[0],
+        latent_image=latent[0],
+    )
     image = w.add("VAEDecode", 1160, 400, (300, 60), samples=drawn[0], vae=model[4])
     large = w.add("ImageScaleBy", 1160, 530, (300, 90), image=image[0], upscale_method="lanczos", scale_by=4.0)
     w.add("SaveImage", 1540, 0, (420, 460), images=large[0], filename_prefix="stories/large")
@@ -277,12 +416,30 @@ def own_sampler(w: Workflow) -> None:
 
 
 def reroll(w: Workflow) -> None:
-    w.note(0, -370, (760, 230), "## Draw one panel anew\n\nRun it once. Then change the number at the third place of "
-           "**seeds** and run again: panels 1 and 2 stay as they are and do not run again; panel 3 is made anew, and what "
-           "comes after it follows.\n\nAn empty place keeps the panel's own seed.")  # fmt: skip
+    w.note(
+        0,
+        -370,
+        (760, 230),
+        "## Draw one panel anew\n\nRun it once. Then change the number at the third place of "
+        "**seeds** and run again: panels 1 and 2 stay as they are and do not run again; panel 3 is made anew, and what "
+        "comes after it follows.\n\nAn empty place keeps the panel's own seed.",
+    )
     model = load(w)
-    told = w.add("MMInterleavedTellStory", 400, 0, (360, 640), encoder=model[0], llm=model[1], synchronizer=model[2],
-                 model=model[3], vae=model[4], opening=MIA, panels=4, seed=3, seeds=", , 42")  # fmt: skip
+    told = w.add(
+        "MMInterleavedTellStory",
+        400,
+        0,
+        (360, 640),
+        encoder=model[0],
+        llm=model[1],
+        synchronizer=model[2],
+        model=model[3],
+        vae=model[4],
+        opening=MIA,
+        panels=4,
+        seed=3,
+        seeds=", , 42",
+    )
     w.add("PreviewImage", 840, 0, (420, 320), images=told[1])
     w.add("MMInterleavedSaveStory", 840, 420, (420, 420), story=told[0], title="Mia, another way")
     w.group("1. Model", -20, -70, 340, 240, BLUE)
@@ -291,10 +448,14 @@ def reroll(w: Workflow) -> None:
 
 
 TEMPLATES = {
-    "1 Tell a story": tell_a_story, "2 The four blocks": four_blocks, "3 Continue from my picture": own_picture,
-    "4 Ask and caption": ask_and_caption, "5 Storyboard batch": storyboard_batch, "6 Own sampler": own_sampler,
+    "1 Tell a story": tell_a_story,
+    "2 The four blocks": four_blocks,
+    "3 Continue from my picture": own_picture,
+    "4 Ask and caption": ask_and_caption,
+    "5 Storyboard batch": storyboard_batch,
+    "6 Own sampler": own_sampler,
     "7 Draw a panel anew": reroll,
-}  # fmt: skip
+}
 
 
 def run(server: str, prompt: dict) -> dict:

@@ -39,8 +39,11 @@ def _sum(values, rows, shares):
     n, h, q, d = *rows.shape[:3], values.shape[-1]
     # Bags of one head after the other: the part of the table that they read is small enough to stay in the cache.
     out = F.embedding_bag(
-        rows.view(n * h * q, -1), values.reshape(-1, d), per_sample_weights=shares.view(n * h * q, -1), mode="sum",
-    )  # fmt: skip
+        rows.view(n * h * q, -1),
+        values.reshape(-1, d),
+        per_sample_weights=shares.view(n * h * q, -1),
+        mode="sum",
+    )
     return out.view(n, h, q, d).transpose(1, 2).flatten(2)
 
 

@@ -33,10 +33,30 @@ def _bilinear(values, cell_stride, x, y, width, height, start, weight, depth, sh
 
 @triton.jit
 def _attend(
-    values, said, tables, order, reference, sink, levels, found,
-    Q, P, n_stride, p_stride, h_stride, cell_stride, order_n, order_q, reference_q,
-    H: tl.constexpr, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    values,
+    said,
+    tables,
+    order,
+    reference,
+    sink,
+    levels,
+    found,
+    Q,
+    P,
+    n_stride,
+    p_stride,
+    h_stride,
+    cell_stride,
+    order_n,
+    order_q,
+    reference_q,
+    H: tl.constexpr,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     program = tl.program_id(0)
     head = program % H
     query = program // H  # over all rows
@@ -85,9 +105,24 @@ def _attend(
 
 @triton.jit
 def _gather(
-    values, points, weights, levels, found, Q, P, n_stride, p_stride, h_stride, cell_stride,
-    H: tl.constexpr, L: tl.constexpr, K: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    values,
+    points,
+    weights,
+    levels,
+    found,
+    Q,
+    P,
+    n_stride,
+    p_stride,
+    h_stride,
+    cell_stride,
+    H: tl.constexpr,
+    L: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     program = tl.program_id(0)
     head = program % H
     n = program // H // Q
@@ -128,10 +163,21 @@ def gather(values, sizes, points, weights):
     values = values.contiguous()
     found = values.new_empty(n, q, h * d)
     _gather[(n * q * h,)](
-        values, points.contiguous(), weights.contiguous(), _levels(sizes, [1.0] * levels, values.device), found,
-        q, p, *values.stride()[:4],
-        H=h, L=levels, K=k, D=d, **_blocks(levels * k, d), num_warps=4,
-    )  # fmt: skip
+        values,
+        points.contiguous(),
+        weights.contiguous(),
+        _levels(sizes, [1.0] * levels, values.device),
+        found,
+        q,
+        p,
+        *values.stride()[:4],
+        H=h,
+        L=levels,
+        K=k,
+        D=d,
+        **_blocks(levels * k, d),
+        num_warps=4,
+    )
     return found
 
 
@@ -143,9 +189,25 @@ def attend(values, sizes, scales, said, tables, order, reference, sink):
     found = values.new_empty(n, q, h * d)
     order, reference = order.contiguous(), reference.float().contiguous()
     _attend[(n * q * h,)](
-        values, said.contiguous(), tables.contiguous(), order, reference, sink.contiguous(),
-        _levels(sizes, scales, values.device), found, q, p, *values.stride()[:4],
-        order.stride(0), order.stride(1) if order.shape[1] > 1 else 0, 2 if len(reference) > 1 else 0,
-        H=h, L=levels, K=k, D=d, **_blocks(levels * k, d), num_warps=4,
-    )  # fmt: skip
+        values,
+        said.contiguous(),
+        tables.contiguous(),
+        order,
+        reference,
+        sink.contiguous(),
+        _levels(sizes, scales, values.device),
+        found,
+        q,
+        p,
+        *values.stride()[:4],
+        order.stride(0),
+        order.stride(1) if order.shape[1] > 1 else 0,
+        2 if len(reference) > 1 else 0,
+        H=h,
+        L=levels,
+        K=k,
+        D=d,
+        **_blocks(levels * k, d),
+        num_warps=4,
+    )
     return found

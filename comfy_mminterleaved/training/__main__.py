@@ -50,8 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=(*STAGES, "begin", "export", "sheet"))
     parser.add_argument("--out", default="runs/starter", help="the folder of the run (default: %(default)s)")
     begins = parser.add_argument_group("begin")
-    begins.add_argument("--model", action="append", help="a checkpoint of a run's `export`; the mean of their weights "
-                        "if repeated (default: the starter)")  # fmt: skip
+    begins.add_argument(
+        "--model",
+        action="append",
+        help="a checkpoint of a run's `export`; the mean of their weights if repeated (default: the starter)",
+    )
     stages = parser.add_argument_group("stages")
     stages.add_argument("--stories", type=int, help="painted once and kept (default: 12000)")
     stages.add_argument("--first", type=int, help="the seed of the first story (default: 0)")
@@ -222,8 +225,14 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
     only = "llm" not in stage.blocks  # what teaches nothing but the LLM is left out
     batches = {
         source: Batches(
-            source, config, tokenizer, stage.batch, drawn_only=only, names=not only and source is book,
-            slips=source is book and not only, of_two=(OF_TWO if only else OF_TWO_NAMED) if source is book else 0.0,
+            source,
+            config,
+            tokenizer,
+            stage.batch,
+            drawn_only=only,
+            names=not only and source is book,
+            slips=source is book and not only,
+            of_two=(OF_TWO if only else OF_TWO_NAMED) if source is book else 0.0,
         )
         for source in (book, held_out)
     }
@@ -347,10 +356,16 @@ def code_sheet(learner: LearnToDraw, blocks, config: Config, book: Book, path: P
     rows = book.spread(count)
     labels = book.labels[rows].to(device_of(learner))
     drawn = draw(
-        learner.unet, blocks["vae"], make_scheduler("ddim", config.scheduler), blocks["synchronizer"],
-        learner.codes(labels), PreparedSites((), labels.new_zeros(count, 0, dtype=torch.bool)),
-        Drawing(steps=20, guidance=3.0, strength=0.0), list(range(count)), (config.decoder.picture_size,) * 2,
-    )  # fmt: skip
+        learner.unet,
+        blocks["vae"],
+        make_scheduler("ddim", config.scheduler),
+        blocks["synchronizer"],
+        learner.codes(labels),
+        PreparedSites((), labels.new_zeros(count, 0, dtype=torch.bool)),
+        Drawing(steps=20, guidance=3.0, strength=0.0),
+        list(range(count)),
+        (config.decoder.picture_size,) * 2,
+    )
     _grid([book.pictures(rows), drawn.cpu()], path)
 
 

@@ -86,9 +86,14 @@ class Book:
     KINDS = {False: "pictures", True: "held-out", None: "any"}
 
     def __init__(
-        self, folder: str | Path, stories: int, held_out: bool | None = False, side: int = paint.SIDE, workers: int = 2,
+        self,
+        folder: str | Path,
+        stories: int,
+        held_out: bool | None = False,
+        side: int = paint.SIDE,
+        workers: int = 2,
         first: int = 0,
-    ):  # fmt: skip
+    ):
         seeds = range(first, first + stories)
         self.stories = [world.make_story(seed, held_out) for seed in seeds]
         self.first = np.cumsum([0, *map(len, self.stories)])
@@ -199,9 +204,16 @@ class Batches:
     """
 
     def __init__(
-        self, book: Book, config: Config, tokenizer: Tokenizer, pictures: int, drawn_only: bool = False,
-        names: bool = False, slips: bool = False, of_two: float = 0.0,
-    ):  # fmt: skip
+        self,
+        book: Book,
+        config: Config,
+        tokenizer: Tokenizer,
+        pictures: int,
+        drawn_only: bool = False,
+        names: bool = False,
+        slips: bool = False,
+        of_two: float = 0.0,
+    ):
         self.book, self.config, self.tokenizer = book, config, tokenizer
         self.pictures, self.drawn_only, self.names, self.slips, self.of_two = pictures, drawn_only, names, slips, of_two
         self.blank = Picture(torch.zeros(3, 8, 8))  # the layout of a story needs no pixels

@@ -28,9 +28,23 @@ from .judge import SHIPPED, Judge, load
 ICONS = Path(__file__).parent / "art" / "foreign.json"
 PANELS = 4
 PHOTOS = (
-    "astronaut", "brick", "camera", "cat", "coffee", "coins", "clock", "grass", "horse", "hubble_deep_field",
-    "immunohistochemistry", "moon", "page", "retina", "rocket", "stereo_motorcycle",
-)  # fmt: skip
+    "astronaut",
+    "brick",
+    "camera",
+    "cat",
+    "coffee",
+    "coins",
+    "clock",
+    "grass",
+    "horse",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "moon",
+    "page",
+    "retina",
+    "rocket",
+    "stereo_motorcycle",
+)
 ANIMALS = {"cat": "cat"}  # of the photographs
 
 
@@ -117,9 +131,12 @@ def evaluate_foreign(
         for order, opening in (("text, image", (text, picture)), ("image, text", (picture, text))):
             offset = seed + 1000 * number
             told = model.tell(
-                Story.of(*opening), PANELS, sampling=model.generation.text.plus(offset),
-                drawing=model.generation.image.plus(offset), introduce=introduce,
-            )  # fmt: skip
+                Story.of(*opening),
+                PANELS,
+                sampling=model.generation.text.plus(offset),
+                drawing=model.generation.image.plus(offset),
+                introduce=introduce,
+            )
             drawn = [p.pixels for p in told.pictures[1:]]
             looks = [verdict.looks for verdict in judge.judge(torch.stack(drawn))]
             same[order].append(len(set(looks)) == 1 and len(looks[0]) == 1)
@@ -134,8 +151,11 @@ def evaluate_foreign(
         write_bytes(sheet, encode_png(to_pixels(_sheet(rows))))
     figures = {order: interval(cases) for order, cases in same.items()}
     both = interval([case for cases in same.values() for case in cases])
-    return {"same hero in all panels": {**figures, "both": both}, "animal recognized": interval(recognized),
-            "told": stories}  # fmt: skip
+    return {
+        "same hero in all panels": {**figures, "both": both},
+        "animal recognized": interval(recognized),
+        "told": stories,
+    }
 
 
 def _sheet(rows: list[list[torch.Tensor]], side: int = 96, columns: int = 3) -> Image.Image:

@@ -11,10 +11,13 @@ NONE = "none"
 IGNORE = -100  # the label of what cannot be known
 LOOK = {"species": (NONE, *world.SPECIES), "colour": (NONE, *world.COLOURS), "accessory": (NONE, *world.ACCESSORIES)}
 HEADS: dict[str, tuple[str, ...]] = {
-    "action": tuple(world.ACTIONS), "place": tuple(world.PLACES), "prop": tuple(world.PROPS),
-    "sky": tuple(world.SKIES), "far": ("near", "far"),
+    "action": tuple(world.ACTIONS),
+    "place": tuple(world.PLACES),
+    "prop": tuple(world.PROPS),
+    "sky": tuple(world.SKIES),
+    "far": ("near", "far"),
     **{f"{part}{slot}": values for slot in (0, 1) for part, values in LOOK.items()},
-}  # fmt: skip
+}
 
 
 def labels_of(scene: world.Scene) -> dict[str, int]:

@@ -56,11 +56,16 @@ class LearnToSee(nn.Module):
         self.tokens, self.glance = sight(encoder), nn.Linear(encoder.config.width, sum(SIZES))
         self.maps = nn.ModuleList(
             nn.Sequential(
-                nn.AdaptiveMaxPool2d(self.SIDE), nn.Conv2d(encoder.config.width, 32, 1), nn.ReLU(), nn.Flatten(),
-                nn.Linear(32 * self.SIDE**2, 256), nn.ReLU(), nn.Linear(256, sum(SIZES)),
+                nn.AdaptiveMaxPool2d(self.SIDE),
+                nn.Conv2d(encoder.config.width, 32, 1),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(32 * self.SIDE**2, 256),
+                nn.ReLU(),
+                nn.Linear(256, sum(SIZES)),
             )
             for _ in range(self.MAPS)
-        )  # fmt: skip
+        )
 
     def forward(self, pictures: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """pictures (N, 3, side, side) in [0, 1], labels (N, heads)."""

@@ -17,9 +17,16 @@ from .labels import IGNORE, MEANT, SIZES, Codes, SiteCodes, guide
 from .learn import diffusion_error, glance, looks_only, sight
 
 WEIGHTS = {  # of text and image the paper's
-    "text": 1.0, "image": 10.0, "sees": 0.2, "glance": 0.2, "knows": 0.2, "meant": 0.5, "says": 0.2, "code": 1.0,
+    "text": 1.0,
+    "image": 10.0,
+    "sees": 0.2,
+    "glance": 0.2,
+    "knows": 0.2,
+    "meant": 0.5,
+    "says": 0.2,
+    "code": 1.0,
     "sites": 1.0,
-}  # fmt: skip
+}
 NOISES = 2  # of each picture in a batch: what it is told and looks at is made once for them
 FIRM = 5.9  # what sites find, times the size of its codes; of a held-out hero's coat it is more, of its species less
 
@@ -116,9 +123,14 @@ class LearnStories(nn.Module):
         )
         with sites_attached(self.unet, sites, self.decoder.prepare(maps, visible)):
             image = diffusion_error(
-                self.unet, self.noise, self.decoder.negative, states, latents, self.training,
+                self.unet,
+                self.noise,
+                self.decoder.negative,
+                states,
+                latents,
+                self.training,
                 emphasis if self.training else None,
-            )  # fmt: skip
+            )
         wanted = (code.repeat(count, 1)[:, :, None, None] for code in self.site_codes(labels))
         errors = [(sites.found[index].float() / FIRM - code).pow(2).mean() for index, code in enumerate(wanted)]
         return {"image": image, "sites": sum(errors) / len(errors) / SiteCodes.SIZE**2}

@@ -22,30 +22,80 @@ SIDE = 128
 ART = Path(__file__).parent / "art" / "fluent-emoji-flat.json"
 
 FUR = {
-    "bear": "#A56953", "fox": "#FF822D", "cat": "#FFB02E", "dog": "#F3AD61", "rabbit": "#CDC4D6", "panda": "#433B6B",
-    "koala": "#998EA4", "lion": "#FFB02E", "tiger": "#FF822D", "pig": "#FF8687", "monkey": "#7D4533",
-    "mouse": "#CDC4D6", "frog": "#00D26A", "cow": "#FFFFFF", "wolf": "#9B9B9B", "raccoon": "#9B9B9B",
-}  # fmt: skip
+    "bear": "#A56953",
+    "fox": "#FF822D",
+    "cat": "#FFB02E",
+    "dog": "#F3AD61",
+    "rabbit": "#CDC4D6",
+    "panda": "#433B6B",
+    "koala": "#998EA4",
+    "lion": "#FFB02E",
+    "tiger": "#FF822D",
+    "pig": "#FF8687",
+    "monkey": "#7D4533",
+    "mouse": "#CDC4D6",
+    "frog": "#00D26A",
+    "cow": "#FFFFFF",
+    "wolf": "#9B9B9B",
+    "raccoon": "#9B9B9B",
+}
 HEADS = {name: name for name in FUR} | {
     name: f"{name}-face" for name in ("cat", "dog", "rabbit", "tiger", "pig", "monkey", "mouse", "cow")
 }
 COATS = {  # colour, and its shade
-    "red": ("#E8222F", "#A8101F"), "orange": ("#FF8A1F", "#C65F00"), "yellow": ("#FFD93B", "#D9A400"),
-    "green": ("#2FA84A", "#177332"), "blue": ("#2B7DE9", "#1553A8"), "purple": ("#9146D8", "#6423A3"),
-}  # fmt: skip
+    "red": ("#E8222F", "#A8101F"),
+    "orange": ("#FF8A1F", "#C65F00"),
+    "yellow": ("#FFD93B", "#D9A400"),
+    "green": ("#2FA84A", "#177332"),
+    "blue": ("#2B7DE9", "#1553A8"),
+    "purple": ("#9146D8", "#6423A3"),
+}
 PROP_ICONS = {
-    "balloon": "balloon", "kite": "kite", "gift": "wrapped-gift", "cake": "birthday-cake", "apple": "red-apple",
-    "book": "closed-book", "guitar": "guitar", "drum": "drum", "bicycle": "bicycle", "tulip": "tulip",
-    "mushroom": "mushroom", "pumpkin": "jack-o-lantern", "teddy": "teddy-bear", "ball": "soccer-ball",
-    "bucket": "bucket", "melon": "watermelon", "trumpet": "trumpet", "lollipop": "lollipop", "rocket": "rocket",
+    "balloon": "balloon",
+    "kite": "kite",
+    "gift": "wrapped-gift",
+    "cake": "birthday-cake",
+    "apple": "red-apple",
+    "book": "closed-book",
+    "guitar": "guitar",
+    "drum": "drum",
+    "bicycle": "bicycle",
+    "tulip": "tulip",
+    "mushroom": "mushroom",
+    "pumpkin": "jack-o-lantern",
+    "teddy": "teddy-bear",
+    "ball": "soccer-ball",
+    "bucket": "bucket",
+    "melon": "watermelon",
+    "trumpet": "trumpet",
+    "lollipop": "lollipop",
+    "rocket": "rocket",
     "umbrella": "umbrella",
-}  # fmt: skip
+}
 WORN = {"hat": "top-hat", "crown": "crown", "bow": "ribbon", "glasses": "sunglasses", "flower": "hibiscus"}
 SCENERY = (
-    "palm-tree", "umbrella-on-ground", "evergreen-tree", "deciduous-tree", "sunflower", "blossom", "cactus", "rock",
-    "office-building", "house", "house-with-garden", "snowman", "sailboat", "castle", "tent", "wood", "ferris-wheel",
-    "circus-tent", "crescent-moon", "sun", "cloud",
-)  # fmt: skip
+    "palm-tree",
+    "umbrella-on-ground",
+    "evergreen-tree",
+    "deciduous-tree",
+    "sunflower",
+    "blossom",
+    "cactus",
+    "rock",
+    "office-building",
+    "house",
+    "house-with-garden",
+    "snowman",
+    "sailboat",
+    "castle",
+    "tent",
+    "wood",
+    "ferris-wheel",
+    "circus-tent",
+    "crescent-moon",
+    "sun",
+    "cloud",
+)
 HORIZON = 70
 
 
@@ -81,10 +131,19 @@ def _line(x1, y1, x2, y2, colour, width) -> str:
 
 SKY = {"day": "#9ED8F5", "night": "#27336B", "rain": "#8FA3B5", "snowfall": "#B9CBDD"}
 GROUND = {
-    "beach": "#F6DC9B", "forest": "#4C9A4A", "meadow": "#8FD05A", "desert": "#F0B45F", "mountains": "#79B35F",
-    "city": "#9A9CA6", "village": "#A7CE6B", "snow": "#EEF4FA", "lake": "#84C46A", "castle": "#7CC071",
-    "camp": "#5FA35A", "fair": "#C9D97A",
-}  # fmt: skip
+    "beach": "#F6DC9B",
+    "forest": "#4C9A4A",
+    "meadow": "#8FD05A",
+    "desert": "#F0B45F",
+    "mountains": "#79B35F",
+    "city": "#9A9CA6",
+    "village": "#A7CE6B",
+    "snow": "#EEF4FA",
+    "lake": "#84C46A",
+    "castle": "#7CC071",
+    "camp": "#5FA35A",
+    "fair": "#C9D97A",
+}
 
 
 def _hills(colour: str, rng: random.Random, height: float) -> str:

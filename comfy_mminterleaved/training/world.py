@@ -13,32 +13,96 @@ import zlib
 from dataclasses import dataclass, replace
 
 SPECIES = (
-    "bear", "fox", "cat", "dog", "rabbit", "panda", "koala", "lion", "tiger", "pig", "monkey", "mouse", "frog", "cow",
-    "wolf", "raccoon",
-)  # fmt: skip
+    "bear",
+    "fox",
+    "cat",
+    "dog",
+    "rabbit",
+    "panda",
+    "koala",
+    "lion",
+    "tiger",
+    "pig",
+    "monkey",
+    "mouse",
+    "frog",
+    "cow",
+    "wolf",
+    "raccoon",
+)
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 ACCESSORIES = ("hat", "crown", "bow", "glasses", "flower", "scarf")
 NAMES = (
-    "Mia", "Otto", "Lena", "Finn", "Nora", "Max", "Ida", "Leo", "Emma", "Tom", "Ella", "Ben", "Lucy", "Sam", "Anna",
-    "Hugo", "Rosa", "Jack", "Zoe", "Paul", "Ruby", "Carl", "Alma", "Theo",
-)  # fmt: skip
+    "Mia",
+    "Otto",
+    "Lena",
+    "Finn",
+    "Nora",
+    "Max",
+    "Ida",
+    "Leo",
+    "Emma",
+    "Tom",
+    "Ella",
+    "Ben",
+    "Lucy",
+    "Sam",
+    "Anna",
+    "Hugo",
+    "Rosa",
+    "Jack",
+    "Zoe",
+    "Paul",
+    "Ruby",
+    "Carl",
+    "Alma",
+    "Theo",
+)
 # Action -> (one does it, two do it).
 ACTIONS = {
-    "wave": ("waves", "wave"), "jump": ("jumps", "jump"), "sleep": ("sleeps", "sleep"), "run": ("runs", "run"),
-    "sit": ("sits", "sit"), "dance": ("dances", "dance"),
-}  # fmt: skip
+    "wave": ("waves", "wave"),
+    "jump": ("jumps", "jump"),
+    "sleep": ("sleeps", "sleep"),
+    "run": ("runs", "run"),
+    "sit": ("sits", "sit"),
+    "dance": ("dances", "dance"),
+}
 PLACES = {
-    "beach": "on the beach", "forest": "in the forest", "meadow": "in the meadow", "desert": "in the desert",
-    "mountains": "in the mountains", "city": "in the city", "village": "in the village", "snow": "in the snow",
-    "lake": "by the lake", "castle": "by the castle", "camp": "at the camp", "fair": "at the fair",
-}  # fmt: skip
+    "beach": "on the beach",
+    "forest": "in the forest",
+    "meadow": "in the meadow",
+    "desert": "in the desert",
+    "mountains": "in the mountains",
+    "city": "in the city",
+    "village": "in the village",
+    "snow": "in the snow",
+    "lake": "by the lake",
+    "castle": "by the castle",
+    "camp": "at the camp",
+    "fair": "at the fair",
+}
 PROPS = {
-    "balloon": "a balloon", "kite": "a kite", "gift": "a gift", "cake": "a cake", "apple": "an apple",
-    "book": "a book", "guitar": "a guitar", "drum": "a drum", "bicycle": "a bicycle", "tulip": "a tulip",
-    "mushroom": "a mushroom", "pumpkin": "a pumpkin", "teddy": "a teddy", "ball": "a ball",
-    "bucket": "a bucket", "melon": "a melon", "trumpet": "a trumpet", "lollipop": "a lollipop",
-    "rocket": "a rocket", "umbrella": "an umbrella",
-}  # fmt: skip
+    "balloon": "a balloon",
+    "kite": "a kite",
+    "gift": "a gift",
+    "cake": "a cake",
+    "apple": "an apple",
+    "book": "a book",
+    "guitar": "a guitar",
+    "drum": "a drum",
+    "bicycle": "a bicycle",
+    "tulip": "a tulip",
+    "mushroom": "a mushroom",
+    "pumpkin": "a pumpkin",
+    "teddy": "a teddy",
+    "ball": "a ball",
+    "bucket": "a bucket",
+    "melon": "a melon",
+    "trumpet": "a trumpet",
+    "lollipop": "a lollipop",
+    "rocket": "a rocket",
+    "umbrella": "an umbrella",
+}
 SKIES = {"day": "", "night": "It is night.", "rain": "It rains.", "snowfall": "It snows."}
 
 
@@ -144,9 +208,15 @@ def make_scene(
     used |= {place, prop}
     skies = ["day"] * 5 + ["night"] * 2 + (["snowfall"] * 2 if place == "snow" else ["rain"] * 2)
     return Scene(
-        heroes, rng.choice(list(ACTIONS)), place, prop, rng.choice(skies), rng.random() < 0.25, rng.random() < 0.5,
+        heroes,
+        rng.choice(list(ACTIONS)),
+        place,
+        prop,
+        rng.choice(skies),
+        rng.random() < 0.25,
+        rng.random() < 0.5,
         rng.randrange(2**31),
-    )  # fmt: skip
+    )
 
 
 def with_other_looks(scene: Scene, rng: random.Random) -> Scene:
@@ -222,9 +292,14 @@ class Facts:
 
 def facts_of(scene: Scene) -> Facts:
     return Facts(
-        tuple(h.name for h in scene.heroes), tuple(h.look for h in scene.heroes), scene.action, scene.place, scene.prop,
-        scene.sky, scene.far,
-    )  # fmt: skip
+        tuple(h.name for h in scene.heroes),
+        tuple(h.look for h in scene.heroes),
+        scene.action,
+        scene.place,
+        scene.prop,
+        scene.sky,
+        scene.far,
+    )
 
 
 _LOOK = rf"[Aa] ({'|'.join(SPECIES)}) in an? ({'|'.join(COLOURS)}) coat with (?:a )?({'|'.join(ACCESSORIES)})"
@@ -272,9 +347,14 @@ def parse(text: str) -> Facts | None:
             if does != ACTIONS[action][max(len(names), len(shown)) > 1]:
                 return None
             return Facts(
-                names, shown or tuple(introduced), action, _key(PLACES, match["where"].lower()),
-                _key(PROPS, match["prop"]), _SKY.get(rest, "day"), bool(match["far"]),
-            )  # fmt: skip
+                names,
+                shown or tuple(introduced),
+                action,
+                _key(PLACES, match["where"].lower()),
+                _key(PROPS, match["prop"]),
+                _SKY.get(rest, "day"),
+                bool(match["far"]),
+            )
     return None
 
 

@@ -29,9 +29,16 @@ def drawn(llm, synchronizer, unet, story, change=None, steps=3):
     channels = model.model.latent_format.latent_channels
     noise = torch.randn(1, channels, 16, 16, generator=torch.Generator().manual_seed(5))
     return comfy.sample.sample_custom(
-        model, noise, 3.0, comfy.samplers.sampler_object("euler"), sigmas, positive, negative,
-        torch.zeros_like(noise), disable_pbar=True,
-    )  # fmt: skip
+        model,
+        noise,
+        3.0,
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        positive,
+        negative,
+        torch.zeros_like(noise),
+        disable_pbar=True,
+    )
 
 
 def passes(synchronizer, llm, unet, story) -> float:
@@ -61,8 +68,11 @@ def controlled(llm, synchronizer, unet, story) -> float:
 
     import nodes
 
-    settings = {k: v for k, v in unet.model.model_config.unet_config.items()
-                if k not in ("out_channels", "transformer_depth_output", "disable_unet_model_creation")}  # fmt: skip
+    settings = {
+        k: v
+        for k, v in unet.model.model_config.unet_config.items()
+        if k not in ("out_channels", "transformer_depth_output", "disable_unet_model_creation")
+    }
     torch.manual_seed(3)
     net = comfy.cldm.cldm.ControlNet(**settings, hint_channels=3, operations=comfy.ops.disable_weight_init).eval()
     for parameter in net.parameters():
@@ -84,9 +94,12 @@ def mixtures(encoder, llm, synchronizer, unet, story) -> dict[str, str]:
     from mmi.nodes.synchronize import Synchronize
 
     config = llm.config
-    narrow = replace(config, llm=replace(config.llm, width=96), encoder=replace(config.encoder, out_width=96),
-                     decoder=replace(config.decoder, llm_width=96, resampler=replace(
-                         config.decoder.resampler, encoder_width=96)))  # fmt: skip
+    narrow = replace(
+        config,
+        llm=replace(config.llm, width=96),
+        encoder=replace(config.encoder, out_width=96),
+        decoder=replace(config.decoder, llm_width=96, resampler=replace(config.decoder.resampler, encoder_width=96)),
+    )
     other = LLMBlock(narrow, new_blocks(narrow)["llm"].state_dict(), "other", None)
     found = {}
     for name, check in {
@@ -133,13 +146,18 @@ def main(comfyui: str) -> None:
                 weight = site.mmfs.out_proj.weight
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
         generator = torch.Generator().manual_seed(0)
-        pictures = [torch.rand(3, 16, 16, generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2)
-                    for _ in range(2)]  # fmt: skip
+        pictures = [
+            torch.rand(3, 16, 16, generator=generator).repeat_interleave(8, 1).repeat_interleave(8, 2) for _ in range(2)
+        ]
         story = Story.of("Mia is on the beach.", pictures[0], "Mia is in the forest.", pictures[1], "Mia sleeps.")
         for name, steps, cfg, strength, count in (
-            ("guided", 6, 4.0, 1.0, 2), ("one picture", 6, 4.0, 1.0, 1), ("unguided", 5, 1.0, 1.0, 2),
-            ("stronger", 5, 3.0, 1.5, 2), ("off", 5, 3.0, 0.0, 2), ("none seen", 5, 3.0, 1.0, 0),
-        ):  # fmt: skip
+            ("guided", 6, 4.0, 1.0, 2),
+            ("one picture", 6, 4.0, 1.0, 1),
+            ("unguided", 5, 1.0, 1.0, 2),
+            ("stronger", 5, 3.0, 1.5, 2),
+            ("off", 5, 3.0, 0.0, 2),
+            ("none seen", 5, 3.0, 1.0, 0),
+        ):
             ready = Synchronize.execute(
                 llm, synchronizer, unet, strength, 0.0, 1.0, count, with_features(encoder, story)
             ).result
@@ -149,9 +167,16 @@ def main(comfyui: str) -> None:
             generators = (torch.Generator().manual_seed(seed) for seed in (7, 8))
             noise = torch.stack([torch.randn(latent.shape[1:], generator=generator) for generator in generators])
             found = comfy.sample.sample_custom(
-                model, noise, cfg, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, latent,
+                model,
+                noise,
+                cfg,
+                comfy.samplers.sampler_object("euler"),
+                sigmas,
+                positive,
+                negative,
+                latent,
                 disable_pbar=True,
-            )  # fmt: skip
+            )
             native = vae.decode(found).movedim(-1, 1)
 
             class Fixed(diffusers.EulerDiscreteScheduler):
@@ -162,18 +187,28 @@ def main(comfyui: str) -> None:
             states = library.decoder.condition(library.contexts([encoded]) * 2)
             prepared = library.decoder.prepare(*library.looked_at([encoded] * 2, count))
             own = draw(
-                library.unet, library.vae, Fixed.from_config(library.config.scheduler), library.decoder, states,
-                prepared, Drawing(steps=steps, guidance=cfg, strength=strength), [7, 8], (128, 128),
-            )  # fmt: skip
+                library.unet,
+                library.vae,
+                Fixed.from_config(library.config.scheduler),
+                library.decoder,
+                states,
+                prepared,
+                Drawing(steps=steps, guidance=cfg, strength=strength),
+                [7, 8],
+                (128, 128),
+            )
             result[name] = float((native - own).abs().max() * 255)
             drawn[name] = native
         result["looking changes it"] = float((drawn["stronger"] - drawn["off"]).abs().max() * 255)
-        result |= {"two passes": passes(synchronizer, llm, unet, with_features(encoder, story)),
-                   "a ControlNet": controlled(llm, synchronizer, unet, with_features(encoder, story)),
-                   **mixtures(encoder, llm, synchronizer, unet, story)}  # fmt: skip
+        result |= {
+            "two passes": passes(synchronizer, llm, unet, with_features(encoder, story)),
+            "a ControlNet": controlled(llm, synchronizer, unet, with_features(encoder, story)),
+            **mixtures(encoder, llm, synchronizer, unet, story),
+        }
         clone = model.clone()
-        result["a clone keeps the patch"] = clone.model_options["transformer_options"].get("patches") == \
-            model.model_options["transformer_options"].get("patches")  # fmt: skip
+        result["a clone keeps the patch"] = clone.model_options["transformer_options"].get(
+            "patches"
+        ) == model.model_options["transformer_options"].get("patches")
 
         # MODELs that do not belong to the synchronizer, at toy widths.
         import comfy.model_base
@@ -183,8 +218,9 @@ def main(comfyui: str) -> None:
 
         class Other:
             def __init__(self, name, config, net):
-                self.model = type(name, (), {"model_config": type("C", (), {"unet_config": config})(),
-                                             "diffusion_model": net})()  # fmt: skip
+                self.model = type(
+                    name, (), {"model_config": type("C", (), {"unet_config": config})(), "diffusion_model": net}
+                )()
 
         for name, other in {
             "wider": Other(

@@ -57,19 +57,49 @@ class Server:
             link.symlink_to(ROOT, target_is_directory=True)
         (folder / "custom_nodes" / "probe.py").write_text(PROBE)
         paths = folder / "paths.yaml"
-        paths.write_text(json.dumps({"tests": {"custom_nodes": str(folder / "custom_nodes"), "is_default": True,
-                                               **{kind: str(folder / "models" / kind) for kind in
-                                                  ("clip_vision", "text_encoders", "model_patches", "vae",
-                                                   "diffusion_models", "mm_interleaved", "loras")}}}))  # fmt: skip
+        paths.write_text(
+            json.dumps(
+                {
+                    "tests": {
+                        "custom_nodes": str(folder / "custom_nodes"),
+                        "is_default": True,
+                        **{
+                            kind: str(folder / "models" / kind)
+                            for kind in (
+                                "clip_vision",
+                                "text_encoders",
+                                "model_patches",
+                                "vae",
+                                "diffusion_models",
+                                "mm_interleaved",
+                                "loras",
+                            )
+                        },
+                    }
+                }
+            )
+        )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.log = folder / "comfyui.log"
         command = [
-            python or sys.executable, "main.py", "--port", str(self.port), "--extra-model-paths-config", str(paths),
-            "--input-directory", str(folder / "input"), "--output-directory", str(folder / "output"),
-            "--temp-directory", str(folder / "temp"), "--user-directory", str(folder / "user"), *arguments,
-        ]  # fmt: skip
+            python or sys.executable,
+            "main.py",
+            "--port",
+            str(self.port),
+            "--extra-model-paths-config",
+            str(paths),
+            "--input-directory",
+            str(folder / "input"),
+            "--output-directory",
+            str(folder / "output"),
+            "--temp-directory",
+            str(folder / "temp"),
+            "--user-directory",
+            str(folder / "user"),
+            *arguments,
+        ]
         environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, cwd=path, env=environment, stdout=log, stderr=subprocess.STDOUT)

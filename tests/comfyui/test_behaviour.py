@@ -17,10 +17,22 @@ def tell(**changes):
     """A prompt that tells a story of four panels, with few steps."""
     inputs = {
         **{name: ["1", i] for i, name in enumerate(("encoder", "llm", "synchronizer", "model", "vae"))},
-        "opening": "Mia is in the forest.", "panels": 4, "seed": 1, "seeds": "", "steps": 2, "cfg": 2.0,
-        "sampler_name": "euler", "scheduler": "normal", "width": 0, "height": 0, "strength": 1.0, "pictures": -1,
-        "picture_first": False, **TEXT, **changes,
-    }  # fmt: skip
+        "opening": "Mia is in the forest.",
+        "panels": 4,
+        "seed": 1,
+        "seeds": "",
+        "steps": 2,
+        "cfg": 2.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "width": 0,
+        "height": 0,
+        "strength": 1.0,
+        "pictures": -1,
+        "picture_first": False,
+        **TEXT,
+        **changes,
+    }
     save = {"class_type": "MMInterleavedSaveStory", "inputs": {"story": ["2", 0], "filename_prefix": "s", "title": ""}}
     return {"1": LOAD, "2": {"class_type": "MMInterleavedTellStory", "inputs": inputs}, "3": save}
 
@@ -102,27 +114,53 @@ BAD = {
     "too long": (tell(panels=40), "more than the"),
     "min over max": (tell(min_tokens=30), "min_tokens, 30, must not be over max_tokens, 24"),
     "no such model": (
-        {"1": node("MMInterleavedLoad", model="../other"), "2": show(["1", 1])}, "'../other' is not in models/"),
+        {"1": node("MMInterleavedLoad", model="../other"), "2": show(["1", 1])},
+        "'../other' is not in models/",
+    ),
     "empty text": ({"1": node("MMInterleavedStoryText", text="  "), "2": show(["1", 0])}, "text is empty"),
-    "prefix outside": ({**tell(panels=1), "3": node("MMInterleavedSaveStory", story=["2", 0], title="",
-                        filename_prefix="../../out")}, "must name something below ComfyUI's output folder"),
-    "absolute prefix": ({**tell(panels=1), "3": node("MMInterleavedSaveStory", story=["2", 0], title="",
-                         filename_prefix="/tmp/out")}, "must name something below ComfyUI's output folder"),
-    "empty question": ({"1": LOAD, "2": node("MMInterleavedStoryText", text="Hello."), "3": node("MMInterleavedAsk",
-                        llm=["1", 1], story=["2", 0], question="", max_tokens=5), "4": show(["3", 0])},
-                       "question is empty"),
-    "one option": ({"1": LOAD, "2": node("MMInterleavedStoryText", text="Hello."), "3": node("MMInterleavedChoose",
-                    llm=["1", 1], story=["2", 0], options="a fox", question=""), "4": show(["3", 0])},
-                   "at least two options"),
-    "storyboard outside": ({"1": node("MMInterleavedLoadStoryboard", storyboard="../secret.json", index=0),
-                            "2": show(["1", 1])}, "must be a file in ComfyUI's input folder"),
-    "storyboard absolute": ({"1": node("MMInterleavedLoadStoryboard", storyboard="/etc/passwd", index=0),
-                             "2": show(["1", 1])}, "must be a file in ComfyUI's input folder"),
-    "storyboard index": ({"1": node("MMInterleavedLoadStoryboard", storyboard="example (three stories)", index=3),
-                          "2": show(["1", 1])}, "has 3 stories, 0 to 2, not 3"),
-    "no such block file": ({"1": node("MMInterleavedLoadEncoder", file="../../x.safetensors"), "2": show(["1", 0])},
-                           "'../../x.safetensors' is not in models/clip_vision"),
-}  # fmt: skip
+    "prefix outside": (
+        {**tell(panels=1), "3": node("MMInterleavedSaveStory", story=["2", 0], title="", filename_prefix="../../out")},
+        "must name something below ComfyUI's output folder",
+    ),
+    "absolute prefix": (
+        {**tell(panels=1), "3": node("MMInterleavedSaveStory", story=["2", 0], title="", filename_prefix="/tmp/out")},
+        "must name something below ComfyUI's output folder",
+    ),
+    "empty question": (
+        {
+            "1": LOAD,
+            "2": node("MMInterleavedStoryText", text="Hello."),
+            "3": node("MMInterleavedAsk", llm=["1", 1], story=["2", 0], question="", max_tokens=5),
+            "4": show(["3", 0]),
+        },
+        "question is empty",
+    ),
+    "one option": (
+        {
+            "1": LOAD,
+            "2": node("MMInterleavedStoryText", text="Hello."),
+            "3": node("MMInterleavedChoose", llm=["1", 1], story=["2", 0], options="a fox", question=""),
+            "4": show(["3", 0]),
+        },
+        "at least two options",
+    ),
+    "storyboard outside": (
+        {"1": node("MMInterleavedLoadStoryboard", storyboard="../secret.json", index=0), "2": show(["1", 1])},
+        "must be a file in ComfyUI's input folder",
+    ),
+    "storyboard absolute": (
+        {"1": node("MMInterleavedLoadStoryboard", storyboard="/etc/passwd", index=0), "2": show(["1", 1])},
+        "must be a file in ComfyUI's input folder",
+    ),
+    "storyboard index": (
+        {"1": node("MMInterleavedLoadStoryboard", storyboard="example (three stories)", index=3), "2": show(["1", 1])},
+        "has 3 stories, 0 to 2, not 3",
+    ),
+    "no such block file": (
+        {"1": node("MMInterleavedLoadEncoder", file="../../x.safetensors"), "2": show(["1", 0])},
+        "'../../x.safetensors' is not in models/clip_vision",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -145,9 +183,11 @@ def test_blocks_of_their_own_files_and_files_that_are_none(comfyui):
     (models / "clip_vision" / "cut.safetensors").write_bytes((starter / "encoder.safetensors").read_bytes()[:5000])
     shutil.copy(starter / "vae.safetensors", models / "text_encoders" / "vae.safetensors")
     prompt = tell(seed=3, panels=2)
-    prompt |= {"7": node("MMInterleavedLoadEncoder", file="mmi-encoder.safetensors"),
-               "8": node("MMInterleavedLoadLLM", file="mmi-llm.safetensors"),
-               "9": node("MMInterleavedLoadSynchronizer", file="mmi-synchronizer.safetensors")}  # fmt: skip
+    prompt |= {
+        "7": node("MMInterleavedLoadEncoder", file="mmi-encoder.safetensors"),
+        "8": node("MMInterleavedLoadLLM", file="mmi-llm.safetensors"),
+        "9": node("MMInterleavedLoadSynchronizer", file="mmi-synchronizer.safetensors"),
+    }
     prompt["2"]["inputs"] |= {"encoder": ["7", 0], "llm": ["8", 0], "synchronizer": ["9", 0]}
     apart = story_of(comfyui, comfyui.run(prompt))
     assert apart == story_of(comfyui, comfyui.run(tell(seed=3, panels=2)))
@@ -165,15 +205,42 @@ def by_hand(sampler="euler", scheduler="normal", steps=2, model=("1", 3)):
     return {
         "1": LOAD,
         "2": node("MMInterleavedStoryText", text="Mia is in the forest."),
-        "3": node("MMInterleavedSynchronize", llm=["1", 1], synchronizer=["1", 2], story=["2", 0], model=list(model),
-                  strength=1.0, start=0.0, end=1.0, pictures=-1),
+        "3": node(
+            "MMInterleavedSynchronize",
+            llm=["1", 1],
+            synchronizer=["1", 2],
+            story=["2", 0],
+            model=list(model),
+            strength=1.0,
+            start=0.0,
+            end=1.0,
+            pictures=-1,
+        ),
         "4": node("EmptyLatentImage", width=128, height=128, batch_size=2),
-        "5": node("KSampler", model=["3", 0], positive=["3", 1], negative=["3", 2], latent_image=["4", 0], seed=1,
-                  steps=steps, cfg=3.0, sampler_name=sampler, scheduler=scheduler, denoise=1.0),
-        "6": node("VAEDecodeTiled", samples=["5", 0], vae=["1", 4], tile_size=512, overlap=64, temporal_size=64,
-                  temporal_overlap=8),
+        "5": node(
+            "KSampler",
+            model=["3", 0],
+            positive=["3", 1],
+            negative=["3", 2],
+            latent_image=["4", 0],
+            seed=1,
+            steps=steps,
+            cfg=3.0,
+            sampler_name=sampler,
+            scheduler=scheduler,
+            denoise=1.0,
+        ),
+        "6": node(
+            "VAEDecodeTiled",
+            samples=["5", 0],
+            vae=["1", 4],
+            tile_size=512,
+            overlap=64,
+            temporal_size=64,
+            temporal_overlap=8,
+        ),
         "7": node("PreviewImage", images=["6", 0]),
-    }  # fmt: skip
+    }
 
 
 def test_every_sampler_and_scheduler_draws(comfyui, definitions):
@@ -247,10 +314,23 @@ def test_free_frees_all(comfyui):
 
 
 def test_a_story_read_shows_its_progress(comfyui):
-    story = {"1": LOAD, "2": node("EmptyImage", width=64, height=64, batch_size=6, color=255),
-             "3": node("MMInterleavedStoryPicture", encoder=["1", 0], image=["2", 0]),
-             "4": node("MMInterleavedSynchronize", llm=["1", 1], synchronizer=["1", 2], story=["3", 0], model=["1", 3],
-                       strength=1.0, start=0.0, end=1.0, pictures=-1), "5": show(["4", 1])}  # fmt: skip
+    story = {
+        "1": LOAD,
+        "2": node("EmptyImage", width=64, height=64, batch_size=6, color=255),
+        "3": node("MMInterleavedStoryPicture", encoder=["1", 0], image=["2", 0]),
+        "4": node(
+            "MMInterleavedSynchronize",
+            llm=["1", 1],
+            synchronizer=["1", 2],
+            story=["3", 0],
+            model=["1", 3],
+            strength=1.0,
+            start=0.0,
+            end=1.0,
+            pictures=-1,
+        ),
+        "5": show(["4", 1]),
+    }
     done = comfyui.run(story)
     steps = [e["data"] for e in done["events"] if not isinstance(e, bytes) and e["type"] == "progress"]
     for number in "34":
@@ -260,10 +340,12 @@ def test_a_story_read_shows_its_progress(comfyui):
 def test_a_picture_of_ones_own_is_drawn_over(comfyui):
     """Image to image, with a mask as any other model takes it."""
     prompt = by_hand(steps=4)
-    prompt |= {"8": node("EmptyImage", width=128, height=128, batch_size=1, color=0x3366CC),
-               "9": node("VAEEncode", pixels=["8", 0], vae=["1", 4]),
-               "10": node("SolidMask", value=1.0, width=128, height=128),
-               "11": node("SetLatentNoiseMask", samples=["9", 0], mask=["10", 0])}  # fmt: skip
+    prompt |= {
+        "8": node("EmptyImage", width=128, height=128, batch_size=1, color=0x3366CC),
+        "9": node("VAEEncode", pixels=["8", 0], vae=["1", 4]),
+        "10": node("SolidMask", value=1.0, width=128, height=128),
+        "11": node("SetLatentNoiseMask", samples=["9", 0], mask=["10", 0]),
+    }
     prompt["5"]["inputs"] |= {"latent_image": ["11", 0], "denoise": 0.5}
     assert len(comfyui.run(prompt)["outputs"]["7"]["images"]) == 1
 
@@ -273,8 +355,13 @@ def test_a_storyboard_with_a_missing_picture_is_told_so(comfyui):
     board = {"format": "mm-interleaved-storyboard", "version": 1, "stories": stories}
     (comfyui.folder / "input" / "gone.json").write_text(json.dumps(board))
     with pytest.raises(Failed) as failed:
-        comfyui.run({"1": LOAD, "2": node("MMInterleavedLoadStoryboard", storyboard="gone.json", index=0,
-                                          encoder=["1", 0]), "3": show(["2", 1])})  # fmt: skip
+        comfyui.run(
+            {
+                "1": LOAD,
+                "2": node("MMInterleavedLoadStoryboard", storyboard="gone.json", index=0, encoder=["1", 0]),
+                "3": show(["2", 1]),
+            }
+        )
     assert "gone.png" in failed.value.sentence and "\n" not in failed.value.sentence
 
 

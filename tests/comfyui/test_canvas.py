@@ -39,9 +39,12 @@ def drop(page, path: Path) -> None:
             const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
             await window.app.handleFile(new File([bytes], name, {type}));
         }""",
-        [path.name, "application/json" if path.suffix == ".json" else "image/png",
-         base64.b64encode(path.read_bytes()).decode()],
-    )  # fmt: skip
+        [
+            path.name,
+            "application/json" if path.suffix == ".json" else "image/png",
+            base64.b64encode(path.read_bytes()).decode(),
+        ],
+    )
     time.sleep(1)
 
 

@@ -7,14 +7,34 @@ import pytest
 from server import ROOT
 from test_behaviour import LOAD, node, tell
 
-BOARD = {"format": "mm-interleaved-storyboard", "version": 1, "stories": [
-    {"title": "picture first", "opening": "Mia waves in the village with a kite.", "panels": 2, "image_first": True},
-    {"title": "as the model", "opening": [{"image": "otto.png"}, {"text": "Mia waves in the village with a kite."}],
-     "panels": 1},
-    {"title": "given", "opening": [], "panels": [{"text": "Mia runs in the snow with a drum."}, {}]},
-]}  # fmt: skip
-ANNOTATION = [{"sentences": ["Mia waves in the village with a kite."], "images": ["otto.png"], "sentence_ixs": [0],
-               "image_first": [False], "generate_mode": "generate_texts", "num_iter": 1}]  # fmt: skip
+BOARD = {
+    "format": "mm-interleaved-storyboard",
+    "version": 1,
+    "stories": [
+        {
+            "title": "picture first",
+            "opening": "Mia waves in the village with a kite.",
+            "panels": 2,
+            "image_first": True,
+        },
+        {
+            "title": "as the model",
+            "opening": [{"image": "otto.png"}, {"text": "Mia waves in the village with a kite."}],
+            "panels": 1,
+        },
+        {"title": "given", "opening": [], "panels": [{"text": "Mia runs in the snow with a drum."}, {}]},
+    ],
+}
+ANNOTATION = [
+    {
+        "sentences": ["Mia waves in the village with a kite."],
+        "images": ["otto.png"],
+        "sentence_ixs": [0],
+        "image_first": [False],
+        "generate_mode": "generate_texts",
+        "num_iter": 1,
+    }
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +81,9 @@ def test_panels_added_later_have_the_seeds_of_a_story_told_at_once(comfyui):
 
     whole = story_of(comfyui, comfyui.run(tell(seed=900, panels=3)))
     prompt = tell(seed=900, panels=2)
-    prompt["5"] = {"class_type": "MMInterleavedTellStory",
-                   "inputs": {**prompt["2"]["inputs"], "story": ["2", 0], "opening": "", "panels": 1}}  # fmt: skip
+    prompt["5"] = {
+        "class_type": "MMInterleavedTellStory",
+        "inputs": {**prompt["2"]["inputs"], "story": ["2", 0], "opening": "", "panels": 1},
+    }
     prompt["3"]["inputs"]["story"] = ["5", 0]
     assert story_of(comfyui, comfyui.run(prompt)) == whole
