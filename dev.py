@@ -40,7 +40,7 @@ def environment(name: str, constraints: str, extra: str = "") -> Path:
 def check(command: list[str]) -> None:
     """Ends with a sentence for arguments that the command line would refuse, before anything is installed."""
     sys.path.insert(0, str(HERE))
-    from comfy_mminterleaved.__main__ import _parser  # of the standard library alone
+    from comfy_mminterleaved.cli import _parser  # of the standard library alone
 
     args = _parser().parse_args(command)
     files = [value for kind, value in args.opening or [] if kind == "picture"]

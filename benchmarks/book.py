@@ -23,7 +23,7 @@ def measure(rounds: int = 3) -> dict:
 def main() -> dict:
     began = time.perf_counter()
     from comfy_mminterleaved import Drawing, MMInterleaved, Sampling, Story
-    from comfy_mminterleaved.book import save_story
+    from comfy_mminterleaved.stories.page import save_story
 
     spent = {"imports": time.perf_counter() - began}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from comfy_mminterleaved import sampling
+from comfy_mminterleaved.models import deform_attn as sampling
 
 from .timing import interleaved
 

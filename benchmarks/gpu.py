@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from comfy_mminterleaved import sampling
-from comfy_mminterleaved.decoder import PreparedSites
-from comfy_mminterleaved.drawing import Drawing, draw, make_scheduler
+from comfy_mminterleaved.generation.image import Drawing, draw, make_scheduler
+from comfy_mminterleaved.models import deform_attn as sampling
+from comfy_mminterleaved.models.unet_synchronizer import PreparedSites
 
 from . import gather, token, unet
 from .__main__ import RESULTS

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from comfy_mminterleaved import checkpoint
+from comfy_mminterleaved.checkpoints import load as checkpoint
 from comfy_mminterleaved.config import Config, from_reference
-from comfy_mminterleaved.encoder import Features
-from comfy_mminterleaved.synchronizer import fold
+from comfy_mminterleaved.models.mmfs import fold
+from comfy_mminterleaved.models.visual_tokenizer import Features
 
 
 def official(layers: int | None = None) -> Config:

@@ -27,10 +27,10 @@ from comfy_mminterleaved.config import (
     SpecialTokens,
     sites_of,
 )
-from comfy_mminterleaved.decoder import PreparedSites
-from comfy_mminterleaved.reading import Reading
-from comfy_mminterleaved.reading import read as read_story
-from comfy_mminterleaved.synchronizer import PreparedPictures
+from comfy_mminterleaved.generation.prefix_cache import Reading
+from comfy_mminterleaved.generation.prefix_cache import read as read_story
+from comfy_mminterleaved.models.mmfs import PreparedPictures
+from comfy_mminterleaved.models.unet_synchronizer import PreparedSites
 
 from .models import random_blocks
 from .timing import in_a_process, peak_memory_mb

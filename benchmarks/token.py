@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from comfy_mminterleaved.llm import KVCache
+from comfy_mminterleaved.models.llama_mmfs import KVCache
 
 from .models import official, random_blocks, random_maps
 from .timing import interleaved

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from comfy_mminterleaved.drawing import sites_attached
+from comfy_mminterleaved.generation.image import sites_attached
 
 from .models import official, random_blocks, random_maps
 from .timing import interleaved

@@ -11,16 +11,16 @@ __version__ = "0.1.0"
 
 # Name -> module; imported when first asked for, so that importing the package costs next to nothing.
 _LAZY = {
-    "Choice": "model",
-    "Drawing": "drawing",
-    "Features": "encoder",
-    "MMInterleaved": "model",
-    "Panel": "story",
-    "Picture": "story",
-    "Sampling": "writing",
-    "Story": "story",
-    "Text": "story",
-    "Written": "writing",
+    "Choice": "pipeline",
+    "Drawing": "generation.image",
+    "Features": "models.visual_tokenizer",
+    "MMInterleaved": "pipeline",
+    "Panel": "stories.story",
+    "Picture": "stories.story",
+    "Sampling": "generation.text",
+    "Story": "stories.story",
+    "Text": "stories.story",
+    "Written": "generation.text",
 }
 __all__ = ["__version__", *_LAZY]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..comfy_mminterleaved.errors import StoryError
-from ..comfy_mminterleaved.story import Story
-from ..comfy_mminterleaved.writing import Sampling
+from ..comfy_mminterleaved.generation.text import Sampling
+from ..comfy_mminterleaved.stories.story import Story
 from .segments import pictures_of, with_features
 from .sockets import CATEGORY, EncoderSocket, LLMSocket, StorySocket
 from .write import live

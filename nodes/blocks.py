@@ -12,19 +12,19 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
-from ..comfy_mminterleaved import checkpoint
-from ..comfy_mminterleaved.attention import lower_right
+from ..comfy_mminterleaved.checkpoints import load as checkpoint
 from ..comfy_mminterleaved.config import Config
 from ..comfy_mminterleaved.errors import StoryError
-from ..comfy_mminterleaved.model import MMInterleaved
-from ..comfy_mminterleaved.pictures import preprocess
-from ..comfy_mminterleaved.story import Picture, Story
-from ..comfy_mminterleaved.synchronizer import fold
+from ..comfy_mminterleaved.models.attention import lower_right
+from ..comfy_mminterleaved.models.mmfs import fold
+from ..comfy_mminterleaved.pipeline import MMInterleaved
+from ..comfy_mminterleaved.stories.images import preprocess
+from ..comfy_mminterleaved.stories.story import Picture, Story
 from ..comfy_mminterleaved.tokenizer import Tokenizer
 
 
 def attention(q, k, v, mask=None, causal=False):
-    """`comfy_mminterleaved.attention` by ComfyUI's choice of kernel and its flags."""
+    """`comfy_mminterleaved.models.attention` by ComfyUI's choice of kernel and its flags."""
     if k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     if causal:

@@ -9,9 +9,9 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..comfy_mminterleaved import checkpoint
+from ..comfy_mminterleaved.checkpoints import load as checkpoint
 from ..comfy_mminterleaved.errors import CheckpointError
-from ..comfy_mminterleaved.generation_config import read_generation_config
+from ..comfy_mminterleaved.generation.config import read_generation_config
 from .blocks import EncoderBlock, LLMBlock, SynchronizerBlock
 from .native import fit_previews, load_unet, load_vae
 from .sockets import CATEGORY, EncoderSocket, LLMSocket, SynchronizerSocket

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from comfy_execution.graph import ExecutionBlocker
 
 from ..comfy_mminterleaved.errors import StoryError
-from ..comfy_mminterleaved.story import Story
+from ..comfy_mminterleaved.stories.story import Story
 from .segments import pictures_of, with_features
 from .sockets import CATEGORY, EncoderSocket, StorySocket
 

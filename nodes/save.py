@@ -10,9 +10,9 @@ import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import io
 
-from ..comfy_mminterleaved.book import save_story
 from ..comfy_mminterleaved.errors import OutputError, StoryError
 from ..comfy_mminterleaved.files import new_folder
+from ..comfy_mminterleaved.stories.page import save_story
 from .sockets import CATEGORY, StorySocket
 
 

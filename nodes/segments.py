@@ -6,7 +6,7 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..comfy_mminterleaved.errors import StoryError
-from ..comfy_mminterleaved.story import Picture, Story, Text
+from ..comfy_mminterleaved.stories.story import Picture, Story, Text
 from .blocks import EncoderBlock, LLMBlock
 from .sockets import CATEGORY, EncoderSocket, LLMSocket, StorySocket
 

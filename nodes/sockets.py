@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..comfy_mminterleaved.checkpoint import STARTER
-from ..comfy_mminterleaved.generation_config import read_generation_config
+from ..comfy_mminterleaved.checkpoints.load import STARTER
+from ..comfy_mminterleaved.generation.config import read_generation_config
 
 DEFAULTS = read_generation_config(STARTER)  # what the widgets show; a model's own stand in its generation_config.json
 CATEGORY = "MM-Interleaved"

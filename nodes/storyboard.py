@@ -9,7 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import SettingError, StoryError
-from ..comfy_mminterleaved.storyboard import load_storyboard
+from ..comfy_mminterleaved.stories.storyboard import load_storyboard
 from .segments import with_features
 from .sockets import CATEGORY, EncoderSocket, PlanSocket, StorySocket
 

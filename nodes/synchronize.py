@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import SettingError
-from ..comfy_mminterleaved.story import Story
+from ..comfy_mminterleaved.stories.story import Story
 from .blocks import LLMBlock, SynchronizerBlock
 from .native import skip_widths
 from .sockets import CATEGORY, LLMSocket, StorySocket, SynchronizerSocket

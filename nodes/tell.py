@@ -7,8 +7,8 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
 from ..comfy_mminterleaved.errors import SettingError
-from ..comfy_mminterleaved.story import Story, Text
-from ..comfy_mminterleaved.storyboard import panel_seeds, plan_panels
+from ..comfy_mminterleaved.stories.story import Story, Text
+from ..comfy_mminterleaved.stories.storyboard import panel_seeds, plan_panels
 from .segments import ORDERS
 from .sockets import (
     CATEGORY,

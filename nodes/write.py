@@ -8,8 +8,8 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ..comfy_mminterleaved.errors import SettingError
-from ..comfy_mminterleaved.story import Story, Text
-from ..comfy_mminterleaved.writing import Sampling
+from ..comfy_mminterleaved.generation.text import Sampling
+from ..comfy_mminterleaved.stories.story import Story, Text
 from .sockets import CATEGORY, LLMSocket, StorySocket, sampling_inputs, seed_input
 
 

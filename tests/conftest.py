@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def untrained():
     """The small random model; its kept reading is dropped by whoever measures that."""
-    from comfy_mminterleaved.model import MMInterleaved
+    from comfy_mminterleaved.pipeline import MMInterleaved
 
     model = MMInterleaved.load("untrained", "cpu")
     with torch.no_grad():  # gates, gammas and last convolutions start at zero: open them, or nothing can be seen
@@ -44,7 +44,7 @@ def untrained():
 @pytest.fixture
 def pictures():
     """Eight different pictures of 128 x 128 px."""
-    from comfy_mminterleaved.story import Picture
+    from comfy_mminterleaved.stories.story import Picture
 
     rng = np.random.default_rng(0)
     small = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in range(8)]

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from comfy_mminterleaved import Story
-from comfy_mminterleaved.book import METADATA_KEY, load_story, page, save_story
 from comfy_mminterleaved.errors import OutputError, StoryError
+from comfy_mminterleaved.stories.page import METADATA_KEY, load_story, page, save_story
 
 
 def test_a_saved_story_comes_back(tmp_path, pictures):
@@ -64,7 +64,7 @@ def test_nothing_half_written(tmp_path, pictures, monkeypatch):
 
 
 def test_a_second_save_writes_the_new_panel_only(tmp_path, pictures, monkeypatch):
-    from comfy_mminterleaved import book
+    from comfy_mminterleaved.stories import page as book
 
     story = Story.of("One.", pictures[0], "Two.", pictures[1])
     save_story(tmp_path, story)

@@ -7,10 +7,11 @@ import torch
 from places import HERE, TINY
 from safetensors.torch import load_file, save_file
 
-from comfy_mminterleaved import MMInterleaved, Sampling, Story, Text, checkpoint
+from comfy_mminterleaved import MMInterleaved, Sampling, Story, Text
+from comfy_mminterleaved.checkpoints import load as checkpoint
 from comfy_mminterleaved.config import Config, from_reference, small, to_reference
 from comfy_mminterleaved.errors import CheckpointError, OutputError
-from comfy_mminterleaved.initialize import new_blocks
+from comfy_mminterleaved.models.init_weights import new_blocks
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from places import HERE, TINY
 
-from comfy_mminterleaved.__main__ import _opening, _parser, main
-from comfy_mminterleaved.book import METADATA_KEY, load_story
+from comfy_mminterleaved.cli import _opening, _parser, main
+from comfy_mminterleaved.stories.page import METADATA_KEY, load_story
 
 FAST = ["--steps", "1", "--scheduler", "ddim", "--max-new-tokens", "6", "--device", "cpu", "--quiet"]
 
@@ -187,7 +187,7 @@ def test_sentences_for_bad_input(tmp_path, capsys, photo):
 
 
 def test_bad_settings_are_found_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("comfy_mminterleaved.model.MMInterleaved.load", None)
+    monkeypatch.setattr("comfy_mminterleaved.pipeline.MMInterleaved.load", None)
     out = ["--out", tmp_path / "out", *FAST]
     fails(capsys, "tell", "--text", "x", "--guidance", 0, *out)
     fails(capsys, "tell", "--picture", tmp_path / "no.png", *out)
@@ -206,12 +206,12 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    monkeypatch.setattr("comfy_mminterleaved.model.MMInterleaved.load", None)
+    monkeypatch.setattr("comfy_mminterleaved.pipeline.MMInterleaved.load", None)
     assert "cannot be written: Permission denied" in fails(capsys, "tell", "--text", "x", "--out", tmp_path, *FAST)
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
-    from comfy_mminterleaved.model import MMInterleaved
+    from comfy_mminterleaved.pipeline import MMInterleaved
 
     draw, calls = MMInterleaved.draw, []
 
@@ -233,7 +233,7 @@ def test_importing_costs_next_to_nothing():
         "import sys, time; start = time.perf_counter(); import comfy_mminterleaved; "
         "took = time.perf_counter() - start; assert took < 0.3, took; "
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules), sorted(sys.modules); "
-        "import comfy_mminterleaved.model; assert not {'diffusers', 'transformers'} & set(sys.modules)"
+        "import comfy_mminterleaved.pipeline; assert not {'diffusers', 'transformers'} & set(sys.modules)"
     )
     env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from comfy_mminterleaved import Drawing, Picture, Story
-from comfy_mminterleaved.drawing import SCHEDULERS, decode_latents, encode_latents, preview, sites_attached
 from comfy_mminterleaved.errors import SettingError
+from comfy_mminterleaved.generation.image import SCHEDULERS, decode_latents, encode_latents, preview, sites_attached
 
 FAST = Drawing(steps=2, scheduler="ddim", seed=1)
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from comfy_mminterleaved.config import EncoderConfig, ResamplerConfig
-from comfy_mminterleaved.encoder import STAGES, Encoder
 from comfy_mminterleaved.errors import CheckpointError
-from comfy_mminterleaved.initialize import initialize
-from comfy_mminterleaved.pictures import preprocess, to_bytes
+from comfy_mminterleaved.models.init_weights import initialize
+from comfy_mminterleaved.models.visual_tokenizer import STAGES, Encoder
+from comfy_mminterleaved.stories.images import preprocess, to_bytes
 
 
 def config(**changes):

@@ -8,10 +8,10 @@ from PIL import Image
 
 pytest.importorskip("resvg_py")
 from comfy_mminterleaved import Drawing
-from comfy_mminterleaved.checkpoint import STARTER
+from comfy_mminterleaved.checkpoints.load import STARTER
 from comfy_mminterleaved.errors import CheckpointError
-from comfy_mminterleaved.training import evaluate, judge, labels, world
-from comfy_mminterleaved.training.data import Book
+from starter_training import evaluate, judge, labels, world
+from starter_training.data import Book
 
 FAST = Drawing(steps=1, scheduler="ddim")
 

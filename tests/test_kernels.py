@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from comfy_mminterleaved import sampling
+from comfy_mminterleaved.models import deform_attn as sampling
 
 pytest.importorskip("triton", reason="the triton package is not there; it has no build for this system")
 SIZES = ((8, 6), (4, 4), (3, 2))
@@ -70,7 +70,7 @@ def test_they_compile_for_cuda(capability, dtype):
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from comfy_mminterleaved.sampling import kernels
+from comfy_mminterleaved.models.deform_attn import triton_kernels as kernels
 shared = dict(H=16, L=4, K=8, D=64, BLOCK_M=32, BLOCK_D=64)
 for kernel, integers in (
     (kernels._attend, "Q P n_stride p_stride h_stride cell_stride order_n order_q reference_q"),

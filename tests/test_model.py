@@ -4,7 +4,7 @@ import pytest
 
 from comfy_mminterleaved import Drawing, MMInterleaved, Picture, Sampling, Story, Text
 from comfy_mminterleaved.errors import CheckpointError, SettingError, StoryError, StoryTooLong
-from comfy_mminterleaved.storyboard import plan_panels
+from comfy_mminterleaved.stories.storyboard import plan_panels
 
 S, D = Sampling(max_new_tokens=9), Drawing(steps=1, scheduler="ddim")
 
@@ -172,7 +172,7 @@ def test_half_precision(pictures, monkeypatch, dtype, backend):
     """What CUDA runs by default, through the gather that it takes and the CPU's: all of it, near to float32."""
     import torch
 
-    from comfy_mminterleaved import sampling
+    from comfy_mminterleaved.models import deform_attn as sampling
 
     monkeypatch.setitem(sampling.BACKENDS, "bag", sampling.BACKENDS[backend])
     half, full = (MMInterleaved.load("untrained", "cpu", getattr(torch, d)) for d in (dtype, "float32"))
@@ -185,7 +185,7 @@ def test_half_precision(pictures, monkeypatch, dtype, backend):
 
 
 def test_another_models_features_are_not_taken_for_its_own(untrained, pictures):
-    from comfy_mminterleaved.model import untrained as make
+    from comfy_mminterleaved.pipeline import untrained as make
 
     other, story = make(seed=5), Story.of(pictures[0], "Otto.")
     want = untrained.write(story, S).tokens

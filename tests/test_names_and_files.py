@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from places import TINY
 
-from comfy_mminterleaved.__main__ import main
+from comfy_mminterleaved.cli import main
 
 FAST = ["--device", "cpu", "--quiet", "--json"]
 SHORT = ["--max-new-tokens", "4", "--min-new-tokens", "1"]
@@ -44,7 +44,7 @@ def run(capsys, words, tmp_path, image):
 
 @pytest.fixture
 def image(tmp_path, pictures):
-    from comfy_mminterleaved.pictures import encode_png
+    from comfy_mminterleaved.stories.images import encode_png
 
     (tmp_path / "image.png").write_bytes(encode_png(pictures[0].pixels))
     return tmp_path / "image.png"

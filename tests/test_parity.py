@@ -12,10 +12,10 @@ from places import TINY
 from safetensors.torch import load_file
 
 from comfy_mminterleaved import Drawing, MMInterleaved, Picture, Sampling, Story, Text
-from comfy_mminterleaved.drawing import sites_attached
-from comfy_mminterleaved.pictures import preprocess, to_bytes
-from comfy_mminterleaved.positions import resize_positions
-from comfy_mminterleaved.story import TokenLayout
+from comfy_mminterleaved.generation.image import sites_attached
+from comfy_mminterleaved.models.pos_embed import resize_positions
+from comfy_mminterleaved.stories.images import preprocess, to_bytes
+from comfy_mminterleaved.stories.story import TokenLayout
 
 FOLDERS = [TINY, *map(Path, filter(None, os.environ.get("MMI_GOLDEN", "").split(os.pathsep)))]
 

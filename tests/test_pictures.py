@@ -8,7 +8,7 @@ from PIL import Image
 
 from comfy_mminterleaved import Picture
 from comfy_mminterleaved.errors import PictureError
-from comfy_mminterleaved.pictures import decode_url, encode_png, encode_url, read_picture, to_bytes, to_pixels
+from comfy_mminterleaved.stories.images import decode_url, encode_png, encode_url, read_picture, to_bytes, to_pixels
 
 RED = (200, 40, 40)
 

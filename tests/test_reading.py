@@ -3,9 +3,9 @@ import torch
 
 from comfy_mminterleaved import Story
 from comfy_mminterleaved.config import LLMConfig, SpecialTokens
-from comfy_mminterleaved.initialize import initialize
-from comfy_mminterleaved.llm import StoryLLM
-from comfy_mminterleaved.reading import read
+from comfy_mminterleaved.generation.prefix_cache import read
+from comfy_mminterleaved.models.init_weights import initialize
+from comfy_mminterleaved.models.llama_mmfs import StoryLLM
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -84,7 +84,7 @@ def test_pictures_reach_the_text_through_the_synchronizer_too(untrained, picture
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("sync_every", [1, 3])
 def test_llm_in_one_go_and_token_by_token(kv_heads, sync_every):
-    from comfy_mminterleaved.llm import KVCache
+    from comfy_mminterleaved.models.llama_mmfs import KVCache
 
     c = LLMConfig(
         slots=2,
@@ -145,7 +145,7 @@ def test_a_reading_that_is_stopped_keeps_what_it_has(untrained, pictures):
 
 
 def test_the_last_query_of_causal_attention_sees_all_keys():
-    from comfy_mminterleaved.attention import attention
+    from comfy_mminterleaved.models.attention import attention
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 4, length, 8, generator=generator) for length in (3, 7, 7))

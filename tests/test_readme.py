@@ -22,7 +22,7 @@ ELSEWHERE = (
     ".venv/bin/pip",
     "python dev.py test",
     "COMFYUI_PATH=",
-    "python -m comfy_mminterleaved.training.evaluate",
+    "python -m starter_training.evaluate",
     "python -m benchmarks",
 )
 RUN = [c for c in COMMANDS if not c.startswith(ELSEWHERE)]
@@ -101,7 +101,7 @@ def test_python_snippet(folder, number, monkeypatch):
 
 
 def test_storyboard_snippet(folder):
-    from comfy_mminterleaved.storyboard import load_storyboard
+    from comfy_mminterleaved.stories.storyboard import load_storyboard
 
     (text,) = re.findall(r"```json\n(.*?)```", README, re.S)
     (folder / "stories.json").write_text(text, encoding="utf-8")

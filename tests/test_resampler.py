@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from comfy_mminterleaved import resampler
 from comfy_mminterleaved.config import ResamplerConfig
-from comfy_mminterleaved.initialize import initialize
+from comfy_mminterleaved.models import perceiver as resampler
+from comfy_mminterleaved.models.init_weights import initialize
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

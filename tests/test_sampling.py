@@ -2,9 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from comfy_mminterleaved import sampling
-from comfy_mminterleaved.sampling import bordered
-from comfy_mminterleaved.sampling import gather as gather_bordered
+from comfy_mminterleaved.models import deform_attn as sampling
+from comfy_mminterleaved.models.deform_attn import bordered
+from comfy_mminterleaved.models.deform_attn import gather as gather_bordered
 
 SIZES = [(5, 7), (4, 4), (1, 2)]
 BACKENDS = [name for name in sampling.BACKENDS if name != "triton"]  # which has test_kernels.py

@@ -4,7 +4,7 @@ import pytest
 
 from comfy_mminterleaved import Picture, Story, Text
 from comfy_mminterleaved.errors import StoryError
-from comfy_mminterleaved.story import layout
+from comfy_mminterleaved.stories.story import layout
 
 
 def panels(story):

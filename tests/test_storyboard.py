@@ -4,8 +4,8 @@ import pytest
 
 from comfy_mminterleaved import Picture
 from comfy_mminterleaved.errors import StoryError
-from comfy_mminterleaved.pictures import encode_png
-from comfy_mminterleaved.storyboard import load_storyboard
+from comfy_mminterleaved.stories.images import encode_png
+from comfy_mminterleaved.stories.storyboard import load_storyboard
 
 
 @pytest.fixture

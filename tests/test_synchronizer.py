@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from comfy_mminterleaved.initialize import initialize
-from comfy_mminterleaved.sampling import bordered, gather
-from comfy_mminterleaved.synchronizer import Synchronizer
+from comfy_mminterleaved.models.deform_attn import bordered, gather
+from comfy_mminterleaved.models.init_weights import initialize
+from comfy_mminterleaved.models.mmfs import Synchronizer
 
 CENTRE = torch.full((1, 2), 0.5, dtype=torch.float64)
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from comfy_mminterleaved import MMInterleaved, Picture, Story
-from comfy_mminterleaved.book import load_story, save_story
-from comfy_mminterleaved.training import paint, world
+from comfy_mminterleaved.stories.page import load_story, save_story
+from starter_training import paint, world
 
 
 @pytest.fixture(scope="module")

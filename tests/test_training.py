@@ -14,20 +14,20 @@ pytest.importorskip("resvg_py")
 pytest.importorskip("accelerate")
 from safetensors.torch import save_file
 
-from comfy_mminterleaved.checkpoint import BLOCKS, STARTER, read_blocks, read_tensors, save
+from comfy_mminterleaved.checkpoints.load import BLOCKS, STARTER, read_blocks, read_tensors, save
 from comfy_mminterleaved.config import small
-from comfy_mminterleaved.drawing import encode_latents
 from comfy_mminterleaved.errors import CheckpointError, SettingError
-from comfy_mminterleaved.initialize import new_blocks
+from comfy_mminterleaved.generation.image import encode_latents
+from comfy_mminterleaved.models.init_weights import new_blocks
 from comfy_mminterleaved.tokenizer import Tokenizer, byte_level
-from comfy_mminterleaved.training import __main__ as training
-from comfy_mminterleaved.training import loop, recipe, world
-from comfy_mminterleaved.training.data import Batch, Batches, Book, Texts
-from comfy_mminterleaved.training.labels import COATS, HEADS, IGNORE, LOOKS, SIZES, Codes, SiteCodes
-from comfy_mminterleaved.training.learn import LearnDetail, LearnToDraw, LearnVAE, TaughtSites, diffusion_error
-from comfy_mminterleaved.training.learn_stories import FIRM, LearnStories, LearnToLook, seen
-from comfy_mminterleaved.training.loop import Stage, train
-from comfy_mminterleaved.training.muon import Muon, is_matrix, orthogonalized
+from starter_training import __main__ as training
+from starter_training import loop, recipe, world
+from starter_training.data import Batch, Batches, Book, Texts
+from starter_training.labels import COATS, HEADS, IGNORE, LOOKS, SIZES, Codes, SiteCodes
+from starter_training.learn import LearnDetail, LearnToDraw, LearnVAE, TaughtSites, diffusion_error
+from starter_training.learn_stories import FIRM, LearnStories, LearnToLook, seen
+from starter_training.loop import Stage, train
+from starter_training.muon import Muon, is_matrix, orthogonalized
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +357,7 @@ def test_what_sites_add_for_coats_has_a_basis():
 
 
 def test_where_the_heroes_stand(book):
-    from comfy_mminterleaved.training import paint
+    from starter_training import paint
 
     rows = range(0, len(book), 5)
     found = book.emphasis(rows, 16)
@@ -372,7 +372,7 @@ def test_where_the_heroes_stand(book):
 
 
 def test_small_heroes_weigh_more(book):
-    from comfy_mminterleaved.training import paint
+    from starter_training import paint
 
     rows, weights, areas = range(len(book)), [], []
     for row, grid in zip(rows, book.emphasis(rows, 128)[:, 0]):
@@ -561,8 +561,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from comfy_mminterleaved.training import loop
-from comfy_mminterleaved.training.loop import Stage, train
+from starter_training import loop
+from starter_training.loop import Stage, train
 
 class Learner(torch.nn.Module):
     def __init__(self):
@@ -587,7 +587,7 @@ assert done == (minutes is None)
 def test_two_processes_learn_together_though_a_batch_leaves_parameters_out(tmp_path, minutes):
     script = tmp_path / "learn.py"
     script.write_text(TWO_PROCESSES, encoding="utf-8")
-    root = Path(training.__file__).parents[2]
+    root = Path(training.__file__).parents[1]
     where = {"PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     ran = subprocess.run(
@@ -725,7 +725,7 @@ def test_there_is_no_mean_of_checkpoints_that_do_not_fit(tmp_path, capsys, confi
 
 
 def test_the_starters_size_and_words():
-    from comfy_mminterleaved.checkpoint import build
+    from comfy_mminterleaved.checkpoints.load import build
 
     values = sum(p.numel() for block in build(recipe.starter()).values() for p in block.parameters())
     assert values * 2 <= 40e6  # in float16

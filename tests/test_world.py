@@ -4,11 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from comfy_mminterleaved.training import world
-from comfy_mminterleaved.training.world import make_story, parse
+from starter_training import world
+from starter_training.world import make_story, parse
 
 pytest.importorskip("resvg_py")
-from comfy_mminterleaved.training import paint
+from starter_training import paint
 
 
 @pytest.mark.parametrize("held_out", [False, True])

@@ -3,7 +3,7 @@ import torch
 
 from comfy_mminterleaved import Sampling, Story
 from comfy_mminterleaved.errors import SettingError
-from comfy_mminterleaved.writing import write
+from comfy_mminterleaved.generation.text import write
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_an_interrupt_leaves_the_model_usable(untrained, story):
 
 def test_forked_readings_do_not_touch_each_other(untrained, pictures):
     layout = untrained.layout(untrained.encode(Story.of(pictures[0], "Hello")))
-    from comfy_mminterleaved.reading import read
+    from comfy_mminterleaved.generation.prefix_cache import read
 
     reading = read(untrained.llm, [layout])
     length = len(reading.ids[0])

@@ -1,0 +1,207 @@
+"""Storyboard files: stories to make, in this project's format or the reference's annotation format."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import PictureError, StoryError
+from .story import Picture, Story, Text, read_named
+
+MODES = {"generate_images": "draw", "generate_texts": "write"}
+
+
+MAX_PANELS = 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One story to make.
+
+    Args:
+        opening: What it opens with; its `image_first` is what the file asks for, if it does.
+        panels: How many panels follow.
+        script: The text of each panel, None where the model writes it; may be shorter than `panels`.
+        steps: The steps of each panel where the file spells them out (the reference's annotations).
+    """
+
+    opening: Story
+    panels: int
+    title: str = ""
+    seed: int = 0
+    script: tuple[str | None, ...] = ()
+    steps: tuple[tuple[str | Text, ...], ...] | None = None
+
+    def steps_after(self, opening: Story) -> tuple[tuple[str | Text, ...], ...]:
+        """The steps of each panel behind `opening`, which is this plan's as the model arranged and introduced it."""
+        return plan_panels(opening, self.panels, self.script) if self.steps is None else self.steps
+
+
+def load_storyboard(path: str | Path) -> list[Plan]:
+    """Reads a storyboard; pictures are files below its folder. Raises StoryError, PictureError.
+
+    This project's format:
+
+        {"format": "mm-interleaved-storyboard", "version": 1, "stories": [
+            {"title": "Mia", "opening": [{"text": "..."}, {"picture": "mia.png"}], "panels": 4,
+             "image_first": false, "seed": 1}]}
+
+    `panels` is their number, or a list of their texts: {"text": "..."} or a string; {} where the model writes it.
+    `image_first` may be left away: then it is as the model's stories are.
+
+    The reference's: a list of {sentences, images, sentence_ixs, image_first, generate_mode, num_iter}. With the mode
+    generate_images its last picture stands for the one to draw and is not read.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise StoryError(f"The storyboard {str(path)!r} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, RecursionError) as error:  # also text in another encoding, and numbers of thousands of digits
+        raise StoryError(
+            f"The storyboard {str(path)!r} is not JSON in UTF-8: {error}. A storyboard is a .json file with the format "
+            "'mm-interleaved-storyboard', or a list of the reference's annotations."
+        ) from None
+    if isinstance(data, dict) and data.get("format") == "mm-interleaved-storyboard":
+        if data.get("version", 1) != 1:
+            raise StoryError(f"{str(path)!r} has version {data['version']!r:.20}; this release reads version 1.")
+        entries, parse = data.get("stories"), _own
+    elif isinstance(data, list):
+        entries, parse = data, _annotation
+    else:
+        raise StoryError(
+            f"{str(path)!r} is no storyboard: it must be a list of annotations, or have the format "
+            "'mm-interleaved-storyboard'."
+        )
+    if not isinstance(entries, list) or not entries:
+        raise StoryError(f"The storyboard {str(path)!r} holds no stories.")
+    plans = []
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict):
+            raise StoryError(f"Story {number} of {path.name!r} must be an object, not {entry!r:.60}.")
+        plans.append(parse(entry, path.parent, f"Story {number} of {path.name!r}"))
+    return plans
+
+
+def _own(entry: dict, folder: Path, name: str) -> Plan:
+    unknown = sorted(set(entry) - {"title", "opening", "panels", "image_first", "picture_first", "seed"})
+    if unknown:
+        raise StoryError(f"{name} has settings that are not known: {', '.join(unknown)}.")
+    opening = entry.get("opening", [])
+    if isinstance(opening, str):
+        opening = [{"text": opening}]
+    if not isinstance(opening, list):
+        raise StoryError(f"{name}: opening must be text or a list of texts and pictures, not {opening!r:.60}.")
+    panels, script = _panels(entry.get("panels", 3), f"{name}: panels")
+    key = "image_first" if "image_first" in entry else "picture_first"
+    image_first = entry.get(key)
+    if not isinstance(image_first, bool | None):
+        raise StoryError(f"{name}: {key} must be true or false, not {image_first!r:.60}.")
+    title = entry.get("title", "")
+    if not isinstance(title, str):
+        raise StoryError(f"{name}: title must be text, not {title!r:.60}.")
+    seed = _integer(entry.get("seed", 0), f"{name}: seed", 0, 2**63 - 1 - MAX_PANELS)
+    try:
+        data = {"format": "mm-interleaved-story", "image_first": image_first, "segments": opening}
+        story = Story.from_json(data, folder)
+    except (StoryError, PictureError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    return Plan(story, panels, title, seed, script)
+
+
+def _panels(value, name: str) -> tuple[int, tuple[str | None, ...]]:
+    """The number of panels, and their texts if these are listed."""
+    if not isinstance(value, list):
+        return _integer(value, name, 1, MAX_PANELS), ()
+    if not 1 <= len(value) <= MAX_PANELS:
+        raise StoryError(f"{name} must list 1 to {MAX_PANELS} panels, not {len(value)}.")
+    script = []
+    for number, panel in enumerate(value, 1):
+        text = panel.get("text", "") if isinstance(panel, dict) and not set(panel) - {"text"} else panel
+        if not isinstance(text, str):
+            raise StoryError(f"{name}: panel {number} must be text, or an object with its text, not {panel!r:.60}.")
+        script.append(text.strip() or None)
+    return len(script), tuple(script)
+
+
+def plan_panels(story: Story, panels: int, script=()) -> tuple[tuple[str | Text, ...], ...]:
+    """The steps of `panels` more panels in the story's own order.
+
+    Text that a text-first story ends with is the next panel's, as is all of a story without pictures; an image-first
+    story that ends with a picture first gets the text of that.
+
+    Args:
+        script: texts of the panels that have theirs already, None for the others.
+    """
+    texts = [Text(text) if text else "write" for text in script] + ["write"] * (panels - len(script))
+    if story.image_first if story.image_first is not None else story.opens_image_first:
+        steps = [("draw", text) for text in texts]
+        if story.segments and isinstance(story.segments[-1], Picture):
+            return (("write",), *steps)
+        if story.segments and not story.pictures and texts[0] == "write":
+            steps[0] = ("draw",)
+        return tuple(steps)
+    steps = [(text, "draw") for text in texts]
+    if steps[0][0] == "write" and story.segments and isinstance(story.segments[-1], Text):
+        steps[0] = ("draw",)
+    return tuple(steps)
+
+
+def panel_seeds(story: Story, plan) -> list[int]:
+    """What each entry of a plan adds to a story's seed: the number of its panel, from 0.
+
+    So panels that are added later have the seeds that they would have had in a story told at once.
+    """
+    count, seeds = len(story.pictures), []
+    for steps in plan:
+        draws = "draw" in steps
+        seeds.append(count if draws or not story.is_image_first else max(count - 1, 0))
+        count += draws
+    return seeds
+
+
+def _annotation(entry: dict, folder: Path, name: str) -> Plan:
+    """As `load_annt_data` of the reference's inference.py places them."""
+    sentences, images, places, firsts = (
+        entry.get(key) for key in ("sentences", "images", "sentence_ixs", "image_first")
+    )
+    if not all(isinstance(v, list) for v in (sentences, images, places, firsts)):
+        raise StoryError(f"{name} must have the lists sentences, images, sentence_ixs and image_first.")
+    if not len(images) == len(places) == len(firsts):
+        raise StoryError(
+            f"{name} has {len(images)} images, {len(places)} sentence_ixs and {len(firsts)} image_first; "
+            "they must agree."
+        )
+    if not all(isinstance(v, str) for v in sentences + images):
+        raise StoryError(f"{name}: sentences and images must hold texts.")
+    mode = entry.get("generate_mode", "generate_texts")
+    if mode not in MODES:
+        raise StoryError(f"{name}: generate_mode must be one of {', '.join(MODES)}, not {mode!r}.")
+    count = _integer(entry.get("num_iter", 1), f"{name}: num_iter", 1, 2 * MAX_PANELS)
+
+    parts: list[list[str | None]] = [[sentence] for sentence in sentences]  # None is a picture's place
+    for place, first in zip(places, firsts):
+        if not isinstance(place, int) or not 0 <= place < len(sentences):
+            raise StoryError(f"{name}: a sentence_ix must be from 0 to {len(sentences) - 1}, not {place!r}.")
+        parts[place].insert(0 if first else len(parts[place]), None)
+    flat = [part for sentence in parts for part in sentence]
+    draws = MODES[mode] == "draw"
+    if draws and (None not in flat or any(flat[len(flat) - flat[::-1].index(None) :])):
+        raise StoryError(f"{name}: with generate_images the last picture, which is drawn, must be at the end.")
+    if draws:  # the last picture is only a place
+        flat = flat[: len(flat) - flat[::-1].index(None) - 1]
+    names = iter(images)
+    story = Story()
+    for part in flat:
+        story = story.add(part.strip() if part is not None else read_named(next(names), folder))
+    order = ("draw", "write") if draws else ("write", "draw")
+    steps = (order,) * (count // 2) + (order[:1],) * (count % 2)
+    return Plan(story, sum("draw" in panel for panel in steps), steps=steps)
+
+
+def _integer(value, name: str, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        shown = f"{value!r:.60}" if not isinstance(value, int) or abs(value) < 10**30 else "one of over thirty digits"
+        raise StoryError(f"{name} must be a whole number from {low} to {high}, not {shown}.")
+    return value
