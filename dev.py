@@ -43,12 +43,12 @@ def check(command: list[str]) -> None:
     from comfy_mminterleaved.cli import _parser  # of the standard library alone
 
     args = _parser().parse_args(command)
-    files = [value for kind, value in args.opening or [] if kind == "picture"]
+    files = [value for kind, value in args.opening or [] if kind == "image"]
     files += [value for value in (args.story, args.storyboard) if value]
     for file in files:
         if not os.path.exists(file):
             sys.exit(f"There is no file {file!r}.")
-    if args.model not in (None, "starter", "untrained") and not os.path.isdir(args.model):
+    if args.model not in (None, "starter", "tiny-random", "untrained") and not os.path.isdir(args.model):
         sys.exit(f"There is no model folder {args.model!r}.")
 
 

@@ -22,7 +22,7 @@ def measure(rounds: int = 3) -> dict:
 
 def main() -> dict:
     began = time.perf_counter()
-    from comfy_mminterleaved import Drawing, MMInterleaved, Sampling, Story
+    from comfy_mminterleaved import ImageGenerationConfig, MMInterleavedPipeline, Story, TextGenerationConfig
     from comfy_mminterleaved.stories.page import save_story
 
     spent = {"imports": time.perf_counter() - began}
@@ -38,14 +38,14 @@ def main() -> dict:
         return run
 
     with torch.no_grad():
-        model = clocked("load", MMInterleaved.load)("starter", "cpu")
-        for name in ("encode", "write", "draw"):
+        model = clocked("load", MMInterleavedPipeline.load)("starter", "cpu")
+        for name in ("encode_images", "generate_text", "generate_image"):
             setattr(model, name, clocked(name, getattr(model, name)))
-        told = model.tell(
+        told = model.generate_story(
             Story.of(OPENING),
             5,
-            sampling=Sampling(max_new_tokens=60),
-            drawing=Drawing(steps=20, scheduler="dpm++", guidance=4.0),
+            text_config=TextGenerationConfig(max_new_tokens=60),
+            image_config=ImageGenerationConfig(num_inference_steps=20, scheduler="dpm++", guidance_scale=4.0),
         )
     with tempfile.TemporaryDirectory() as folder:
         clocked("save", save_story)(folder, told)

@@ -15,26 +15,27 @@ from pathlib import Path
 
 import torch
 
-from comfy_mminterleaved.generation.image import Drawing, draw, make_scheduler
-from comfy_mminterleaved.models import deform_attn as sampling
-from comfy_mminterleaved.models.unet_synchronizer import PreparedSites
+from comfy_mminterleaved.generation.config import ImageGenerationConfig
+from comfy_mminterleaved.generation.image import denoise
+from comfy_mminterleaved.generation.schedulers import make_scheduler
+from comfy_mminterleaved.models import deform_attn
 
 from . import gather, token, unet
 from .__main__ import RESULTS
-from .models import official, random_blocks, random_maps
+from .models import random_blocks, random_maps, released_13b
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @torch.no_grad()
 def check(device: str = "cuda", cases=((1, 1), (3, 64), (8, 1024))) -> dict:
-    """How far each way to attend is off the plain one in float32, of its largest value; raises if it is too far."""
-    ways = [way for way in ("triton", "xformers") if device != "cpu" or way != "triton"]
+    """How far each backend is off the eager one in float32, of its largest value; raises if it is too far."""
+    ways = ("triton", "xformers") if device != "cpu" else ("embedding_bag",)
     found, generator = {}, torch.Generator().manual_seed(0)
     heads, points, depth, sizes = gather.HEADS, gather.POINTS, gather.DEPTH, gather.SIZES
     cells, e = sum(h * w for h, w in sizes), heads * points * (2 + len(sizes))
     for pictures, queries in cases:
-        values = sampling.bordered(torch.randn(1, pictures, cells, heads, depth, generator=generator), sizes)
+        values = deform_attn.pad_levels(torch.randn(1, pictures, cells, heads, depth, generator=generator), sizes)
         said = torch.randn(1, queries, e, generator=generator) * 2
         tables, sink = torch.randn(10, e, generator=generator), torch.randn(heads, depth, generator=generator)
         order = torch.arange(pictures, 0, -1).view(1, 1, pictures).repeat(1, queries, 1)
@@ -46,9 +47,11 @@ def check(device: str = "cuda", cases=((1, 1), (3, 64), (8, 1024))) -> dict:
             values, said, tables, order, reference, sink = full  # noqa: B023, called within the turn
             half = [t.to(dtype) for t in (values, said, tables, sink)]
             scales = [1.0, 0.5, 0.25, 0.125]
-            return sampling.attend(half[0], sizes, scales, half[1], half[2], order, reference, half[3], backend=way)
+            return deform_attn.mmfs_attention(
+                half[0], sizes, scales, half[1], half[2], order, reference, half[3], backend=way
+            )
 
-        want = run("plain", torch.float32)
+        want = run("eager", torch.float32)
         for way in ways:
             for dtype, bar in TOLERANCE.items():
                 off = ((run(way, dtype).float() - want).abs().max() / want.abs().max()).item()
@@ -76,8 +79,8 @@ def bandwidth(device: str = "cuda", size: int = 2**32) -> float:
 def decoding(device: str = "cuda") -> dict:
     """Tokens a second at 13B width and depth in float16, and the share of what memory allows."""
     found = token.measure(pictures=(1, 8), rounds=30, layers=40, device=device, dtype=torch.float16)
-    c = official().llm
-    weights = 2 * c.layers * (4 * c.width**2 + 3 * c.width * c.ffn_width)
+    c = released_13b().llm
+    weights = 2 * c.num_hidden_layers * (4 * c.hidden_size**2 + 3 * c.hidden_size * c.intermediate_size)
     torch.cuda.empty_cache()
     limit = bandwidth(device) / weights
     tokens = 1 / found["seconds"]["8 pictures"]
@@ -89,7 +92,7 @@ def picture(device: str = "cuda", rounds: int = 3, steps: int = 30) -> dict:
     """A 512 px picture in 30 steps against diffusers' StableDiffusionPipeline of the same weights, and peak memory."""
     import diffusers
 
-    config = official()
+    config = released_13b()
     blocks = random_blocks(config, ("unet", "synchronizer"), device, torch.float16)
     vae = random_blocks(config, ("vae",), device, torch.float32)["vae"]
     decoder, states = blocks["synchronizer"], torch.randn(1, 77, 1024).to(device, torch.float16)
@@ -105,12 +108,13 @@ def picture(device: str = "cuda", rounds: int = 3, steps: int = 30) -> dict:
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
-    prepared = decoder.prepare(random_maps(config, 1, device, torch.float16), torch.ones(1, 1, dtype=torch.bool))
-    prepared = PreparedSites(prepared.sites, prepared.visible.to(device))
+    image_mask = torch.ones(1, 1, dtype=torch.bool, device=device)
+    maps = random_maps(config, 1, device, torch.float16)
+    prepared = decoder.mmfs_module.project_images(maps, image_mask)
 
     def ours():
-        settings = Drawing(steps=steps, guidance=7.5)
-        return draw(blocks["unet"], vae, scheduler, decoder, states, prepared, settings, [0], (512, 512))
+        settings = ImageGenerationConfig(num_inference_steps=steps, guidance_scale=7.5)
+        return denoise(blocks["unet"], vae, scheduler, decoder, states, prepared, settings, [0], (512, 512))
 
     def theirs():
         latents = pipeline(

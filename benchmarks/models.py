@@ -6,22 +6,22 @@ from dataclasses import replace
 
 import torch
 
-from comfy_mminterleaved.checkpoints import load as checkpoint
-from comfy_mminterleaved.config import Config, from_reference
-from comfy_mminterleaved.models.mmfs import fold
-from comfy_mminterleaved.models.visual_tokenizer import Features
+from comfy_mminterleaved.checkpoints.reference import from_reference
+from comfy_mminterleaved.config import Config
+from comfy_mminterleaved.models.build import build
+from comfy_mminterleaved.models.mmfs import fuse_mmfs
 
 
-def official(layers: int | None = None) -> Config:
+def released_13b(layers: int | None = None) -> Config:
     """The released 13B model's config; `layers` of its LLM."""
     config = from_reference({})
-    return config if layers is None else replace(config, llm=replace(config.llm, layers=layers))
+    return config if layers is None else replace(config, llm=replace(config.llm, num_hidden_layers=layers))
 
 
 @torch.no_grad()
 def random_blocks(config: Config, blocks, device="cpu", dtype=torch.float32) -> dict[str, torch.nn.Module]:
     """Blocks of a config with small random weights: no gate closed, nothing zero, no care for what comes out."""
-    made = checkpoint.build(config, blocks)
+    made = build(config, blocks)
     for name, block in made.items():
         block.to_empty(device=device).to(dtype)
         generator = torch.Generator(device).manual_seed(0)
@@ -36,19 +36,15 @@ def random_blocks(config: Config, blocks, device="cpu", dtype=torch.float32) -> 
                     parameter.uniform_(-0.1, 0.1, generator=generator)
         for buffer in block.buffers():
             buffer.zero_()
-        made[name] = fold(block)
+        made[name] = fuse_mmfs(block)
     return made
 
 
 def random_maps(config: Config, pictures: int, device="cpu", dtype=torch.float32) -> list[torch.Tensor]:
     """The encoder's four maps of `pictures` pictures: (1, P, C, side, side)."""
     generator = torch.Generator().manual_seed(1)
-    width = config.decoder.feature_width
+    width = config.synchronizer.mmfs.d_value
     return [
         torch.randn(1, pictures, width, side, side, generator=generator).to(device, dtype)
-        for side in config.decoder.levels
+        for side in config.synchronizer.mmfs.spatial_shapes
     ]
-
-
-def features_of(maps) -> Features:
-    return Features(tokens=None, maps=tuple(m[0, 0] for m in maps))

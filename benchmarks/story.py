@@ -17,86 +17,74 @@ from dataclasses import replace
 
 import torch
 
-from comfy_mminterleaved import Drawing, MMInterleaved, Picture, Sampling, Story, Text
+from comfy_mminterleaved import (
+    ImageGenerationConfig,
+    ImageSegment,
+    MMInterleavedPipeline,
+    Story,
+    TextGenerationConfig,
+    TextSegment,
+)
 from comfy_mminterleaved.config import (
     Config,
-    DecoderConfig,
-    EncoderConfig,
-    LLMConfig,
-    ResamplerConfig,
+    LlamaMMFSConfig,
+    MMFSConfig,
+    PerceiverConfig,
     SpecialTokens,
-    sites_of,
+    SynchronizerConfig,
+    VisualTokenizerConfig,
+    skip_channels,
 )
-from comfy_mminterleaved.generation.prefix_cache import Reading
-from comfy_mminterleaved.generation.prefix_cache import read as read_story
-from comfy_mminterleaved.models.mmfs import PreparedPictures
-from comfy_mminterleaved.models.unet_synchronizer import PreparedSites
+from comfy_mminterleaved.generation.prefix_cache import PrefixCache, prefill
+from comfy_mminterleaved.models.mmfs import MMFSValues
+from comfy_mminterleaved.models.unet_synchronizer import UNetImageValues
 
 from .models import random_blocks
 from .timing import in_a_process, peak_memory_mb
 
 WORDS = tuple(range(10, 40))  # the text of every panel: 30 tokens
-SAMPLING = Sampling(max_new_tokens=40, min_new_tokens=40, sample=False)
-DRAWING = Drawing(steps=8, guidance=4.0, scheduler="ddim")
+SAMPLING = TextGenerationConfig(max_new_tokens=40, min_new_tokens=40, do_sample=False)
+DRAWING = ImageGenerationConfig(num_inference_steps=8, guidance_scale=4.0, scheduler="ddim")
 
 
 def config() -> Config:
     """Much smaller than the released model, and its LLM smaller still: what is saved there counts for less here."""
-    width, feature, context = 512, 256, 384
-    blocks, layers, grids = [64, 128, 256], 1, [32, 16, 8]
-    widths, sides = sites_of(blocks, layers, grids)
-    tokens = SpecialTokens(bos=1, eos=2, pad=0, soi=4000, image=4001)
+    hidden_size, d_value, context = 512, 256, 384
+    channels, layers = [64, 128, 256], 1
+    mmfs = {"n_heads": 8, "n_points": 8, "d_model": d_value, "d_value": d_value}
     return Config(
-        encoder=EncoderConfig(
-            ResamplerConfig(32, feature, feature, 4, 4, 2 * feature, 2, qk_norm=True),
-            out_width=width,
-            image_size=224,
-            patch_size=14,
-            width=feature,
-            layers=8,
-            heads=4,
-            ffn_width=4 * feature,
-            position_grid=16,
-            stem_width=64,
+        encoder=VisualTokenizerConfig(
+            PerceiverConfig(32, d_value, d_value, 4, 4, 2 * d_value, 2, qk_normalization=True),
+            llm_hidden_size=hidden_size,
+            hidden_size=d_value,
+            num_hidden_layers=8,
+            num_attention_heads=4,
+            intermediate_size=4 * d_value,
         ),
-        llm=LLMConfig(
-            slots=32,
+        llm=LlamaMMFSConfig(
+            num_img_token=32,
+            mmfs=MMFSConfig((32, 16, 8), 16, **mmfs, cross_attention_frequency=4),
             vocab_size=4002,
-            width=width,
-            layers=8,
-            heads=8,
-            kv_heads=8,
-            ffn_width=1024,
-            context_length=2048,
-            tokens=tokens,
-            sync_every=4,
-            sync_levels=(32, 16, 8),
-            sync_base=16,
-            sync_heads=8,
-            sync_points=8,
-            sync_width=feature,
-            feature_width=feature,
-            max_pictures=50,
+            hidden_size=hidden_size,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            intermediate_size=1024,
+            special_tokens=SpecialTokens(bos=1, eos=2, pad=0, soi=4000, image=4001),
         ),
-        decoder=DecoderConfig(
-            width,
-            ResamplerConfig(77, context, width, 1, 6, 4 * context),
-            widths,
-            sides,
-            picture_size=256,
-            position_grid=32,
-            feature_width=feature,
-            levels=(64, 32, 16, 8),
-            sync_heads=8,
-            sync_points=8,
-            sync_width=feature,
-            max_pictures=10,
-            look_back=1,
+        synchronizer=SynchronizerConfig(
+            hidden_size,
+            PerceiverConfig(77, context, hidden_size, 1, 6, 4 * context),
+            MMFSConfig((64, 32, 16, 8), **mmfs, max_num_image_per_seq=10),
+            block_channels=skip_channels(channels, layers),
+            block_base_shapes=(32, 32, 16, 16, 8, 8, 8),
+            image_size=256,
+            pos_embed_grid=32,
         ),
         unet={
             "_class_name": "UNet2DConditionModel",
             "sample_size": 32,
-            "block_out_channels": blocks,
+            "block_out_channels": channels,
             "layers_per_block": layers,
             "cross_attention_dim": context,
             "attention_head_dim": [2, 4, 8],
@@ -110,118 +98,115 @@ def config() -> Config:
     )
 
 
-def model() -> MMInterleaved:
+def model() -> MMInterleavedPipeline:
     made = config()
     names = ("encoder", "llm", "synchronizer", "unet", "vae")
-    return MMInterleaved(made, random_blocks(made, names), None)
+    return MMInterleavedPipeline(made, random_blocks(made, names), None)
 
 
-def tell(model: MMInterleaved, panels: int, way: str = "kept") -> tuple[list[float], Story]:
+def tell(model: MMInterleavedPipeline, panels: int, way: str = "kept") -> tuple[list[float], Story]:
     """Seconds of each panel (30 tokens read, 40 written, a picture drawn in 8 steps and encoded), and the story."""
     story, seconds = Story(), []
-    model.forget()
+    model.clear_cache()
     for number in range(panels):
         began = time.perf_counter()
         with contextlib.nullcontext() if way == "kept" else _nothing_kept(model, way == "kv"):
-            story = story.add(Text("", WORDS))
+            story = story.add(TextSegment("", WORDS))
             for step in ("write", "draw", "encode"):
                 if way != "kept":
-                    model.forget()
-                    story = Story(tuple(Picture(s.pixels) if isinstance(s, Picture) else s for s in story))
+                    model.clear_cache()
+                    story = Story(tuple(ImageSegment(s.pixels) if isinstance(s, ImageSegment) else s for s in story))
                 if step == "write":
-                    story = story.add(Text("", model.write(story, SAMPLING).tokens))
+                    story = story.add(TextSegment("", model.generate_text(story, SAMPLING).tokens))
                 elif step == "draw":
-                    story = story.add(model.draw(story, replace(DRAWING, seed=number)))
+                    story = story.add(model.generate_image(story, replace(DRAWING, seed=number)))
                 else:
-                    story = model.encode(story)
+                    story = model.encode_images(story)
         seconds.append(time.perf_counter() - began)
     return seconds, story
 
 
 @contextlib.contextmanager
-def _nothing_kept(model: MMInterleaved, kv: bool):
+def _nothing_kept(model: MMInterleavedPipeline, kv: bool):
     """Pictures are projected anew at every token and every step and site; without `kv` each token reads the story."""
-    decoder, llm = model.decoder, model.llm
-    prepare, site, layers = decoder.prepare, decoder.site, llm.layers
-    given = {}
+    mmfs, llm, text = model.synchronizer.mmfs_module, model.llm, model.text
+    project_images, add_residual, layers = mmfs.project_images, mmfs.add_residual, llm.layers
+    given: dict = {}
 
-    def keep_maps(maps, visible):
-        given["maps"] = maps
-        return PreparedSites(prepare(maps, visible).sites, visible)
+    def keep_maps(maps, image_mask, dtype=None):
+        given["unet"] = maps
+        return UNetImageValues(project_images(maps, image_mask, dtype).blocks, image_mask)
 
-    def site_anew(index, x, prepared, strength=1.0):
-        maps = [m for m in given["maps"] if m.shape[-1] in decoder.config.levels]
+    def block_anew(index, x, values, scale=1.0):
+        maps = [m for m in given["unet"] if m.shape[-1] in mmfs.spatial_shapes]
         features = torch.cat([m.flatten(3).transpose(2, 3) for m in maps], dim=2)
-        part = decoder.sites[index]
-        anew = part.mmfs.prepare(part.feature_norm(features), [tuple(m.shape[-2:]) for m in maps])
-        sites = tuple(anew if i == index else p for i, p in enumerate(prepared.sites))
-        return site(index, x, PreparedSites(sites, prepared.visible), strength)
+        block = mmfs.blocks[index]
+        anew = block.mmfs.project_images(block.feat_norm(features), [tuple(m.shape[-2:]) for m in maps])
+        blocks = tuple(anew if i == index else p for i, p in enumerate(values.blocks))
+        return add_residual(index, x, UNetImageValues(blocks, values.image_mask), scale)
 
-    hooks, read = [], {}
-    prepare_llm = llm.prepare
+    project_for_llm = llm.project_images
 
     def keep_llm_maps(maps):
-        read["maps"] = maps
-        return prepare_llm(maps)
+        given["llm"] = maps
+        return project_for_llm(maps)
 
     def layer_anew(module, args):
-        x, pictures, visible = args
-        if pictures.count and read["maps"][0].shape[1] == pictures.count:
-            chosen = llm.select_maps(read["maps"])
+        x, values, image_mask = args
+        if values.num_images and given["llm"][0].shape[1] == values.num_images:
+            chosen = llm.select_levels(given["llm"])
             features = torch.cat([m.flatten(3).transpose(2, 3) for m in chosen], dim=2)
-            pictures = module.prepare(features.to(x.dtype), [tuple(m.shape[-2:]) for m in chosen])
-        return x, pictures, visible
+            values = module.project_images(features.to(x.dtype), [tuple(m.shape[-2:]) for m in chosen])
+        return x, values, image_mask
 
-    feed, layouts = Reading.feed, []
-    read_layouts = model._layouts_read
+    extend, prefill_batch = PrefixCache.extend, text._prefill
+    batch: list = []
 
-    def keep_layouts(found):
-        layouts[:] = found
-        return read_layouts(found)
+    def keep_batch(tokens):
+        batch[:] = tokens
+        return prefill_batch(tokens)
 
-    def read_all(self, llm, tokens):
-        longer = replace(layouts[0], ids=(*self.ids[0], *tokens[0]))
-        model.forget()
-        again = read_story(llm, [longer])
-        self.ids, self.hidden = again.ids, again.hidden
-        return [again.hidden[0][-len(tokens[0]) :]]
+    def prefill_again(self, llm, new_ids):
+        longer = replace(batch[0], input_ids=(*self.input_ids[0], *new_ids[0]))
+        model.clear_cache()
+        again = prefill(llm, [longer])
+        self.input_ids, self.hidden_states = again.input_ids, again.hidden_states
+        return [again.hidden_states[0][-len(new_ids[0]) :]]
 
     if not kv:
-        Reading.feed, model._layouts_read = read_all, keep_layouts
-    decoder.prepare, decoder.site, llm.prepare = keep_maps, site_anew, keep_llm_maps
-    for layer in layers:
-        if layer.synchronizer is not None:
-            hooks.append(layer.synchronizer.register_forward_pre_hook(layer_anew))
+        PrefixCache.extend, text._prefill = prefill_again, keep_batch
+    mmfs.project_images, mmfs.add_residual, llm.project_images = keep_maps, block_anew, keep_llm_maps
+    attentions = [layer.llama_cross_attn for layer in layers if layer.llama_cross_attn is not None]
+    hooks = [attention.register_forward_pre_hook(layer_anew) for attention in attentions]
     try:
         yield
     finally:
-        for name in ("prepare", "site"):
-            delattr(decoder, name)
-        del llm.prepare
+        del mmfs.project_images, mmfs.add_residual, llm.project_images
         if not kv:
-            Reading.feed = feed
-            del model._layouts_read
+            PrefixCache.extend = extend
+            del text._prefill
         for hook in hooks:
             hook.remove()
 
 
-class Nothing(torch.nn.Module):
-    """In a synchronizer's place: finds nothing, at no cost."""
+class NoMMFS(torch.nn.Module):
+    """In the place of an MMFS layer of the LLM: adds nothing, at no cost."""
 
-    def prepare(self, features, sizes):
-        return PreparedPictures(features.new_zeros(*features.shape[:2], 1, 1, 1), ())
+    def project_images(self, features, spatial_shapes):
+        return MMFSValues(features.new_zeros(*features.shape[:2], 1, 1, 1), ())
 
-    def forward(self, x, pictures, visible):
+    def forward(self, x, values, image_mask):
         return 0
 
 
-def without_synchronizer(made: MMInterleaved) -> MMInterleaved:
+def without_mmfs(made: MMInterleavedPipeline) -> MMInterleavedPipeline:
     """The same model as a plain Llama and a plain U-Net."""
     for layer in made.llm.layers:
-        if layer.synchronizer is not None:
-            layer.synchronizer = Nothing()
-    made.decoder.prepare = lambda maps, visible: PreparedSites((), visible)
-    made.decoder.site = lambda index, x, prepared, strength=1.0: x
+        if layer.llama_cross_attn is not None:
+            layer.llama_cross_attn = NoMMFS()
+    mmfs = made.synchronizer.mmfs_module
+    mmfs.project_images = lambda maps, image_mask, dtype=None: UNetImageValues((), image_mask)
+    mmfs.add_residual = lambda index, x, values, scale=1.0: x
     return made
 
 
@@ -266,5 +251,5 @@ def peaks(rounds: int = 3) -> dict:
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
     ours = model()
-    tell(ours if sys.argv[2] == "with" else without_synchronizer(ours), 8)
+    tell(ours if sys.argv[2] == "with" else without_mmfs(ours), 8)
     sys.stdout.write(f"{peak_memory_mb()}\n")

@@ -8,14 +8,14 @@ import torch
 
 from comfy_mminterleaved.models.llama_mmfs import KVCache
 
-from .models import official, random_blocks, random_maps
+from .models import random_blocks, random_maps, released_13b
 from .timing import interleaved
 
 
 @torch.no_grad()
 def measure(pictures=(1, 4, 8), rounds: int = 15, layers: int = 4, device="cpu", dtype=torch.float32) -> dict:
     """Seconds a token behind 64 others, and its ratios to the plain Llama's in the same rounds."""
-    config = official(layers)
+    config = released_13b(layers)
     llm = random_blocks(config, ("llm",), device, dtype)["llm"]
     plain = copy.copy(llm)  # the same weights, without the synchronizers
     plain._modules = dict(llm._modules)
@@ -23,9 +23,9 @@ def measure(pictures=(1, 4, 8), rounds: int = 15, layers: int = 4, device="cpu",
 
     def decode(model, read):
         cache = KVCache(1)
-        x = torch.randn(1, 1, config.llm.width, device=device).to(dtype)
+        x = torch.randn(1, 1, config.llm.hidden_size, device=device).to(dtype)
         prefix = x.expand(-1, 64, -1)
-        shown = torch.ones(1, 64, read.count if read else 0, dtype=torch.bool, device=device)
+        shown = torch.ones(1, 64, read.num_images if read else 0, dtype=torch.bool, device=device)
         model(prefix, read, shown if read else None, cache)
         kept = list(cache.lengths)
         seen = shown[:, :1] if read else None
@@ -38,7 +38,7 @@ def measure(pictures=(1, 4, 8), rounds: int = 15, layers: int = 4, device="cpu",
 
     cases = {"plain": decode(plain, None)}
     for count in pictures:
-        cases[f"{count} pictures"] = decode(llm, llm.prepare(random_maps(config, count, device, dtype)))
+        cases[f"{count} pictures"] = decode(llm, llm.project_images(random_maps(config, count, device, dtype)))
     seconds = interleaved(cases, rounds)
     ratios = {name: s / seconds["plain"] for name, s in seconds.items() if name != "plain"}
     return {"seconds": seconds, "ratios": ratios, "rounds": rounds, "layers": layers}
@@ -46,5 +46,5 @@ def measure(pictures=(1, 4, 8), rounds: int = 15, layers: int = 4, device="cpu",
 
 def _without_synchronizer(layer):
     other = copy.copy(layer)
-    other._modules = {**layer._modules, "synchronizer": None}
+    other._modules = {**layer._modules, "llama_cross_attn": None}
     return other

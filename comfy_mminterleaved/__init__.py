@@ -1,8 +1,8 @@
-"""Interleaved text and pictures with MM-Interleaved (arXiv 2401.10208).
+"""Interleaved text and images with MM-Interleaved (arXiv 2401.10208).
 
->>> from comfy_mminterleaved import MMInterleaved, Story
->>> model = MMInterleaved.load("path/to/checkpoint")
->>> story = model.tell(Story.of("Mia found a red kite."), panels=3)
+>>> from comfy_mminterleaved import MMInterleavedPipeline, Story
+>>> pipeline = MMInterleavedPipeline.load("starter")
+>>> story = pipeline.generate_story(Story.of("Mia waves in the forest."), panels=3)
 """
 
 import importlib
@@ -11,16 +11,18 @@ __version__ = "0.1.0"
 
 # Name -> module; imported when first asked for, so that importing the package costs next to nothing.
 _LAZY = {
-    "Choice": "pipeline",
-    "Drawing": "generation.image",
-    "Features": "models.visual_tokenizer",
-    "MMInterleaved": "pipeline",
+    "GeneratedText": "generation.config",
+    "GenerationConfig": "generation.config",
+    "ImageFeatures": "models.visual_tokenizer",
+    "ImageGenerationConfig": "generation.config",
+    "ImageSegment": "stories.story",
+    "MMInterleavedPipeline": "pipeline",
     "Panel": "stories.story",
-    "Picture": "stories.story",
-    "Sampling": "generation.text",
+    "RankedOption": "generation.config",
     "Story": "stories.story",
-    "Text": "stories.story",
-    "Written": "generation.text",
+    "TextGenerationConfig": "generation.config",
+    "TextGenerator": "generation.text",
+    "TextSegment": "stories.story",
 }
 __all__ = ["__version__", *_LAZY]
 

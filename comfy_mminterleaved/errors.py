@@ -1,19 +1,19 @@
-"""What can go wrong, as types: every message is one sentence that names the value and what would do."""
+"""Errors that a user can fix. Every message is one sentence that names the value and what to do."""
 
 
 class MMInterleavedError(Exception):
     """Base of all errors that a user's input can cause."""
 
 
-class PictureError(MMInterleavedError, ValueError):
-    """A picture that cannot be read or used."""
+class ImageError(MMInterleavedError, ValueError):
+    """An image that cannot be read or used."""
 
 
 class StoryError(MMInterleavedError, ValueError):
     """A story, or the file of one, that does not hold what is asked of it."""
 
 
-class StoryTooLong(StoryError):
+class StoryTooLongError(StoryError):
     """A story that does not fit the LLM's context or a table of relative positions."""
 
 

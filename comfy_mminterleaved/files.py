@@ -1,10 +1,11 @@
-"""Writing so that nothing is ever half-written: aside first, then renamed into place."""
+"""Atomic writes: to a temporary name first, then renamed into place."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,44 +14,67 @@ from .errors import OutputError
 
 
 @contextlib.contextmanager
-def _sentences(path: Path, what: str):
-    """Turns the operating system's refusals into one sentence."""
+def _friendly_errors(path: Path, label: str):
+    """Turns the operating system's errors into one sentence."""
     try:
         yield
     except (OSError, ValueError) as error:  # a ValueError of a NUL in the name
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{what} {str(path)!r} cannot be written: {reason}.") from None
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{label} {str(path)!r} cannot be written: {reason}.") from None
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
+def atomic_write(path: str | Path, data: bytes) -> None:
     """Writes a file whole or not at all; raises OutputError."""
     path = Path(path)
-    with _sentences(path, "The file"):
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    with _friendly_errors(path, "The file"):
+        temp_path = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        handle = os.open(temp_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
-            readable(aside)
-            os.replace(aside, path)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temp_path, path)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(aside)
+                os.unlink(temp_path)
             raise
 
 
-def readable(path: str | Path) -> None:
-    """Gives a file the rights of any new file; what is written aside has its owner's only."""
-    os.chmod(path, 0o666 & ~_umask())
+@contextlib.contextmanager
+def atomic_path(path: str | Path):
+    """A path beside `path` to write a file to, renamed to it at the end and removed after an error."""
+    path = Path(path)
+    temp_path = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield temp_path
+        os.replace(temp_path, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temp_path)
+        raise
+
+
+def apply_umask(path: str | Path) -> None:
+    """Gives a file that a library wrote for its owner alone the permissions of any new file."""
+    probe = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}.part")
+    handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    mode = os.fstat(handle).st_mode & 0o777
+    os.close(handle)
+    os.unlink(probe)
+    os.chmod(path, mode)
 
 
 def write_json(path: str | Path, data) -> None:
-    write_bytes(path, (json.dumps(data, ensure_ascii=False, indent=1) + "\n").encode("utf-8"))
+    atomic_write(path, (json.dumps(data, ensure_ascii=False, indent=1) + "\n").encode("utf-8"))
 
 
-def make_folder(path: str | Path) -> Path:
-    """A folder to write into, made if need be and tried by writing; raises OutputError before any heavy work."""
+def ensure_writable_dir(path: str | Path) -> Path:
+    """Creates a folder if needed and tries to write into it; raises OutputError before any heavy work."""
     path = Path(path)
-    with _sentences(path, "The folder"):
+    with _friendly_errors(path, "The folder"):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
@@ -59,14 +83,14 @@ def make_folder(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def output_folder(path: str | Path):
-    """A folder to write into, tried before any heavy work; what was made for it and is still empty after a failure is
-    removed again. Raises OutputError."""
+    """A folder to write into, tried before any heavy work; after a failure it is removed again if it was made here and
+    is still empty. Raises OutputError."""
     path = Path(path)
-    made = [folder for folder in (path, *path.parents) if not _exists(folder)]
+    created = [folder for folder in (path, *path.parents) if not _exists(folder)]
     try:
-        yield make_folder(path)
+        yield ensure_writable_dir(path)
     except BaseException:
-        for folder in made:
+        for folder in created:
             with contextlib.suppress(OSError, ValueError):
                 folder.rmdir()
         raise
@@ -88,26 +112,20 @@ def free_name(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | Path):
-    """A folder that appears under its name only when all in it is written; one that is there already is refused."""
+def atomic_dir(path: str | Path):
+    """A folder that appears under its name only when it is complete; one that already exists is refused."""
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"The folder {str(path)!r} is there already; name a new one.")
-    with _sentences(path, "The folder"):
+    with _friendly_errors(path, "The folder"):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputError(f"Folder {str(path)!r} already exists; choose a new name.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temp_path = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        temp_path.mkdir()
         try:
-            yield aside
-            os.chmod(aside, 0o777 & ~_umask())
+            yield temp_path
             if path.exists():
                 path.rmdir()
-            aside.rename(path)
+            temp_path.rename(path)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temp_path, ignore_errors=True)
             raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

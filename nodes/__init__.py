@@ -2,29 +2,29 @@
 
 from comfy_api.latest import ComfyExtension
 
-from .ask import AskStory, CaptionPicture, ChooseOption
+from .ask import AskAboutStory, CaptionImage, RankAnswers
 from .load import LoadEncoder, LoadMMInterleaved, LoadStoryLLM, LoadSynchronizer
 from .panels import PanelsInside, PanelsToStory, StoryToPanels
 from .save import SaveStory
-from .segments import IntroduceCharacter, StoryPicture, StoryText
+from .segments import AddStoryImage, AddStoryText, IntroduceCharacter
 from .storyboard import LoadStoryboard
-from .synchronize import Synchronize
+from .synchronize import ApplySynchronizer
 from .tell import TellStory
-from .write import WriteText
+from .write import WriteStoryText
 
 NODES = [
     LoadMMInterleaved,
     LoadEncoder,
     LoadStoryLLM,
     LoadSynchronizer,
-    StoryText,
-    StoryPicture,
+    AddStoryText,
+    AddStoryImage,
     IntroduceCharacter,
-    WriteText,
-    AskStory,
-    CaptionPicture,
-    ChooseOption,
-    Synchronize,
+    WriteStoryText,
+    AskAboutStory,
+    CaptionImage,
+    RankAnswers,
+    ApplySynchronizer,
     TellStory,
     StoryToPanels,
     PanelsToStory,

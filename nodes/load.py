@@ -9,12 +9,14 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..comfy_mminterleaved.checkpoints import load as checkpoint
+from ..comfy_mminterleaved.checkpoints.load import known_words, read_config
+from ..comfy_mminterleaved.checkpoints.native import parse_block_metadata
 from ..comfy_mminterleaved.errors import CheckpointError
-from ..comfy_mminterleaved.generation.config import read_generation_config
-from .blocks import EncoderBlock, LLMBlock, SynchronizerBlock
-from .native import fit_previews, load_unet, load_vae
-from .sockets import CATEGORY, EncoderSocket, LLMSocket, SynchronizerSocket
+from ..comfy_mminterleaved.generation.config import GenerationConfig, read_generation_config
+from ..comfy_mminterleaved.presets import STARTER_DIR
+from .blocks import PatchedEncoder, PatchedLLM, PatchedSynchronizer
+from .native import load_unet, load_vae, set_preview_factors
+from .types import CATEGORY, EncoderSocket, LLMSocket, SynchronizerSocket
 
 STARTER = "starter"
 FOLDER = "mm_interleaved"
@@ -23,20 +25,20 @@ folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / F
 
 def models() -> list[str]:
     """The starter, and every folder in models/mm_interleaved that holds a checkpoint."""
-    found = []
+    names = []
     for folder in map(Path, folder_paths.get_folder_paths(FOLDER)):
         # Models are often links to another disk; Path.glob does not follow them.
-        found += [
+        names += [
             Path(path).relative_to(folder).as_posix()
             for path, _, files in sorted(os.walk(folder, followlinks=True))
             if {"config.json", "llm.safetensors"} <= set(files)
         ]
-    return [STARTER, *dict.fromkeys(found)]
+    return [STARTER, *dict.fromkeys(names)]
 
 
 def model_folder(name: str) -> Path:
     if name == STARTER:
-        return checkpoint.STARTER
+        return STARTER_DIR
     if name in models():
         for folder in map(Path, folder_paths.get_folder_paths(FOLDER)):
             if (folder / name / "config.json").is_file():
@@ -55,10 +57,14 @@ def read(path: str | Path) -> tuple[dict, dict | None]:
 
 def load_block(kind, path: str | Path):
     """One block from its own file."""
-    what = repr(Path(path).name)
+    label = repr(Path(path).name)
     tensors, metadata = read(path)
-    config, tokenizer = checkpoint.about_block(metadata, kind.name, what)
-    return kind(config, tensors, what, tokenizer) if kind is LLMBlock else kind(config, tensors, what)
+    config, about = parse_block_metadata(metadata, kind.name, label)
+    if kind is not PatchedLLM:
+        return kind(config, tensors, label)
+    words = frozenset(about["words"]) if about.get("words") else None
+    generation = GenerationConfig.from_dict(about.get("generation_config") or {}, label)
+    return PatchedLLM(config, tensors, label, about.get("tokenizer"), words, generation)
 
 
 def native_path(category: str, name: str) -> str:
@@ -87,12 +93,14 @@ class LoadMMInterleaved(io.ComfyNode):
                 ),
             ],
             outputs=[
-                EncoderSocket.Output("encoder_out", display_name="encoder", tooltip="Sees pictures."),
+                EncoderSocket.Output("encoder_out", display_name="encoder", tooltip="Encodes images."),
                 LLMSocket.Output("llm_out", display_name="LLM", tooltip="Reads and writes the story."),
                 SynchronizerSocket.Output(
-                    "synchronizer_out", display_name="synchronizer", tooltip="Shows the earlier pictures to the U-Net."
+                    "synchronizer_out",
+                    display_name="synchronizer",
+                    tooltip="Lets the U-Net attend to the earlier images.",
                 ),
-                io.Model.Output("model_out", display_name="MODEL", tooltip="The U-Net, ready for Synchronize."),
+                io.Model.Output("model_out", display_name="MODEL", tooltip="The U-Net, ready for Apply Synchronizer."),
                 io.Vae.Output("vae_out", display_name="VAE", tooltip="For VAE Decode."),
             ],
         )
@@ -104,21 +112,21 @@ class LoadMMInterleaved(io.ComfyNode):
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
         folder = model_folder(model)
-        config = checkpoint.read_config(folder)
+        config = read_config(folder)
         encoder, llm, synchronizer = (
             load_block(kind, folder / f"{kind.name}.safetensors")
-            for kind in (EncoderBlock, LLMBlock, SynchronizerBlock)
+            for kind in (PatchedEncoder, PatchedLLM, PatchedSynchronizer)
         )
-        llm.model.words = checkpoint.read_words(folder)
-        llm.model.generation = read_generation_config(folder)
+        llm.generator.known_words = known_words(folder)
+        llm.generator.generation_config = read_generation_config(folder)
         unet, vae = (read(folder / f"{name}.safetensors")[0] for name in ("unet", "vae"))
         model, vae = load_unet(config, unet), load_vae(config, vae)
         if config.vae.get("_class_name") == "AutoencoderTiny":
-            fit_previews(model, vae)
+            set_preview_factors(model, vae)
         return io.NodeOutput(encoder, llm, synchronizer, model, vae)
 
 
-def _one_block(node_id, title, kind, category, socket, output, what):
+def _one_block(node_id, title, kind, category, socket, output, label):
     class LoadBlock(io.ComfyNode):
         @classmethod
         def define_schema(cls):
@@ -126,7 +134,7 @@ def _one_block(node_id, title, kind, category, socket, output, what):
                 node_id=node_id,
                 display_name=title,
                 category=CATEGORY,
-                description=f"Loads {what} from its own file, to be mixed with other loaders.",
+                description=f"Loads {label} from its own file, to be combined with other loaders.",
                 inputs=[
                     io.Combo.Input(
                         "file",
@@ -151,20 +159,20 @@ def _one_block(node_id, title, kind, category, socket, output, what):
 
 LoadEncoder = _one_block(
     "MMInterleavedLoadEncoder",
-    "Load Encoder (MM-Interleaved)",
-    EncoderBlock,
+    "Load Story Encoder",
+    PatchedEncoder,
     "clip_vision",
     EncoderSocket,
     "encoder",
     "the encoder",
 )
 LoadStoryLLM = _one_block(
-    "MMInterleavedLoadLLM", "Load Story LLM", LLMBlock, "text_encoders", LLMSocket, "LLM", "the story's LLM"
+    "MMInterleavedLoadLLM", "Load Story LLM", PatchedLLM, "text_encoders", LLMSocket, "LLM", "the story's LLM"
 )
 LoadSynchronizer = _one_block(
     "MMInterleavedLoadSynchronizer",
-    "Load Synchronizer",
-    SynchronizerBlock,
+    "Load Story Synchronizer",
+    PatchedSynchronizer,
     "model_patches" if "model_patches" in folder_paths.folder_names_and_paths else "diffusion_models",
     SynchronizerSocket,
     "synchronizer",

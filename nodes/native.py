@@ -11,16 +11,17 @@ import comfy.supported_models
 import comfy.utils
 import torch
 
-from ..comfy_mminterleaved.config import Config
+from ..comfy_mminterleaved.config import Config, skip_channels
 from ..comfy_mminterleaved.errors import CheckpointError
+from ..comfy_mminterleaved.generation.latents import fit_latent_rgb
 
-PREDICTS = {
+MODEL_TYPES = {
     "epsilon": comfy.model_base.ModelType.EPS,
     "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
 }
 
 
-def unet_settings(unet: dict) -> dict:
+def unet_config_from_diffusers(unet: dict) -> dict:
     """ComfyUI's settings of a diffusers UNet2DConditionModel; raises CheckpointError for one that it cannot hold."""
     widths, heads = unet["block_out_channels"], unet.get("attention_head_dim", 8)
     heads = [heads] * len(widths) if isinstance(heads, int) else heads
@@ -59,7 +60,7 @@ def unet_settings(unet: dict) -> dict:
 def load_unet(config: Config, tensors: dict[str, torch.Tensor]):
     """A MODEL of the config's U-Net."""
     management = comfy.model_management
-    settings = unet_settings(config.unet)
+    settings = unet_config_from_diffusers(config.unet)
     scale = config.vae.get("scaling_factor", 0.18215)
 
     class Settings(comfy.supported_models.SD20):
@@ -83,7 +84,7 @@ def load_unet(config: Config, tensors: dict[str, torch.Tensor]):
     missing = sorted(set(tensors) - set(names))
     if missing:
         raise CheckpointError(f"ComfyUI's U-Net has no place for {len(missing)} weights, the first {missing[0]!r}.")
-    predicts = PREDICTS[config.scheduler.get("prediction_type", "epsilon")]
+    predicts = MODEL_TYPES[config.scheduler.get("prediction_type", "epsilon")]
     model = comfy.model_base.BaseModel(model_config, predicts, device=None)
     model.diffusion_model.load_state_dict({names[k]: t.to(dtype) for k, t in tensors.items()}, strict=True)
     offload = management.unet_offload_device()
@@ -102,29 +103,24 @@ def load_vae(config: Config, tensors: dict[str, torch.Tensor]):
     return vae
 
 
-def fit_previews(model, vae) -> None:
-    """Gives a MODEL whose VAE is not Stable Diffusion's its own colours for live previews: a linear map of its latents."""
-    colours = torch.rand(16, 16, 3, generator=torch.Generator().manual_seed(0))
-    latents = vae.encode(colours.repeat_interleave(8, 0).repeat_interleave(8, 1).unsqueeze(0))
-    known = model.model.latent_format.process_in(latents)[0].flatten(1).T.float().cpu()
-    known = torch.cat([known, torch.ones(len(known), 1)], dim=1)
-    fitted = torch.linalg.lstsq(known, colours.flatten(0, 1) * 2 - 1).solution
-    model.model.latent_format.latent_rgb_factors = fitted[:-1].tolist()
-    model.model.latent_format.latent_rgb_factors_bias = fitted[-1].tolist()
+def set_preview_factors(model, vae) -> None:
+    """Fits a linear map from latents to colours, for live previews of a MODEL whose VAE is not Stable Diffusion's."""
+    latent_format = model.model.latent_format
+    factors = fit_latent_rgb(lambda x: latent_format.process_in(vae.encode(x.movedim(1, -1))), 8)
+    factors[-1] -= 0.5
+    latent_format.latent_rgb_factors = (2 * factors[:-1]).tolist()
+    latent_format.latent_rgb_factors_bias = (2 * factors[-1]).tolist()
 
 
 def _taesd_name(name: str) -> str:
-    side, _, number, rest = name.split(".", 3)
-    return f"taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"
+    side, _, number, suffix = name.split(".", 3)
+    return f"taesd_{side}.{int(number) + (side == 'decoder')}.{suffix}"
 
 
-def skip_widths(model) -> list[int] | None:
-    """Channels of the skips of a MODEL's U-Net, in the order they are made, and of its mid output; None if it has none."""
+def skip_channels_of(model) -> list[int] | None:
+    """Channels of the skips of a MODEL's U-Net in the order they are made, then of its middle block; None without."""
     settings = getattr(model.model.model_config, "unet_config", {})
     if not hasattr(model.model.diffusion_model, "output_blocks") or "channel_mult" not in settings:
         return None
-    first = settings["model_channels"]
-    widths = [first]
-    for level, (multiple, count) in enumerate(zip(settings["channel_mult"], settings["num_res_blocks"])):
-        widths += [first * multiple] * (count + (level < len(settings["channel_mult"]) - 1))
-    return [*widths, first * settings["channel_mult"][-1]]
+    channels = [settings["model_channels"] * multiple for multiple in settings["channel_mult"]]
+    return list(skip_channels(channels, settings["num_res_blocks"]))

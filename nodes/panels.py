@@ -7,8 +7,8 @@ from comfy_execution.graph import ExecutionBlocker
 
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.stories.story import Story
-from .segments import pictures_of, with_features
-from .sockets import CATEGORY, EncoderSocket, StorySocket
+from .segments import encode_story, images_from_batch
+from .types import CATEGORY, EncoderSocket, StorySocket
 
 
 class StoryToPanels(io.ComfyNode):
@@ -18,27 +18,27 @@ class StoryToPanels(io.ComfyNode):
             node_id="MMInterleavedStoryToPanels",
             display_name="Story to Panels",
             category=CATEGORY,
-            description="Takes a story apart: the pictures, and the text of each.",
-            inputs=[StorySocket.Input("story", tooltip="The story to take apart.")],
+            description="Splits a story into its images and the text of each.",
+            inputs=[StorySocket.Input("story", tooltip="The story to split.")],
             outputs=[
                 io.Image.Output(
                     "images_out",
                     display_name="images",
                     is_output_list=True,
-                    tooltip="The pictures, one after the other.",
+                    tooltip="The images in order.",
                 ),
                 io.String.Output(
                     "texts_out",
                     display_name="texts",
                     is_output_list=True,
-                    tooltip="The text that belongs to each picture; empty if there is none.",
+                    tooltip="The text of each image; empty if there is none.",
                 ),
             ],
         )
 
     @classmethod
     def execute(cls, story) -> io.NodeOutput:
-        return io.NodeOutput(*_taken_apart(story))
+        return io.NodeOutput(*split_panels(story))
 
 
 class PanelsInside(io.ComfyNode):
@@ -49,9 +49,9 @@ class PanelsInside(io.ComfyNode):
         return io.Schema(
             node_id="MMInterleavedPanelsInside",
             display_name="Panels (inside Tell Story)",
-            category=f"{CATEGORY}/inside",
+            category=f"{CATEGORY}/internal",
             description="A part of Tell Story; on the canvas use Story to Panels.",
-            inputs=[StorySocket.Input("story", tooltip="The story to take apart.")],
+            inputs=[StorySocket.Input("story", tooltip="The story to split.")],
             outputs=[
                 io.Image.Output("images_out", display_name="images"),
                 io.String.Output("texts_out", display_name="texts"),
@@ -60,16 +60,16 @@ class PanelsInside(io.ComfyNode):
 
     @classmethod
     def execute(cls, story) -> io.NodeOutput:
-        if not story.pictures:  # a storyboard may ask for text alone; what takes pictures then does not run
+        if not story.images:  # a storyboard may ask for text alone; what takes pictures then does not run
             return io.NodeOutput(ExecutionBlocker(None), [panel.text for panel in story.panels()])
-        return io.NodeOutput(*_taken_apart(story))
+        return io.NodeOutput(*split_panels(story))
 
 
-def _taken_apart(story: Story):
-    panels = [panel for panel in story.panels() if panel.picture is not None]
+def split_panels(story: Story):
+    panels = [panel for panel in story.panels() if panel.image is not None]
     if not panels:
-        raise StoryError("The story has no pictures to take out.")
-    return [p.picture.pixels.movedim(0, -1).unsqueeze(0) for p in panels], [p.text for p in panels]
+        raise StoryError("The story has no images.")
+    return [p.image.pixels.movedim(0, -1).unsqueeze(0) for p in panels], [p.text for p in panels]
 
 
 class PanelsToStory(io.ComfyNode):
@@ -79,16 +79,16 @@ class PanelsToStory(io.ComfyNode):
             node_id="MMInterleavedPanelsToStory",
             display_name="Panels to Story",
             category=CATEGORY,
-            description="Puts pictures and texts together to a story, each text before its picture.",
+            description="Joins images and texts to a story, each text before its image.",
             is_input_list=True,
             inputs=[
-                EncoderSocket.Input("encoder", tooltip="Sees the pictures."),
-                io.Image.Input("images", tooltip="Pictures, as a list or a batch."),
+                EncoderSocket.Input("encoder", tooltip="Encodes the images."),
+                io.Image.Input("images", tooltip="Images, as a list or a batch."),
                 io.String.Input(
                     "texts",
                     optional=True,
                     force_input=True,
-                    tooltip="As many texts as pictures; a picture may have an empty one.",
+                    tooltip="As many texts as images; a text may be empty.",
                 ),
             ],
             outputs=[StorySocket.Output("story_out", display_name="story")],
@@ -96,13 +96,11 @@ class PanelsToStory(io.ComfyNode):
 
     @classmethod
     def execute(cls, encoder, images, texts=None) -> io.NodeOutput:
-        pictures = [picture for image in images for picture in pictures_of(image)]
-        texts = texts or [""] * len(pictures)
-        if len(texts) != len(pictures):
-            raise StoryError(
-                f"There are {len(pictures)} pictures and {len(texts)} texts; there must be as many of both."
-            )
+        images = [segment for batch in images for segment in images_from_batch(batch)]
+        texts = texts or [""] * len(images)
+        if len(texts) != len(images):
+            raise StoryError(f"There are {len(images)} images and {len(texts)} texts; their numbers must be equal.")
         story = Story()
-        for text, picture in zip(texts, pictures):
-            story = story.add(text.strip(), picture)
-        return io.NodeOutput(with_features(encoder[0], story))
+        for text, image in zip(texts, images):
+            story = story.add(text.strip(), image)
+        return io.NodeOutput(encode_story(encoder[0], story))

@@ -11,9 +11,9 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import OutputError, StoryError
-from ..comfy_mminterleaved.files import new_folder
+from ..comfy_mminterleaved.files import atomic_dir
 from ..comfy_mminterleaved.stories.page import save_story
-from .sockets import CATEGORY, StorySocket
+from .types import CATEGORY, StorySocket
 
 
 def story_folder(prefix: str) -> Path:
@@ -68,8 +68,8 @@ class SaveStory(io.ComfyNode):
                 metadata["prompt"] = json.dumps(cls.hidden.prompt)
             for key, value in (cls.hidden.extra_pnginfo or {}).items():
                 metadata[key] = json.dumps(value)
-        with new_folder(folder) as aside:
-            names = [file.name for file in save_story(aside, story, title, metadata=metadata)[:-2]]
+        with atomic_dir(folder) as temp_path:
+            names = [file.name for file in save_story(temp_path, story, title, metadata=metadata)[:-2]]
         subfolder = folder.relative_to(folder_paths.get_output_directory()).as_posix()
-        shown = [{"filename": name, "subfolder": subfolder, "type": "output"} for name in names]
-        return io.NodeOutput(ui={"images": shown, "text": (story.text,)})
+        images = [{"filename": name, "subfolder": subfolder, "type": "output"} for name in names]
+        return io.NodeOutput(ui={"images": images, "text": (story.text,)})

@@ -1,4 +1,4 @@
-"""Adding to a story: text, and pictures that the encoder has seen."""
+"""Add Story Text, Add Story Image, Introduce Character."""
 
 from __future__ import annotations
 
@@ -6,38 +6,36 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..comfy_mminterleaved.errors import StoryError
-from ..comfy_mminterleaved.stories.story import Picture, Story, Text
-from .blocks import EncoderBlock, LLMBlock
-from .sockets import CATEGORY, EncoderSocket, LLMSocket, StorySocket
+from ..comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
+from .blocks import PatchedEncoder, PatchedLLM
+from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket
 
 
-def pictures_of(image) -> list[Picture]:
-    """A ComfyUI IMAGE (B, H, W, 3 or more channels) in [0, 1] as pictures."""
-    return [Picture.of(pixels.movedim(-1, 0)[:3].float().clamp(0, 1).cpu()) for pixels in image]
+def images_from_batch(image) -> list[ImageSegment]:
+    """A ComfyUI IMAGE (B, H, W, 3 or more channels) in [0, 1] as images."""
+    return [ImageSegment.of(pixels.movedim(-1, 0)[:3].float().clamp(0, 1).cpu()) for pixels in image]
 
 
-def with_features(encoder: EncoderBlock | None, story: Story) -> Story:
-    """The story with the encoder's features; raises StoryError if it has pictures and there is no encoder."""
-    if not story.pictures:
+def encode_story(encoder: PatchedEncoder | None, story: Story) -> Story:
+    """The story with the encoder's features; raises StoryError if it has images and there is no encoder."""
+    if not story.images:
         return story
     if encoder is None:
-        raise StoryError("The story has pictures, but no encoder is connected; connect one.")
-    bar = comfy.utils.ProgressBar(len(story.pictures))
-    return encoder.encode_all(story, bar.update_absolute)
+        raise StoryError("The story has images, but no encoder is connected; connect one.")
+    bar = comfy.utils.ProgressBar(len(story.images))
+    return encoder.encode_images(story, bar.update_absolute)
 
 
-class StoryText(io.ComfyNode):
+class AddStoryText(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MMInterleavedStoryText",
-            display_name="Story Text",
+            display_name="Add Story Text",
             category=CATEGORY,
             description="Adds text to a story, or begins one.",
             inputs=[
-                StorySocket.Input(
-                    "story", optional=True, tooltip="The story to go on with; without it a new one begins."
-                ),
+                StorySocket.Input("story", optional=True, tooltip="The story to extend; without it a new one begins."),
                 io.String.Input(
                     "text",
                     multiline=True,
@@ -53,30 +51,28 @@ class StoryText(io.ComfyNode):
     def execute(cls, text, story=None) -> io.NodeOutput:
         if not text.strip():
             raise StoryError("The text is empty; write what the story says here.")
-        return io.NodeOutput((story or Story()).add(Text(text.strip())))
+        return io.NodeOutput((story or Story()).add(TextSegment(text.strip())))
 
 
-class StoryPicture(io.ComfyNode):
+class AddStoryImage(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MMInterleavedStoryPicture",
-            display_name="Story Picture",
+            display_name="Add Story Image",
             category=CATEGORY,
-            description="Adds a picture to a story; a batch adds all its pictures, one after the other.",
+            description="Adds an image to a story; a batch adds all its images in order.",
             inputs=[
-                StorySocket.Input(
-                    "story", optional=True, tooltip="The story to go on with; without it a new one begins."
-                ),
-                EncoderSocket.Input("encoder", tooltip="Sees the picture, so that what comes after can look at it."),
-                io.Image.Input("image", tooltip="Any picture: drawn by the model, or your own."),
+                StorySocket.Input("story", optional=True, tooltip="The story to extend; without it a new one begins."),
+                EncoderSocket.Input("encoder", tooltip="Encodes the image, so that later panels can attend to it."),
+                io.Image.Input("image", tooltip="Any image: drawn by the model, or your own."),
             ],
             outputs=[StorySocket.Output("story_out", display_name="story")],
         )
 
     @classmethod
     def execute(cls, encoder, image, story=None) -> io.NodeOutput:
-        return io.NodeOutput(with_features(encoder, (story or Story()).add(*pictures_of(image))))
+        return io.NodeOutput(encode_story(encoder, (story or Story()).add(*images_from_batch(image))))
 
 
 class IntroduceCharacter(io.ComfyNode):
@@ -105,13 +101,13 @@ class IntroduceCharacter(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, llm: LLMBlock, story, order) -> io.NodeOutput:
-        story = story.arrange(llm.model.order(story, ORDERS[order]))
-        if story.pictures:
+    def execute(cls, llm: PatchedLLM, story, order) -> io.NodeOutput:
+        story = story.arrange(llm.generator.resolve_image_first(story, ORDERS[order]))
+        if story.images:
             llm.load(story, 128)
-            story = llm.model.introduce(story)
-        text = next((panel.text for panel in story.panels() if panel.picture is not None), story.text)
+            story = llm.generator.introduce(story)
+        text = next((panel.text for panel in story.panels() if panel.image is not None), story.text)
         return io.NodeOutput(story, text, ui=ui.PreviewText(text))
 
 
-ORDERS = {"as the model's stories": None, "text first": False, "picture first": True}
+ORDERS = {"as the model's stories": None, "text first": False, "image first": True}

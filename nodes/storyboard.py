@@ -10,8 +10,8 @@ from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import SettingError, StoryError
 from ..comfy_mminterleaved.stories.storyboard import load_storyboard
-from .segments import with_features
-from .sockets import CATEGORY, EncoderSocket, PlanSocket, StorySocket
+from .segments import encode_story
+from .types import CATEGORY, EncoderSocket, PlanSocket, StorySocket
 
 EXAMPLE = "example (three stories)"
 EXAMPLE_PATH = Path(__file__).parents[1] / "workflows" / "example storyboard" / "storyboard.json"
@@ -85,4 +85,4 @@ class LoadStoryboard(io.ComfyNode):
                 f"The storyboard {storyboard!r} has {len(plans)} stories, 0 to {len(plans) - 1}, not {index}."
             )
         plan = plans[index]
-        return io.NodeOutput(with_features(encoder, plan.opening), plan.panels, plan.seed, plan.title, plan)
+        return io.NodeOutput(encode_story(encoder, plan.opening), plan.panels, plan.seed, plan.title, plan)

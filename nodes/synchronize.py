@@ -1,4 +1,4 @@
-"""Synchronize: the story becomes a stock sampler's conditioning, its pictures a patch of the U-Net."""
+"""Apply Synchronizer: the story becomes a stock sampler's conditioning, its images a patch of the U-Net."""
 
 from __future__ import annotations
 
@@ -9,73 +9,72 @@ from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.stories.story import Story
-from .blocks import LLMBlock, SynchronizerBlock
-from .native import skip_widths
-from .sockets import CATEGORY, LLMSocket, StorySocket, SynchronizerSocket
+from .blocks import PatchedLLM, PatchedSynchronizer
+from .native import skip_channels_of
+from .types import CATEGORY, LLMSocket, StorySocket, SynchronizerSocket
 
 KEY = "mm_interleaved"
 
 
-def check_blocks(llm: LLMBlock, synchronizer: SynchronizerBlock, model) -> None:
-    """One sentence for blocks that do not belong together; raises SettingError."""
-    decoder = synchronizer.config.decoder
-    if llm.config.llm.width != decoder.llm_width:
+def check_blocks(llm: PatchedLLM, synchronizer: PatchedSynchronizer, model) -> None:
+    """Raises SettingError for blocks that do not belong together."""
+    c = synchronizer.config.synchronizer
+    if llm.config.llm.hidden_size != c.llm_hidden_size:
         raise SettingError(
-            f"The LLM has width {llm.config.llm.width}, but the synchronizer was made for an LLM of width "
-            f"{decoder.llm_width}; use an LLM and a synchronizer of the same model."
+            f"The LLM has width {llm.config.llm.hidden_size}, but the synchronizer was made for an LLM of width "
+            f"{c.llm_hidden_size}; use an LLM and a synchronizer of the same model."
         )
-    widths = skip_widths(model)
-    if widths is None:
+    channels = skip_channels_of(model)
+    if channels is None:
         raise SettingError(
             f"The MODEL is a {type(model.model).__name__}, which has no U-Net with skips; use Stable Diffusion 2.1, or "
             "the model that belongs to the synchronizer."
         )
-    context = model.model.model_config.unet_config.get("context_dim")
-    if widths != list(decoder.site_widths) or context != decoder.resampler.width:
+    context_dim = model.model.model_config.unet_config.get("context_dim")
+    if channels != list(c.block_channels) or context_dim != c.perceiver.hidden_size:
         raise SettingError(
-            f"The MODEL's U-Net has skips of widths {widths} and reads contexts of width {context}, but the synchronizer "
-            f"was made for {list(decoder.site_widths)} and {decoder.resampler.width}; use the model that belongs to it."
+            f"The MODEL's U-Net has skips of widths {channels} and reads contexts of width {context_dim}, but the "
+            f"synchronizer was made for {list(c.block_channels)} and {c.perceiver.hidden_size}; use the model that "
+            "belongs to it."
         )
 
 
-def look_at(
-    model, synchronizer: SynchronizerBlock, story: Story, strength: float, start: float, end: float, pictures: int
+def apply_mmfs(
+    model, synchronizer: PatchedSynchronizer, story: Story, strength: float, start: float, end: float, num_images: int
 ):
-    """A clone of MODEL whose skips and mid output look at the story's last `pictures` pictures."""
+    """A clone of MODEL with MMFS at its skips and middle block, attending to the story's last `num_images` images."""
     if strength == 0 or start >= end:
         return model.clone()
-    seen = story.pictures[-pictures:] if pictures else ()
-    c = synchronizer.config.decoder
-    # With no picture yet, too, the sites have something to add: so they were trained.
-    maps = [torch.zeros(1, 0, c.feature_width, size, size) for size in c.levels]
-    if seen:
-        maps = [torch.stack(level).unsqueeze(0) for level in zip(*(picture.features.maps for picture in seen))]
+    images = story.images[-num_images:] if num_images else ()
+    c = synchronizer.config.synchronizer
+    # MMFS adds something even without images: that is how it was trained.
+    maps = [torch.zeros(1, 0, c.mmfs.d_value, size, size) for size in c.mmfs.spatial_shapes]
+    if images:
+        maps = [torch.stack(level).unsqueeze(0) for level in zip(*(image.features.feature_maps for image in images))]
     sampling = model.get_model_object("model_sampling")
     first, last = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)
-    decoder = synchronizer.module
-    skips = len(decoder.skip_sites)
-    # Of one sampling: the pictures as the sites read them. Closures only, for a clone copies everything else.
-    prepared = {}
+    mmfs = synchronizer.module.mmfs_module
+    num_skips = len(mmfs.mmfs_down_blocks)
+    # The projected images of one sampling, by dtype. Closures only, for a clone copies everything else.
+    projected = {}
 
     def patch(h, hsp, transformer_options):
         sigma = float(transformer_options["sigmas"].max())
         if not last < sigma <= first:
             return h, hsp
-        if "sites" not in prepared:
-            shown = torch.ones(1, len(seen), dtype=torch.bool, device=h.device)
-            here = [level.to(h.device, synchronizer.dtype) for level in maps]
-            prepared["sites"] = decoder.prepare(here, shown)
-        number = transformer_options["block"][1]
-        sites = prepared["sites"]
+        if h.dtype not in projected:
+            mask = torch.ones(1, len(images), dtype=torch.bool, device=h.device)
+            projected[h.dtype] = mmfs.project_images([level.to(h.device, h.dtype) for level in maps], mask, h.dtype)
+        number, values = transformer_options["block"][1], projected[h.dtype]
         if number == 0:
-            h = decoder.site(skips, h, sites, strength)
-        return h, decoder.site(skips - 1 - number, hsp, sites, strength)
+            h = mmfs.add_residual(num_skips, h, values, strength)
+        return h, mmfs.add_residual(num_skips - 1 - number, hsp, values, strength)
 
     def around_sampling(executor, *args, **kwargs):
         try:
             return executor(*args, **kwargs)
         finally:
-            prepared.clear()
+            projected.clear()
 
     patched = model.clone()
     patched.set_model_output_block_patch(patch)
@@ -84,19 +83,19 @@ def look_at(
     return patched
 
 
-class Synchronize(io.ComfyNode):
+class ApplySynchronizer(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MMInterleavedSynchronize",
-            display_name="Synchronize",
+            display_name="Apply Synchronizer",
             category=CATEGORY,
-            description="Prepares the next picture of a story for a stock KSampler: what the LLM has read becomes the "
-            "conditioning, and the U-Net looks at the earlier pictures.",
+            description="Prepares the next image of a story for a stock KSampler: the LLM's context becomes the conditioning, and "
+            "the U-Net attends to the earlier images.",
             inputs=[
-                LLMSocket.Input("llm", tooltip="Reads the story; its states are what the U-Net is told."),
-                SynchronizerSocket.Input("synchronizer", tooltip="Shows the earlier pictures to the U-Net."),
-                StorySocket.Input("story", optional=True, tooltip="The story up to the picture that is to be drawn."),
+                LLMSocket.Input("llm", tooltip="Reads the story; its hidden states become the conditioning."),
+                SynchronizerSocket.Input("synchronizer", tooltip="Lets the U-Net attend to the earlier images."),
+                StorySocket.Input("story", optional=True, tooltip="The story up to the image to draw."),
                 io.Model.Input("model", tooltip="The U-Net that belongs to the synchronizer; with LoRAs if you like."),
                 io.Float.Input(
                     "strength",
@@ -104,7 +103,7 @@ class Synchronize(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How much the earlier pictures count in the U-Net; 0 draws from the text alone.",
+                    tooltip="How much the earlier images count in the U-Net; 0 draws from the text alone.",
                 ),
                 io.Float.Input(
                     "start",
@@ -112,7 +111,7 @@ class Synchronize(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="From which part of the sampling on the U-Net looks at them.",
+                    tooltip="When the U-Net starts to attend to them, as a fraction of the sampling.",
                 ),
                 io.Float.Input(
                     "end",
@@ -120,14 +119,14 @@ class Synchronize(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Up to which part of the sampling the U-Net looks at them.",
+                    tooltip="When the U-Net stops attending to them, as a fraction of the sampling.",
                 ),
                 io.Int.Input(
                     "pictures",
                     default=-1,
                     min=-1,
                     max=64,
-                    tooltip="How many of the last pictures are looked at; -1 for as many as the model is used to.",
+                    tooltip="How many of the last images the U-Net attends to; -1 for the model's own number.",
                 ),
             ],
             outputs=[
@@ -141,19 +140,21 @@ class Synchronize(io.ComfyNode):
     def execute(cls, llm, synchronizer, model, strength, start, end, pictures, story=None) -> io.NodeOutput:
         check_blocks(llm, synchronizer, model)
         story = story or Story()
-        c = synchronizer.config.decoder
-        pictures = c.look_back if pictures < 0 else pictures
-        if pictures > c.max_pictures - 1:
-            raise SettingError(f"This synchronizer can look at {c.max_pictures - 1} pictures at most, not {pictures}.")
+        c = synchronizer.config.synchronizer
+        num_images = c.num_context_images if pictures < 0 else pictures
+        max_images = c.mmfs.max_num_image_per_seq - 1
+        if num_images > max_images:
+            raise SettingError(f"This synchronizer can attend to {max_images} images at most, not {num_images}.")
         llm.check(story)
-        llm.model.fit(story, 1)
+        llm.generator.truncate_to_context(story, 1)
         llm.load(story)
-        llm.read(story)
-        context = llm.model.contexts([story])
+        llm.prefill(story)
+        context = llm.generator.context_features([story])
         synchronizer.load(context[0].numel() * 64)
-        context = [c.to(synchronizer.device, synchronizer.dtype) for c in context]
-        keep = comfy.model_management.intermediate_device()
-        positive = synchronizer.module.condition(context).to(keep)
-        negative = synchronizer.module.negative.detach().to(keep).clone()
-        patched = look_at(model, synchronizer, story, strength, start, end, pictures)
+        context = [states.to(synchronizer.device, synchronizer.dtype) for states in context]
+        device = comfy.model_management.intermediate_device()
+        conditioner = synchronizer.module.conditioner
+        positive = conditioner.prompt_embeds(context).to(device)
+        negative = conditioner.neg_prompt_embeds.detach().to(device).clone()
+        patched = apply_mmfs(model, synchronizer, story, strength, start, end, num_images)
         return io.NodeOutput(patched, [[positive, {}]], [[negative, {}]])

@@ -7,10 +7,11 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
 from ..comfy_mminterleaved.errors import SettingError
-from ..comfy_mminterleaved.stories.story import Story, Text
-from ..comfy_mminterleaved.stories.storyboard import panel_seeds, plan_panels
+from ..comfy_mminterleaved.stories.story import Story, TextSegment
+from ..comfy_mminterleaved.stories.storyboard import Step, panel_seeds, plan_panels
 from .segments import ORDERS
-from .sockets import (
+from .synchronize import check_blocks
+from .types import (
     CATEGORY,
     DEFAULTS,
     EncoderSocket,
@@ -21,8 +22,7 @@ from .sockets import (
     sampling_inputs,
     seed_input,
 )
-from .synchronize import check_blocks
-from .write import sampling_of
+from .write import text_config_from_inputs
 
 SAMPLING = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
 
@@ -37,7 +37,7 @@ def chosen_seeds(seed: int, seeds: str, numbers: list[int]) -> list[int]:
     Raises:
         SettingError: for what is no number, or more numbers than panels.
     """
-    found, panels = [(seed + number) % 2**63 for number in numbers], len(numbers)
+    chosen, panels = [(seed + number) % 2**63 for number in numbers], len(numbers)
     places = [place.strip() for place in seeds.replace("\n", ",").split(",")] if seeds.strip() else []
     if len(places) > panels:
         raise SettingError(f"There are {len(places)} seeds for {panels} panels; give at most one a panel.")
@@ -47,8 +47,8 @@ def chosen_seeds(seed: int, seeds: str, numbers: list[int]) -> list[int]:
                 f"The seed of panel {number + 1} must be a whole number from 0 to {2**63 - 1}, not {place!r:.60}."
             )
         if place:
-            found[number] = int(place)
-    return found
+            chosen[number] = int(place)
+    return chosen
 
 
 class TellStory(io.ComfyNode):
@@ -58,49 +58,47 @@ class TellStory(io.ComfyNode):
             node_id="MMInterleavedTellStory",
             display_name="Tell Story",
             category=CATEGORY,
-            description="Tells a story: each panel is written and drawn in view of all before it. It unfolds into Write, "
-            "Synchronize, KSampler, VAE Decode and Story Picture, so a panel with a new seed leaves those before it alone.",
+            description="Tells a story: each panel is written and drawn in view of all before it. It expands to Write Story Text, "
+            "Apply Synchronizer, KSampler, VAE Decode and Add Story Image, so a new seed for a panel leaves the earlier ones alone.",
             enable_expand=True,
             inputs=[
-                EncoderSocket.Input("encoder", tooltip="Sees the pictures as they are made."),
-                LLMSocket.Input("llm", tooltip="Reads and writes."),
-                SynchronizerSocket.Input("synchronizer", tooltip="Shows the earlier pictures to the U-Net."),
+                EncoderSocket.Input("encoder", tooltip="Encodes the images as they are made."),
+                LLMSocket.Input("llm", tooltip="Reads and writes the story."),
+                SynchronizerSocket.Input("synchronizer", tooltip="Lets the U-Net attend to the earlier images."),
                 io.Model.Input("model", tooltip="The U-Net, with LoRAs if you like."),
-                io.Vae.Input("vae", tooltip="Decodes the pictures."),
+                io.Vae.Input("vae", tooltip="Decodes the images."),
                 StorySocket.Input(
-                    "story", optional=True, tooltip="A story to go on with: text, pictures or both. It may be left out."
+                    "story", optional=True, tooltip="A story to continue: text, images or both. May be left out."
                 ),
                 io.String.Input(
                     "opening",
                     multiline=True,
                     default="",
                     dynamic_prompts=False,
-                    tooltip="The text of the first panel. If it is empty, the model begins by itself.",
+                    tooltip="The text of the first panel. If empty, the model writes it.",
                 ),
-                io.Int.Input(
-                    "panels", default=3, min=0, max=64, tooltip="How many pictures are made. It is a promise."
-                ),
+                io.Int.Input("panels", default=3, min=0, max=64, tooltip="How many images are drawn, exactly."),
                 seed_input("the whole story; each panel has this plus its number"),
                 io.String.Input(
                     "seeds",
                     default="",
-                    tooltip="Panels with seeds of their own, as '7, , 42': the first has 7, the third 42. To "
+                    tooltip="Seeds of single panels, such as '7, , 42' for the first and third. To "
                     "draw only panel 4 anew, put a new number at the fourth place.",
                 ),
                 io.Int.Input(
                     "steps",
-                    default=DEFAULTS.image.steps,
+                    default=DEFAULTS.image.num_inference_steps,
                     min=1,
                     max=1000,
                     tooltip="Steps of the sampler for each picture.",
                 ),
                 io.Float.Input(
                     "cfg",
-                    default=DEFAULTS.image.guidance,
+                    default=DEFAULTS.image.guidance_scale,
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="How strictly the pictures follow the story.",
+                    tooltip="How strictly the images follow the story.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
@@ -136,19 +134,19 @@ class TellStory(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How much the earlier pictures count in the U-Net.",
+                    tooltip="How much the earlier images count in the U-Net.",
                 ),
                 io.Int.Input(
                     "pictures",
                     default=-1,
                     min=-1,
                     max=64,
-                    tooltip="How many of the last pictures are looked at; -1 for as many as the model is used to.",
+                    tooltip="How many of the last images the U-Net attends to; -1 for the model's own number.",
                 ),
                 io.Boolean.Input(
                     "picture_first",
                     default=False,
-                    tooltip="On: each panel's picture is made before its text. Off: as the story or its "
+                    tooltip="On: each panel's image is drawn before its text. Off: as the story or its "
                     "storyboard says, else as the model's stories are.",
                 ),
                 *sampling_inputs(),
@@ -194,65 +192,66 @@ class TellStory(io.ComfyNode):
         if plan is None and panels < 1:
             raise SettingError(f"The number of panels must be at least 1, not {panels}.")
         check_blocks(llm, synchronizer, model)
-        begun = (story or Story()).add(Text(opening.strip()))
+        opening_story = (story or Story()).add(TextSegment(opening.strip()))
         if story is not None:
             llm.check(story)
-        arranged = begun
-        if plan is None or plan.steps is None:
-            arranged = begun.arrange(llm.model.order(begun, picture_first or None))
-        panel_steps = plan_panels(arranged, panels) if plan is None else plan.steps_after(arranged)
-        llm.model.check_room(arranged, panel_steps, sampling_of(seed, **settings))
-        found = chosen_seeds(seed, seeds, panel_seeds(arranged, panel_steps))
-        size = synchronizer.config.decoder.picture_size
+        is_open = plan is None or plan.steps is None
+        if is_open:
+            image_first = llm.generator.resolve_image_first(opening_story, picture_first or None)
+            opening_story = opening_story.arrange(image_first)
+        panel_steps = plan_panels(opening_story, panels) if plan is None else plan.steps_after(opening_story)
+        llm.generator.check_context_length(opening_story, panel_steps, text_config_from_inputs(seed, **settings))
+        seeds = chosen_seeds(seed, seeds, panel_seeds(opening_story, panel_steps))
+        size = synchronizer.config.synchronizer.image_size
 
         # Links rather than values: a step whose links lead to the same things is not run again.
-        wires = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
+        links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
         graph = GraphBuilder()
-        told = wires.get("story")
+        story = links.get("story")
         if opening.strip():
-            told = graph.node("MMInterleavedStoryText", "opening", text=opening, **_maybe(story=told)).out(0)
-        if begun.pictures and (plan is None or plan.steps is None):
-            order = next(name for name, value in ORDERS.items() if value is arranged.image_first)
-            told = graph.node("MMInterleavedIntroduce", "introduce", llm=wires["llm"], story=told, order=order).out(0)
-        latent = graph.node("EmptyLatentImage", "latent", width=width or size, height=height or size, batch_size=1).out(
-            0
-        )
-        for number, (seed, panel) in enumerate(zip(found, panel_steps), 1):
+            story = graph.node("MMInterleavedStoryText", "opening", text=opening, **_optional(story=story)).out(0)
+        if opening_story.images and is_open:
+            order = next(name for name, value in ORDERS.items() if value is opening_story.image_first)
+            story = graph.node("MMInterleavedIntroduce", "introduce", llm=links["llm"], story=story, order=order).out(0)
+        latent = graph.node("EmptyLatentImage", "latent", width=width or size, height=height or size, batch_size=1)
+        for number, (seed, panel) in enumerate(zip(seeds, panel_steps), 1):
             for step in panel:
-                if isinstance(step, Text):
-                    told = graph.node(
-                        "MMInterleavedStoryText", f"text {number}", text=step.text, **_maybe(story=told)
-                    ).out(0)
+                if isinstance(step, TextSegment):
+                    text = graph.node(
+                        "MMInterleavedStoryText", f"text {number}", text=step.text, **_optional(story=story)
+                    )
+                    story = text.out(0)
                     continue
-                if step == "write":
-                    told = graph.node(
+                if step is Step.TEXT:
+                    text = graph.node(
                         "MMInterleavedWrite",
                         f"write {number}",
-                        llm=wires["llm"],
+                        llm=links["llm"],
                         seed=seed,
-                        **_maybe(story=told),
+                        **_optional(story=story),
                         **settings,
-                    ).out(0)
+                    )
+                    story = text.out(0)
                     continue
-                ready = graph.node(
+                conditioned = graph.node(
                     "MMInterleavedSynchronize",
                     f"synchronize {number}",
-                    llm=wires["llm"],
-                    synchronizer=wires["synchronizer"],
-                    model=wires["model"],
+                    llm=links["llm"],
+                    synchronizer=links["synchronizer"],
+                    model=links["model"],
                     strength=strength,
                     start=0.0,
                     end=1.0,
                     pictures=pictures,
-                    **_maybe(story=told),
+                    **_optional(story=story),
                 )
-                drawn = graph.node(
+                samples = graph.node(
                     "KSampler",
                     f"draw {number}",
-                    model=ready.out(0),
-                    positive=ready.out(1),
-                    negative=ready.out(2),
-                    latent_image=latent,
+                    model=conditioned.out(0),
+                    positive=conditioned.out(1),
+                    negative=conditioned.out(2),
+                    latent_image=latent.out(0),
                     seed=seed,
                     steps=steps,
                     cfg=cfg,
@@ -260,17 +259,17 @@ class TellStory(io.ComfyNode):
                     scheduler=scheduler,
                     denoise=1.0,
                 )
-                image = graph.node("VAEDecode", f"decode {number}", samples=drawn.out(0), vae=wires["vae"])
-                told = graph.node(
+                image = graph.node("VAEDecode", f"decode {number}", samples=samples.out(0), vae=links["vae"])
+                story = graph.node(
                     "MMInterleavedStoryPicture",
                     f"add {number}",
-                    encoder=wires["encoder"],
+                    encoder=links["encoder"],
                     image=image.out(0),
-                    **_maybe(story=told),
+                    **_optional(story=story),
                 ).out(0)
-        taken = graph.node("MMInterleavedPanelsInside", "panels", story=told)
-        return io.NodeOutput(told, taken.out(0), taken.out(1), expand=graph.finalize())
+        split = graph.node("MMInterleavedPanelsInside", "panels", story=story)
+        return io.NodeOutput(story, split.out(0), split.out(1), expand=graph.finalize())
 
 
-def _maybe(**wires):
-    return {name: wire for name, wire in wires.items() if wire is not None}
+def _optional(**links):
+    return {name: link for name, link in links.items() if link is not None}

@@ -1,4 +1,4 @@
-"""Write: the LLM goes on with the story, and shows the text as it grows."""
+"""Write Story Text: the LLM continues the story, and shows the text as it grows."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ..comfy_mminterleaved.errors import SettingError
-from ..comfy_mminterleaved.generation.text import Sampling
-from ..comfy_mminterleaved.stories.story import Story, Text
-from .sockets import CATEGORY, LLMSocket, StorySocket, sampling_inputs, seed_input
+from ..comfy_mminterleaved.generation.config import TextGenerationConfig
+from ..comfy_mminterleaved.stories.story import Story, TextSegment
+from .types import CATEGORY, LLMSocket, StorySocket, sampling_inputs, seed_input
 
 
-def live(node_id: str | None, most: int):
-    """A callback for each token: progress, the text so far on the node, and an end as soon as Cancel was pressed."""
-    bar, count = comfy.utils.ProgressBar(most), 0
+def progress_callback(node_id: str | None, limit: int):
+    """A callback for each token: progress, the text so far on the node, and Cancel."""
+    bar, count = comfy.utils.ProgressBar(limit), 0
     send = getattr(PromptServer.instance, "send_progress_text", None)
 
     def on_token(text) -> None:
         nonlocal count
         comfy.model_management.throw_exception_if_processing_interrupted()
         count += 1
-        bar.update_absolute(count, most)
+        bar.update_absolute(count, limit)
         if send is not None and node_id is not None:
             send(str(text), node_id)
 
     return on_token
 
 
-def sampling_of(seed, max_tokens, min_tokens, temperature, top_k, top_p, repetition_penalty) -> Sampling:
+def text_config_from_inputs(
+    seed, max_tokens, min_tokens, temperature, top_k, top_p, repetition_penalty
+) -> TextGenerationConfig:
     if min_tokens > max_tokens:
         raise SettingError(f"min_tokens, {min_tokens}, must not be over max_tokens, {max_tokens}.")
-    return Sampling(
+    return TextGenerationConfig(
         max_new_tokens=max_tokens,
         min_new_tokens=min_tokens,
-        sample=temperature > 0,
+        do_sample=temperature > 0,
         temperature=temperature or 1.0,
         top_k=top_k,
         top_p=top_p,
@@ -44,20 +46,20 @@ def sampling_of(seed, max_tokens, min_tokens, temperature, top_k, top_p, repetit
     )
 
 
-class WriteText(io.ComfyNode):
+class WriteStoryText(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MMInterleavedWrite",
-            display_name="Write",
+            display_name="Write Story Text",
             category=CATEGORY,
-            description="Goes on with the story in words, up to where the model ends the text or asks for a picture.",
+            description="Continues the story with text, up to where the model ends it or requests an image.",
             inputs=[
                 LLMSocket.Input("llm", tooltip="Reads the story and writes."),
                 StorySocket.Input(
                     "story",
                     optional=True,
-                    tooltip="The story so far; what was read before is not read again. It may be left out.",
+                    tooltip="The story so far. Only what is new since the last node is read. May be left out.",
                 ),
                 seed_input("the text"),
                 *sampling_inputs(),
@@ -68,7 +70,7 @@ class WriteText(io.ComfyNode):
                 io.Boolean.Output(
                     "wants_picture_out",
                     display_name="wants picture",
-                    tooltip="Whether the model ended the text by asking for a picture.",
+                    tooltip="Whether the model ended the text by requesting an image.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -76,11 +78,13 @@ class WriteText(io.ComfyNode):
 
     @classmethod
     def execute(cls, llm, seed, story=None, **settings) -> io.NodeOutput:
-        sampling, story = sampling_of(seed, **settings), story or Story()
+        config, story = text_config_from_inputs(seed, **settings), story or Story()
         llm.check(story)
-        llm.model.fit(story, sampling.max_new_tokens)
-        llm.load(story, sampling.max_new_tokens)
-        llm.read(story)
-        written = llm.model.write(story, sampling, live(cls.hidden.unique_id, sampling.max_new_tokens))
-        told = story.add(Text(written.text, written.tokens))
-        return io.NodeOutput(told, written.text, written.wants_picture, ui=ui.PreviewText(written.text))
+        llm.generator.truncate_to_context(story, config.max_new_tokens)
+        llm.load(story, config.max_new_tokens)
+        llm.prefill(story)
+        text = llm.generator.generate_text(
+            story, config, progress_callback(cls.hidden.unique_id, config.max_new_tokens)
+        )
+        story = story.add(TextSegment(text.text, text.tokens))
+        return io.NodeOutput(story, text.text, text.requests_image, ui=ui.PreviewText(text.text))

@@ -8,7 +8,6 @@ the checkpoint, and `sheet` draws held-out stories with it. `begin` makes a run 
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 from dataclasses import replace
@@ -19,16 +18,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from comfy_mminterleaved.checkpoints import load as checkpoint
-from comfy_mminterleaved.checkpoints.load import diffusers_model
+from comfy_mminterleaved.checkpoints.tensors import read_tensors
 from comfy_mminterleaved.config import Config
 from comfy_mminterleaved.errors import MMInterleavedError, SettingError
-from comfy_mminterleaved.files import make_folder, write_bytes, write_json
-from comfy_mminterleaved.generation.image import Drawing, decode_latents, draw, encode_latents, make_scheduler
-from comfy_mminterleaved.models.unet_synchronizer import PreparedSites
-from comfy_mminterleaved.pipeline import MMInterleaved
+from comfy_mminterleaved.files import atomic_path, atomic_write, ensure_writable_dir, write_json
+from comfy_mminterleaved.generation.config import ImageGenerationConfig, TextGenerationConfig
+from comfy_mminterleaved.generation.image import denoise
+from comfy_mminterleaved.generation.latents import decode_latents, encode_latents
+from comfy_mminterleaved.generation.schedulers import make_scheduler
+from comfy_mminterleaved.models.build import diffusers_model
+from comfy_mminterleaved.models.unet_synchronizer import UNetImageValues
+from comfy_mminterleaved.pipeline import MMInterleavedPipeline
+from comfy_mminterleaved.presets import STARTER_DIR
 from comfy_mminterleaved.stories.images import encode_png
-from comfy_mminterleaved.stories.story import Picture, Story
+from comfy_mminterleaved.stories.story import ImageSegment, Story
 
 from . import paint, world
 from .data import Batches, Book, Texts
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in sorted(options.keys() - taken):
             raise SettingError(f"--{name.replace('_', '-')} is of no use to {args.stage!r}; leave it away.")
         if args.stage == "begin":
-            begin(out, *(checkpoint.STARTER if m == "starter" else Path(m) for m in options.get("model", ["starter"])))
+            begin(out, *(STARTER_DIR if m == "starter" else Path(m) for m in options.get("model", ["starter"])))
         elif args.stage == "export":
             export(out)
         elif args.stage == "sheet":
@@ -78,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             changes = {name: options.pop(name, None) for name in ("steps", "batch", "learning_rate")}
             stage = Stage.read(Path(__file__).parent / "stages" / f"{args.stage}.json", **changes)
-            run(stage, make_folder(out), **options)
+            run(stage, ensure_writable_dir(out), **options)
     except MMInterleavedError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2
@@ -97,11 +100,11 @@ def run(
     for name, block in blocks.items():
         block.requires_grad_(name in stage.blocks)
     # What is fixed stays fixed; of the synchronizer, what has nothing to do in a stage stands still.
-    idle = {"language": lambda key: "site" in key, "look": lambda key: "site" not in key}.get(stage.name)
+    idle = {"language": lambda key: "mmfs_module" in key, "look": lambda key: "mmfs_module" not in key}.get(stage.name)
     for name in stage.blocks:
         for key, parameter in blocks[name].named_parameters():
             unused = name == "synchronizer" and idle is not None and idle(key)
-            if unused or key.endswith(("position_map", "positions", "sink")):
+            if unused or key.endswith(("pos_embed", "ignore_token")):
                 parameter.requires_grad_(False)
     own = {"vae": learn_vae, "encoder": learn_to_see, "detail": learn_detail, "decoder": learn_to_draw}
     learn = own.get(stage.name, learn_stories)
@@ -127,7 +130,7 @@ def run(
 def learn_vae(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
     vae = thin_autoencoder(diffusers_model(config.vae))
     if (out / "vae" / "thin.safetensors").exists():
-        vae.load_state_dict(checkpoint.read_tensors(out / "vae" / "thin.safetensors"))
+        vae.load_state_dict(read_tensors(out / "vae" / "thin.safetensors"))
     learner = LearnVAE(vae)
 
     def batch_of(seed: int) -> tuple:
@@ -257,16 +260,16 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
         emphasis = source.emphasis(made.rows.flatten().tolist(), known.shape[-1]).to(device)
         return made, known.unflatten(0, size), emphasis.unflatten(0, size)
 
-    if look and blocks["synchronizer"].mid_site.conv.weight.any():
+    if look and blocks["synchronizer"].mmfs_module.mmfs_mid_block.conv.weight.any():
         learner.bring_to_size([batch_of(seed) for seed in range(8)], 1.0)  # it learns at the codes' own size
 
     def sample(step: int) -> None:
-        model = MMInterleaved(config, {name: block.eval() for name, block in blocks.items()}, tokenizer)
+        model = MMInterleavedPipeline(config, {name: block.eval() for name, block in blocks.items()}, tokenizer)
         path = out / stage.name / f"samples-{step:06d}"
         if draws:
             story_sheet(model, held_out, path.with_suffix(".png"))
         else:
-            write_bytes(path.with_suffix(".txt"), captions(model, held_out).encode("utf-8"))
+            atomic_write(path.with_suffix(".txt"), captions(model, held_out).encode("utf-8"))
 
     kept = {name: blocks[name] for name in stage.blocks}
     return learner, kept, batch_of, [batch_of(seed, held_out) for seed in range(8)], None if look else sample
@@ -285,9 +288,9 @@ def widen_vae(folder: Path, config: Config) -> None:
     from safetensors.torch import save_file
 
     vae = diffusers_model(config.vae)
-    vae.load_state_dict(widened(vae, checkpoint.read_tensors(folder / "thin.safetensors")))
-    save_file(vae.state_dict(), folder / "vae.safetensors.part")
-    os.replace(folder / "vae.safetensors.part", folder / "vae.safetensors")
+    vae.load_state_dict(widened(vae, read_tensors(folder / "thin.safetensors")))
+    with atomic_path(folder / "vae.safetensors") as temp_path:
+        save_file(vae.state_dict(), temp_path)
 
 
 def bring_sites_to_size(folder: Path, learner: LearnToLook, batches: list[tuple]) -> None:
@@ -296,11 +299,11 @@ def bring_sites_to_size(folder: Path, learner: LearnToLook, batches: list[tuple]
 
     torch.manual_seed(0)
     path = folder / "synchronizer.safetensors"
-    learner.decoder.load_state_dict(checkpoint.read_tensors(path))
+    learner.decoder.load_state_dict(read_tensors(path))
     learner.eval().bring_to_size(batches)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in learner.decoder.state_dict().items()}
-    save_file(tensors, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    with atomic_path(path) as temp_path:
+        save_file(tensors, temp_path)
 
 
 @torch.no_grad()
@@ -341,7 +344,7 @@ def _grid(rows: list[torch.Tensor], path: Path) -> None:
     widest = max(len(row) for row in rows)
     padded = [torch.cat([row, row.new_ones(widest - len(row), *row.shape[1:])]) for row in rows]
     sheet = torch.cat([torch.cat(list(row), dim=2) for row in padded], dim=1)
-    write_bytes(path, encode_png(sheet))
+    atomic_write(path, encode_png(sheet))
 
 
 @torch.no_grad()
@@ -356,38 +359,40 @@ def code_sheet(learner: LearnToDraw, blocks, config: Config, book: Book, path: P
     """Held-out pictures over what the U-Net draws when told what they show, without any synchronizer."""
     rows = book.spread(count)
     labels = book.labels[rows].to(device_of(learner))
-    drawn = draw(
+    drawn = denoise(
         learner.unet,
         blocks["vae"],
         make_scheduler("ddim", config.scheduler),
         blocks["synchronizer"],
         learner.codes(labels),
-        PreparedSites((), labels.new_zeros(count, 0, dtype=torch.bool)),
-        Drawing(steps=20, guidance=3.0, strength=0.0),
+        UNetImageValues((), labels.new_zeros(count, 0, dtype=torch.bool)),
+        ImageGenerationConfig(num_inference_steps=20, guidance_scale=3.0, mmfs_scale=0.0),
         list(range(count)),
-        (config.decoder.picture_size,) * 2,
+        (config.synchronizer.image_size,) * 2,
     )
     _grid([book.pictures(rows), drawn.cpu()], path)
 
 
 @torch.no_grad()
-def story_sheet(model: MMInterleaved, book: Book, path: Path, stories: int = 4) -> None:
+def story_sheet(model: MMInterleavedPipeline, book: Book, path: Path, stories: int = 4) -> None:
     """Held-out stories: the true pictures over the model's, of which the first is given."""
     rows = []
     for number in range(min(stories, len(book.stories))):
         rows += drawn_over(model, book, number)
-    model.forget()
+    model.clear_cache()
     _grid(rows, path)
 
 
-def drawn_over(model: MMInterleaved, book: Book, number: int) -> list[torch.Tensor]:
+def drawn_over(model: MMInterleavedPipeline, book: Book, number: int) -> list[torch.Tensor]:
     """A story's true pictures, and the model's: the first is given, each other drawn from the true text before it."""
     pages, first = book.stories[number], int(book.first[number])
     true = book.pictures(range(first, first + len(pages)))
-    story, drawn = Story.of(pages[0].text, Picture(true[0])), [true[0]]
+    story, drawn = Story.of(pages[0].text, ImageSegment(true[0])), [true[0]]
     for page in pages[1:]:
-        story = model.encode(story.add(page.text))
-        picture = model.draw(story, Drawing(steps=20, scheduler="dpm++", guidance=3.0, seed=number))
+        story = model.encode_images(story.add(page.text))
+        picture = model.generate_image(
+            story, ImageGenerationConfig(num_inference_steps=20, scheduler="dpm++", guidance_scale=3.0, seed=number)
+        )
         drawn.append(picture.pixels)
         story = story.add(picture)
     return [true, torch.stack(drawn)]
@@ -395,7 +400,7 @@ def drawn_over(model: MMInterleaved, book: Book, number: int) -> list[torch.Tens
 
 def contact_sheet(out: Path, stories: int = 20) -> Path:
     """The exported model's drawings of held-out stories: the true ones on the left, its own on the right."""
-    model, book = MMInterleaved.load(out / "model", "cpu"), Book(out, stories, held_out=True)
+    model, book = MMInterleavedPipeline.load(out / "model", "cpu"), Book(out, stories, held_out=True)
     longest = max(len(story) for story in book.stories)
     rows = []
     for number in range(stories):
@@ -407,15 +412,14 @@ def contact_sheet(out: Path, stories: int = 20) -> Path:
 
 
 @torch.no_grad()
-def captions(model: MMInterleaved, book: Book, count: int = 12) -> str:
+def captions(model: MMInterleavedPipeline, book: Book, count: int = 12) -> str:
     """True captions over the model's."""
-    from comfy_mminterleaved.generation.text import Sampling
-
-    greedy, lines = Sampling(max_new_tokens=40, min_new_tokens=1, sample=False, repetition_penalty=1.0), []
+    greedy = TextGenerationConfig(max_new_tokens=40, min_new_tokens=1, do_sample=False, repetition_penalty=1.0)
+    lines: list[str] = []
     for story in range(min(count, len(book.stories))):
-        picture = Picture(book.pictures([int(book.first[story])])[0])
+        picture = ImageSegment(book.pictures([int(book.first[story])])[0])
         lines += [world.caption(book.stories[story][0].scene), model.caption(picture, greedy)[0].text, ""]
-    model.forget()
+    model.clear_cache()
     return "\n".join(lines)
 
 

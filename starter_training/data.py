@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from comfy_mminterleaved.config import Config
-from comfy_mminterleaved.stories.story import Picture, Story, TokenLayout, layout
+from comfy_mminterleaved.files import atomic_path
+from comfy_mminterleaved.generation.tokens import StoryTokens, tokenize_story
+from comfy_mminterleaved.stories.story import ImageSegment, Story
 from comfy_mminterleaved.tokenizer import Tokenizer
 
 from . import paint, world
@@ -101,15 +103,13 @@ class Book:
         path = Path(folder) / f"{self.KINDS[held_out]}-{side}-{stories}{f'-from-{first}' if first else ''}.npy"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".part.npy")
-            pixels = np.lib.format.open_memmap(aside, "w+", np.uint8, (int(self.first[-1]), side, side, 3))
             jobs = [(seed, held_out, side) for seed in seeds]
-            with ProcessPoolExecutor(workers) as pool:
+            with atomic_path(path) as temp_path, ProcessPoolExecutor(workers) as pool:
+                pixels = np.lib.format.open_memmap(temp_path, "w+", np.uint8, (int(self.first[-1]), side, side, 3))
                 for number, pictures in enumerate(pool.map(_paint_story, jobs, chunksize=16)):
                     pixels[self.first[number] : self.first[number + 1]] = pictures
-            pixels.flush()
-            del pixels
-            aside.rename(path)
+                pixels.flush()
+                del pixels
         self.name, self.pixels = path.stem, np.load(path, mmap_mode="r")
         scenes = [page.scene for story in self.stories for page in story]
         self.labels = torch.tensor([list(labels_of(scene).values()) for scene in scenes])  # (pictures, heads)
@@ -217,7 +217,7 @@ class Batches:
     ):
         self.book, self.config, self.tokenizer = book, config, tokenizer
         self.pictures, self.drawn_only, self.names, self.slips, self.of_two = pictures, drawn_only, names, slips, of_two
-        self.blank = Picture(torch.zeros(3, 8, 8))  # the layout of a story needs no pixels
+        self.blank = ImageSegment(torch.zeros(3, 8, 8))  # the layout of a story needs no pixels
 
     def make(self, seed: int) -> Batch | Texts:
         """The batch of a seed."""
@@ -253,10 +253,10 @@ class Batches:
 
     def texts(self, seed: int, stories: int) -> Texts:
         """Texts of stories of two heroes; they cost a tenth of what stories with pictures do."""
-        rng, t = random.Random(f"texts {seed}"), self.config.llm.tokens
+        rng, t = random.Random(f"texts {seed}"), self.config.llm.special_tokens
         panels = rng.choice(sorted(self.book.two_by_length))
         numbers = [rng.choice(self.book.two_by_length[panels]) for _ in range(stories)]
-        rows = [[id for id in self._story(number, False)[0].ids if id != t.image] for number in numbers]
+        rows = [[id for id in self._story(number, False)[0].input_ids if id != t.image] for number in numbers]
         ids = torch.full((stories, max(map(len, rows))), t.pad)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
@@ -271,7 +271,7 @@ class Batches:
         Which name was the first is what has to be learned: a story asks it a few times in a hundred words, a drill with
         every second.
         """
-        rng, t = random.Random(f"drills {seed}"), self.config.llm.tokens
+        rng, t = random.Random(f"drills {seed}"), self.config.llm.special_tokens
         encode = self.tokenizer.encode
         rows: list[list[tuple[int, int]]] = []  # of (token, whom it means)
         for _ in range(count):
@@ -302,13 +302,13 @@ class Batches:
                 found[i] = torch.tensor([(cast, cast[:1], cast[1:]).index(heroes) for heroes in who])
         return found
 
-    def _story(self, number: int, picture_first: bool) -> tuple[TokenLayout, int]:
+    def _story(self, number: int, picture_first: bool) -> tuple[StoryTokens, int]:
         story = Story()
         for page in self.book.stories[number]:
             story = story.add(self.blank, page.text) if picture_first else story.add(page.text, self.blank)
         return self._layout(story), 1
 
-    def _single(self, row: int, rng: random.Random) -> tuple[TokenLayout, int]:
+    def _single(self, row: int, rng: random.Random) -> tuple[StoryTokens, int]:
         """A caption or an answer; only what comes after the prompt is learned."""
         scene = self.book.page(row).scene
         if rng.random() < 0.6:
@@ -317,11 +317,11 @@ class Batches:
             question, text = rng.choice(world.questions(scene))
             prompt = ASK.format(question=question)
         prompted = self._layout(Story.of(self.blank, prompt))
-        ids = (*prompted.ids, *self.tokenizer.encode(text, after_text=True))
-        return TokenLayout(ids, prompted.pictures, prompted.picture_ends), len(prompted)
+        ids = (*prompted.input_ids, *self.tokenizer.encode(text, after_text=True))
+        return StoryTokens(ids, prompted.images, prompted.image_ends), len(prompted)
 
-    def _layout(self, story: Story) -> TokenLayout:
-        return layout(story, self.tokenizer, self.config.llm)
+    def _layout(self, story: Story) -> StoryTokens:
+        return tokenize_story(story, self.tokenizer, self.config.llm)
 
     def _labels(self, shown: torch.Tensor, rows: list[list[int]], told: bool) -> torch.Tensor:
         """What the states are to tell of what is shown.
@@ -343,25 +343,25 @@ class Batches:
         return labels
 
     def _collate(
-        self, sequences: list[tuple[TokenLayout, int]], rows: list[list[int]], draws: bool, told: bool = False
+        self, sequences: list[tuple[StoryTokens, int]], rows: list[list[int]], draws: bool, told: bool = False
     ) -> Batch:
-        c, t = self.config.llm, self.config.llm.tokens
+        c, t = self.config.llm, self.config.llm.special_tokens
         longest = max(len(found) for found, _ in sequences) + 1
         n, p = len(sequences), len(rows[0])
         ids = torch.full((n, longest), t.pad)
         targets = torch.full((n, longest), IGNORE)
         visible = torch.zeros(n, longest, p, dtype=torch.bool)
         for i, (found, learned_from) in enumerate(sequences):
-            tokens = torch.tensor([*found.ids, t.eos])
+            tokens = torch.tensor([*found.input_ids, t.eos])
             ids[i, : len(tokens)] = tokens
-            visible[i, : len(found)] = found.visible(c)
+            visible[i, : len(found)] = found.image_mask(c)
             following = tokens[1:].clone()
             following[following == t.image] = IGNORE
             following[: learned_from - 1] = IGNORE
             if following[0] == t.soi:  # a story that opens with a picture is the user's choice (`is_bos2soi_token`)
                 following[0] = IGNORE
             targets[i, : len(following)] = following
-        starts = torch.tensor([[end - c.slots - 1 for end in found.picture_ends] for found, _ in sequences])
+        starts = torch.tensor([[end - c.num_img_token - 1 for end in found.image_ends] for found, _ in sequences])
         shown = self.book.labels[torch.tensor(rows)]
         labels = self._labels(shown, rows, told) if draws else torch.full_like(shown, IGNORE)
         meant = self._meant(rows) if told else torch.full((n, p), IGNORE)

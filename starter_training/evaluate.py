@@ -18,12 +18,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from comfy_mminterleaved.errors import MMInterleavedError, SettingError
-from comfy_mminterleaved.files import make_folder, write_bytes, write_json
-from comfy_mminterleaved.generation.image import Drawing
-from comfy_mminterleaved.generation.text import Sampling
-from comfy_mminterleaved.pipeline import MMInterleaved
-from comfy_mminterleaved.stories.images import encode_png, to_pil, to_pixels
-from comfy_mminterleaved.stories.story import Picture, Story, Text
+from comfy_mminterleaved.files import atomic_write, ensure_writable_dir, write_json
+from comfy_mminterleaved.generation.config import ImageGenerationConfig, TextGenerationConfig
+from comfy_mminterleaved.pipeline import MMInterleavedPipeline
+from comfy_mminterleaved.stories.images import encode_png, to_pil, to_tensor
+from comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
 
 from . import paint, world
 from .judge import SHIPPED, Judge, Verdict, load
@@ -57,25 +56,29 @@ def pixels_of(scene: world.Scene) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def gates_closed(model: MMInterleaved):
+def gates_closed(model: MMInterleavedPipeline):
     """Within it, the synchronizers of the LLM add nothing."""
-    gates = [layer.synchronizer.gate for layer in model.llm.layers if layer.synchronizer is not None]
+    gates = [layer.llama_cross_attn.gate for layer in model.llm.layers if layer.llama_cross_attn is not None]
     kept = [gate.clone() for gate in gates]
-    model.forget()
+    model.clear_cache()
     with torch.no_grad():
         for gate in gates:
             gate.zero_()
     try:
         yield
     finally:
-        model.forget()
+        model.clear_cache()
         with torch.no_grad():
             for gate, value in zip(gates, kept):
                 gate.copy_(value)
 
 
 def drawn_from_true_text(
-    model: MMInterleaved, stories: list[list[world.Page]], drawing: Drawing, hidden: bool = False, at_once: int = 16
+    model: MMInterleavedPipeline,
+    stories: list[list[world.Page]],
+    drawing: ImageGenerationConfig,
+    hidden: bool = False,
+    at_once: int = 16,
 ) -> list[list[torch.Tensor]]:
     """Every panel after the first of each story, in view of the model's own pictures; or, `hidden`, of none."""
     drawn: list[list[torch.Tensor]] = [[] for _ in stories]
@@ -83,17 +86,17 @@ def drawn_from_true_text(
         batch = stories[start : start + at_once]
         current = [Story.of(pages[0].text) for pages in batch]
         if not hidden:
-            current = [story.add(Picture(pixels_of(pages[0].scene))) for story, pages in zip(current, batch)]
+            current = [story.add(ImageSegment(pixels_of(pages[0].scene))) for story, pages in zip(current, batch)]
         for panel in range(1, max(map(len, batch))):
             going = [i for i, pages in enumerate(batch) if panel < len(pages)]
             for i in going:
-                current[i] = model.encode(current[i].add(batch[i][panel].text))
+                current[i] = model.encode_images(current[i].add(batch[i][panel].text))
             seeds = [1_000_000 * drawing.seed + 1000 * (start + i) + panel for i in going]  # no noise is shared
-            for i, (picture,) in zip(going, model.draw_all([current[i] for i in going], drawing, seeds=seeds)):
+            for i, (picture,) in zip(going, model.generate_images([current[i] for i in going], drawing, seeds=seeds)):
                 drawn[start + i].append(picture.pixels)
                 if not hidden:
                     current[i] = current[i].add(picture)
-    model.forget()
+    model.clear_cache()
     return drawn
 
 
@@ -132,37 +135,46 @@ def evaluate_scenes(judge: Judge, stories, drawn) -> dict[str, dict[str, dict]]:
     return {group: {name: interval(found[name]) for name in sorted(found)} for group, found in groups.items()}
 
 
-def evaluate_captions(model: MMInterleaved, scenes: list[world.Scene]) -> dict:
+def evaluate_captions(model: MMInterleavedPipeline, scenes: list[world.Scene]) -> dict:
     """Captions of held-out drawings: place, prop, action and species, all right."""
-    greedy = Sampling(max_new_tokens=60, min_new_tokens=1, sample=False, repetition_penalty=1.0)
+    greedy = TextGenerationConfig(max_new_tokens=60, min_new_tokens=1, do_sample=False, repetition_penalty=1.0)
     right = []
     for scene in scenes:
-        facts = world.parse(model.caption(Picture(pixels_of(scene)), greedy)[0].text)
+        facts = world.parse(model.caption(ImageSegment(pixels_of(scene)), greedy)[0].text)
         species = tuple(hero.species for hero in scene.heroes)
         right.append(
             facts is not None
             and (facts.place, facts.prop, facts.action) == (scene.place, scene.prop, scene.action)
             and tuple(look[0] for look in facts.heroes) == species
         )
-    model.forget()
+    model.clear_cache()
     return interval(right)
 
 
-def evaluate_telling(model: MMInterleaved, judge: Judge, stories, drawing: Drawing, panels: int = 5) -> dict:
+def evaluate_telling(
+    model: MMInterleavedPipeline, judge: Judge, stories, drawing: ImageGenerationConfig, panels: int = 5
+) -> dict:
     """Stories told from a first page: texts that are in the world's grammar, and pictures that show what they say."""
-    sampling = Sampling(max_new_tokens=60, min_new_tokens=4, repetition_penalty=1.0, top_p=0.9)
+    sampling = TextGenerationConfig(max_new_tokens=60, min_new_tokens=4, repetition_penalty=1.0, top_p=0.9)
     parsed, matching = [], []
     for number, pages in enumerate(stories):
-        story = Story.of(pages[0].text, Picture(pixels_of(pages[0].scene)))
-        told = model.tell(story, panels - 1, sampling=sampling.plus(10 * number), drawing=drawing.plus(10 * number))
-        texts = [s.text for s in told.segments[2:] if isinstance(s, Text)]
-        verdicts = judge.judge(torch.stack([p.pixels for p in told.pictures[1:]]))
+        story = Story.of(pages[0].text, ImageSegment(pixels_of(pages[0].scene)))
+        told = model.generate_story(
+            story,
+            panels - 1,
+            text_config=sampling.with_seed_offset(10 * number),
+            image_config=drawing.with_seed_offset(10 * number),
+            seeds=range(panels - 1),
+            introduce=False,  # looks are only to be seen, as in the figures published before
+        )
+        texts = [s.text for s in told.segments[2:] if isinstance(s, TextSegment)]
+        verdicts = judge.judge(torch.stack([p.pixels for p in told.images[1:]]))
         for text, verdict in zip(texts, verdicts):
             facts = world.parse(text)
             parsed.append(facts is not None)
             said = facts and (facts.place, facts.prop, facts.action)
             matching.append(said == (verdict.place, verdict.prop, verdict.action))
-    model.forget()
+    model.clear_cache()
     return {"texts in the grammar": interval(parsed), "texts that match their picture": interval(matching)}
 
 
@@ -204,17 +216,17 @@ def comparison(stories, drawn: dict[str, list[list[torch.Tensor]]], count: int =
 
 
 def evaluate(
-    model: MMInterleaved, judge: Judge, seed: int, stories: int, steps: int = 20, sheet: Path | None = None
+    model: MMInterleavedPipeline, judge: Judge, seed: int, stories: int, steps: int = 20, sheet: Path | None = None
 ) -> dict:
     """All figures, JSON-ready; `sheet` is a file for the `comparison` of the first stories. Raises SettingError."""
     if stories < 1:
         raise SettingError(f"stories must be at least 1, not {stories}.")
     pages = stories_of(seed, stories)
-    drawing = Drawing(steps=steps, scheduler="dpm++", guidance=3.0, seed=seed)
+    drawing = ImageGenerationConfig(num_inference_steps=steps, scheduler="dpm++", guidance_scale=3.0, seed=seed)
     result: dict = {"seed": seed, "stories": stories, "steps": steps, "pictures": {}}
     shown = {}
     for kind in KINDS:
-        off = Drawing(**{**vars(drawing), "strength": 0.0}) if kind.startswith("no ") else drawing
+        off = ImageGenerationConfig(**{**vars(drawing), "mmfs_scale": 0.0}) if kind.startswith("no ") else drawing
         with gates_closed(model) if kind == "no synchronizer" else contextlib.nullcontext():
             drawn = drawn_from_true_text(model, pages, off, hidden=kind == KINDS[-1])
         result["pictures"][kind] = evaluate_pictures(judge, pages, drawn)
@@ -225,7 +237,7 @@ def evaluate(
             result["frechet distance"] = frechet_distance(judge, [p for row in drawn for p in row], true)
         sys.stderr.write(f"{kind}: {json.dumps(result['pictures'][kind])}\n")
     if sheet is not None:
-        write_bytes(sheet, encode_png(to_pixels(comparison(pages, shown))))
+        atomic_write(sheet, encode_png(to_tensor(comparison(pages, shown))))
     result["captions"] = evaluate_captions(model, [page.scene for story in pages for page in story][: 2 * stories])
     result |= evaluate_telling(model, judge, pages, drawing)
     return result
@@ -234,15 +246,15 @@ def evaluate(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="starter_training.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="starter", help="a checkpoint folder (default: the starter)")
-    parser.add_argument("--judge", default=SHIPPED, help="trained by training.judge (default: the one that ships)")
+    parser.add_argument("--judge", default=SHIPPED, help="of starter_training.judge (default: the one that ships)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stories", type=int, default=100)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", default="runs/evaluation", help="a folder for evaluation.json and comparison.png")
     args = parser.parse_args(argv)
     try:
-        out, judge = make_folder(args.out), load(args.judge)
-        model = MMInterleaved.load(args.model)
+        out, judge = ensure_writable_dir(args.out), load(args.judge)
+        model = MMInterleavedPipeline.load(args.model)
         result = evaluate(model, judge, args.seed, args.stories, args.steps, Path(out) / "comparison.png")
         write_json(Path(out) / "evaluation.json", {"model": args.model, **result})
     except MMInterleavedError as error:

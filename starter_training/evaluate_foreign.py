@@ -18,10 +18,10 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from comfy_mminterleaved.errors import MMInterleavedError, SettingError
-from comfy_mminterleaved.files import make_folder, write_bytes, write_json
-from comfy_mminterleaved.pipeline import MMInterleaved
-from comfy_mminterleaved.stories.images import encode_png, to_pil, to_pixels
-from comfy_mminterleaved.stories.story import Picture, Story
+from comfy_mminterleaved.files import atomic_write, ensure_writable_dir, write_json
+from comfy_mminterleaved.pipeline import MMInterleavedPipeline
+from comfy_mminterleaved.stories.images import encode_png, to_pil, to_tensor
+from comfy_mminterleaved.stories.story import ImageSegment, Story
 
 from . import paint, world
 from .judge import SHIPPED, Judge, load
@@ -120,7 +120,12 @@ def _noise() -> list[tuple[str, Image.Image]]:
 
 
 def evaluate_foreign(
-    model: MMInterleaved, judge: Judge, pictures, seed: int = 0, introduce: bool = True, sheet: Path | None = None
+    model: MMInterleavedPipeline,
+    judge: Judge,
+    pictures,
+    seed: int = 0,
+    introduce: bool = True,
+    sheet: Path | None = None,
 ) -> dict:
     """All figures, JSON-ready; `sheet` is a file for every story's pictures, a row each."""
     from .evaluate import interval
@@ -128,17 +133,17 @@ def evaluate_foreign(
     same, recognized, rows, stories = {"text, image": [], "image, text": []}, [], [], []
     for number, (name, animal, image) in enumerate(pictures):
         page = world.make_story(seed * 100_000 + number, held_out=True, heroes=1)[0]
-        text, picture = world.describe(page.scene, random.Random(number)), Picture.of(image)
+        text, picture = world.describe(page.scene, random.Random(number)), ImageSegment.of(image)
         for order, opening in (("text, image", (text, picture)), ("image, text", (picture, text))):
             offset = seed + 1000 * number
-            told = model.tell(
+            told = model.generate_story(
                 Story.of(*opening),
                 PANELS,
-                sampling=model.generation.text.plus(offset),
-                drawing=model.generation.image.plus(offset),
+                text_config=model.generation_config.text.with_seed_offset(offset),
+                image_config=model.generation_config.image.with_seed_offset(offset),
                 introduce=introduce,
             )
-            drawn = [p.pixels for p in told.pictures[1:]]
+            drawn = [p.pixels for p in told.images[1:]]
             looks = [verdict.looks for verdict in judge.judge(torch.stack(drawn))]
             same[order].append(len(set(looks)) == 1 and len(looks[0]) == 1)
             if animal is not None:
@@ -149,7 +154,7 @@ def evaluate_foreign(
         shares = {order: f"{sum(cases)} of {len(cases)}" for order, cases in same.items()}
         sys.stderr.write(f"{name}: {shares}, animal {sum(recognized)} of {len(recognized)}\n")
     if sheet is not None:
-        write_bytes(sheet, encode_png(to_pixels(_sheet(rows))))
+        atomic_write(sheet, encode_png(to_tensor(_sheet(rows))))
     figures = {order: interval(cases) for order, cases in same.items()}
     both = interval([case for cases in same.values() for case in cases])
     return {
@@ -184,8 +189,8 @@ def main(argv: list[str] | None = None) -> int:
         if not 1 <= args.pictures <= len(pictures):
             raise SettingError(f"--pictures must be from 1 to {len(pictures)}, not {args.pictures}.")
         chosen = [pictures[i * len(pictures) // args.pictures] for i in range(args.pictures)]
-        out, judge = make_folder(args.out), load(args.judge)
-        model = MMInterleaved.load(args.model)
+        out, judge = ensure_writable_dir(args.out), load(args.judge)
+        model = MMInterleavedPipeline.load(args.model)
         result = evaluate_foreign(model, judge, chosen, args.seed, not args.no_introduction, out / "foreign.png")
         write_json(out / "foreign.json", {"model": str(args.model), "seed": args.seed, **result})
     except MMInterleavedError as error:

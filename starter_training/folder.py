@@ -7,17 +7,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from comfy_mminterleaved.checkpoints import load as checkpoint
-from comfy_mminterleaved.checkpoints.load import diffusers_model
+from comfy_mminterleaved.checkpoints import native
+from comfy_mminterleaved.checkpoints.load import read_state_dicts, read_tokenizer
+from comfy_mminterleaved.checkpoints.tensors import read_json, read_tensors
 from comfy_mminterleaved.config import Config
 from comfy_mminterleaved.errors import CheckpointError, SettingError
-from comfy_mminterleaved.files import make_folder, write_json
-from comfy_mminterleaved.generation.image import encode_latents
-from comfy_mminterleaved.models.init_weights import new_blocks
+from comfy_mminterleaved.files import atomic_path, ensure_writable_dir, write_json
+from comfy_mminterleaved.generation.latents import encode_latents
+from comfy_mminterleaved.models.build import check_shapes, diffusers_model, init_modules, param_shapes
 
 from . import world
 from .data import Book
-from .recipe import TEXT_TOKENS, make_tokenizer, starter
+from .recipe import GENERATION, TEXT_TOKENS, make_tokenizer, starter
 from .thin import narrowed, thin_autoencoder, widened
 
 STAGES = ("vae", "encoder", "detail", "language", "decoder", "look", "joint")
@@ -28,13 +29,13 @@ def load_run(out: Path, needs=()) -> tuple[Config, dict[str, torch.nn.Module]]:
     """The config and blocks of a run as they are now: each from the last stage that trained it, else fresh."""
     config = starter()
     if (out / "config.json").exists():
-        config = Config.from_dict(checkpoint.read_json(out / "config.json"))
-    blocks = new_blocks(config)
+        config = Config.from_dict(read_json(out / "config.json"))
+    blocks = init_modules(config)
     for name, block in blocks.items():
         if path := newest(out, name):
-            tensors = checkpoint.read_tensors(path)
-            expected, shapes = checkpoint.shapes(block), {key: tuple(t.shape) for key, t in tensors.items()}
-            checkpoint.check(expected, shapes, repr(str(path)))
+            tensors = read_tensors(path)
+            expected, shapes = param_shapes(block), {key: tuple(t.shape) for key, t in tensors.items()}
+            check_shapes(expected, shapes, repr(str(path)))
             block.load_state_dict(tensors)
         elif name in needs:
             raise CheckpointError(f"The run {str(out)!r} has no trained {name} yet; run its stage first.")
@@ -54,14 +55,14 @@ def tokenizer_of(out: Path):
     path = out / "tokenizer.json"
     if not path.exists():
         make_tokenizer().save(path)
-    return Tokenizer.load(path, starter().llm.tokens, TEXT_TOKENS)
+    return Tokenizer.load(path, starter().llm.special_tokens, TEXT_TOKENS)
 
 
 def newest_thin_vae(out: Path, config: Config):
     """The run's VAE in its thin form, with the decoder half of the detail stage if that is done."""
     stage = "detail" if (out / "detail" / "vae.safetensors").exists() else "vae"
     thin = thin_autoencoder(diffusers_model(config.vae)).to(memory_format=torch.channels_last)
-    thin.load_state_dict(checkpoint.read_tensors(out / stage / "thin.safetensors"))
+    thin.load_state_dict(read_tensors(out / stage / "thin.safetensors"))
     return thin
 
 
@@ -73,8 +74,8 @@ def latents_of(out: Path, book: Book, config: Config) -> np.ndarray:
     if not path.exists():
         thin = newest_thin_vae(out, config).eval()
         parts = [encode_latents(thin, book.pictures(range(i, min(i + 64, len(book))))) for i in range(0, len(book), 64)]
-        np.save(path.with_suffix(".part.npy"), torch.cat(parts).half().numpy())
-        path.with_suffix(".part.npy").rename(path)
+        with atomic_path(path) as temp_path, open(temp_path, "wb") as file:
+            np.save(file, torch.cat(parts).half().numpy())
     return np.load(path, mmap_mode="r")
 
 
@@ -89,8 +90,8 @@ def begin(out: Path, *models: Path) -> None:
     if (out / "config.json").exists():
         raise SettingError(f"The folder {str(out)!r} holds a run already; name another with --out.")
     model, *others = models
-    config, tensors = checkpoint.read_blocks(model)
-    tokenizer = checkpoint.read_tokenizer(model, config)
+    config, tensors = read_state_dicts(model)
+    tokenizer = read_tokenizer(model, config)
     tensors = _mean(config, tensors, others)
     if tokenizer is None:
         raise CheckpointError(f"The checkpoint {str(model)!r} has no tokenizer.")
@@ -98,10 +99,10 @@ def begin(out: Path, *models: Path) -> None:
     thin = narrowed(thin_vae, tensors["vae"])
     again, sizes = widened(diffusers_model(config.vae), thin), {name: tuple(t.shape) for name, t in thin.items()}
     same = all(torch.equal(again[name], tensor) for name, tensor in tensors["vae"].items())
-    if not same or sizes != checkpoint.shapes(thin_vae):
+    if not same or sizes != param_shapes(thin_vae):
         raise CheckpointError(f"The VAE of {str(model)!r} was not made by this training; it has no thin form.")
     for name, stage in TRAINED_BY.items():
-        make_folder(out / stage)
+        ensure_writable_dir(out / stage)
         save_file({key: t.float() for key, t in tensors[name].items()}, out / stage / f"{name}.safetensors")
     save_file({key: t.float() for key, t in thin.items()}, out / "vae" / "thin.safetensors")
     tokenizer.save(out / "tokenizer.json")
@@ -112,7 +113,7 @@ def _mean(config: Config, tensors: dict[str, dict[str, torch.Tensor]], others) -
     """The mean of the blocks' tensors and those of other checkpoints, in the tensors' own types."""
     every = [tensors]
     for path in others:
-        other, found = checkpoint.read_blocks(path)
+        other, found = read_state_dicts(path)
         if other != config:
             raise CheckpointError(f"The checkpoint {str(path)!r} has another config; a mean needs all of one config.")
         every.append(found)
@@ -127,6 +128,5 @@ def export(out: Path) -> Path:
     """Writes the run's model as a checkpoint of this project's layout, float16: `out`/model."""
     config, blocks = load_run(out, ("vae", "encoder", "llm", "synchronizer", "unet"))
     tensors = {name: block.state_dict() for name, block in blocks.items()}
-    checkpoint.save(out / "model", config, tensors, tokenizer_of(out), torch.float16)
-    (out / "model" / checkpoint.WORDS).write_text("\n".join(sorted(world.words())) + "\n", encoding="utf-8")
+    native.save(out / "model", config, tensors, tokenizer_of(out), torch.float16, GENERATION, frozenset(world.words()))
     return out / "model"

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from comfy_mminterleaved.errors import CheckpointError, MMInterleavedError
-from comfy_mminterleaved.files import make_folder, write_json
+from comfy_mminterleaved.files import ensure_writable_dir, write_json
 
 from .data import Book
 from .labels import HEADS, LOOK, NONE, guide
@@ -148,13 +148,14 @@ def save(judge: Judge, path: Path) -> None:
 
 def load(path: str | Path = SHIPPED) -> Judge:
     """A judge saved by `save`, computing in float32; raises CheckpointError."""
-    from comfy_mminterleaved.checkpoints.load import read_tensors, shapes
+    from comfy_mminterleaved.checkpoints.tensors import read_tensors
+    from comfy_mminterleaved.models.build import param_shapes
 
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There is no judge {str(path)!r}; train it with python -m starter_training.judge.")
     judge, tensors = Judge(), read_tensors(path)
-    if shapes(judge) != {name: tuple(t.shape) for name, t in tensors.items()}:
+    if param_shapes(judge) != {name: tuple(t.shape) for name, t in tensors.items()}:
         raise CheckpointError(f"{str(path)!r} is no judge, or one of another size; training.judge makes one.")
     judge.load_state_dict(tensors)
     return judge.eval()
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         old = load(args.judge) if args.judge else None
-        out = make_folder(args.out)
+        out = ensure_writable_dir(args.out)
     except MMInterleavedError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2

@@ -56,10 +56,10 @@ class Codes:
         slots, width: of the states; slots beyond the heads always hold the same.
     """
 
-    def __init__(self, slots: int, width: int):
+    def __init__(self, num_img_token: int, width: int):
         rng = torch.Generator().manual_seed(0)
         self.tables = [F.layer_norm(torch.randn(size + 1, width, generator=rng), (width,)) for size in SIZES]
-        self.rest = F.layer_norm(torch.randn(slots - len(SIZES), width, generator=rng), (width,))
+        self.rest = F.layer_norm(torch.randn(num_img_token - len(SIZES), width, generator=rng), (width,))
 
     def __call__(self, labels: torch.Tensor) -> torch.Tensor:
         """labels (N, heads) -> (N, slots, width); the last code of a head's table says that it is not known."""

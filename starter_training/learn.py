@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from comfy_mminterleaved.generation.image import make_scheduler, sites_attached
+from comfy_mminterleaved.generation.schedulers import make_scheduler
+from comfy_mminterleaved.generation.unet_hooks import attach_mmfs
 
 from .labels import COATS, IGNORE, LOOKS, SECOND, SIZES, Codes, SiteCodes, guide
 
@@ -54,11 +55,11 @@ class LearnToSee(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
-        self.tokens, self.glance = sight(encoder), nn.Linear(encoder.config.width, sum(SIZES))
+        self.tokens, self.glance = sight(encoder), nn.Linear(encoder.config.hidden_size, sum(SIZES))
         self.maps = nn.ModuleList(
             nn.Sequential(
                 nn.AdaptiveMaxPool2d(self.SIDE),
-                nn.Conv2d(encoder.config.width, 32, 1),
+                nn.Conv2d(encoder.config.hidden_size, 32, 1),
                 nn.ReLU(),
                 nn.Flatten(),
                 nn.Linear(32 * self.SIDE**2, 256),
@@ -71,11 +72,11 @@ class LearnToSee(nn.Module):
     def forward(self, pictures: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """pictures (N, 3, side, side) in [0, 1], labels (N, heads)."""
         features = self.encoder(pictures)
-        read = [guide(reader(found), labels) for reader, found in zip(self.maps, features.maps)]
+        read = [guide(reader(found), labels) for reader, found in zip(self.maps, features.feature_maps)]
         losses = {
-            "tokens": guide(self.tokens(features.tokens.flatten(1)), labels),
+            "tokens": guide(self.tokens(features.visual_tokens.flatten(1)), labels),
             "maps": sum(read) / len(read),
-            "glance": guide(self.glance(glance(features.maps)), looks_only(labels)),
+            "glance": guide(self.glance(glance(features.feature_maps)), looks_only(labels)),
         }
         return {"loss": sum(losses.values()), **losses}
 
@@ -110,7 +111,8 @@ class LearnDetail(nn.Module):
         with torch.no_grad():
             true = self.encoder(pictures)
         seen = self.encoder((found / 2 + 0.5).contiguous(memory_format=torch.channels_last))
-        errors = [relative_error(a, b) for a, b in zip((seen.tokens, *seen.maps), (true.tokens, *true.maps))]
+        pairs = zip((seen.visual_tokens, *seen.feature_maps), (true.visual_tokens, *true.feature_maps))
+        errors = [relative_error(a, b) for a, b in pairs]
         losses["seen"] = sum(errors) / len(errors)
         return {"loss": sum(losses.values()) + (self.SEEN - 1) * losses["seen"], **losses}
 
@@ -148,9 +150,9 @@ class LearnToDraw(nn.Module):
     def __init__(self, unet, decoder, scheduler: dict):
         super().__init__()
         self.unet, self.noise = unet, make_scheduler("ddpm", scheduler)
-        self.negative = decoder.negative
-        self.codes = Codes(decoder.config.resampler.queries, decoder.config.resampler.width)
-        self.sites = TaughtSites(decoder.config.site_widths)
+        self.negative = decoder.conditioner.neg_prompt_embeds
+        self.codes = Codes(decoder.config.perceiver.num_queries, decoder.config.perceiver.hidden_size)
+        self.sites = TaughtSites(decoder.config.block_channels)
 
     def forward(self, latents, labels, emphasis=None) -> dict[str, torch.Tensor]:
         """latents (N, C, h, w), scaled; labels (N, heads) of what they show; emphasis as in `diffusion_error`."""
@@ -182,7 +184,7 @@ class LearnToDraw(nn.Module):
     def error(self, latents, told, found, emphasis=None) -> torch.Tensor:
         """Told by the states and found by the sites: labels (N, heads)."""
         doubt, sizes = (self.DOUBT, self.FIRMNESS) if self.training else (0.0, (1.0, 1.0))
-        with sites_attached(self.unet, self.sites, self.sites.prepare(found, doubt, sizes)):
+        with attach_mmfs(self.unet, self.sites, self.sites.prepare(found, doubt, sizes)):
             states = self.codes(told)
             if self.training:
                 states = states + torch.randn_like(states) * torch.rand_like(states[:, :1, :1]) * self.HEARSAY
@@ -190,11 +192,11 @@ class LearnToDraw(nn.Module):
 
 
 class TaughtSites:
-    """In the place of a Decoder's sites: they find what the pictures before would show, with no pictures."""
+    """In the place of a MMFSNet's blocks: they find what the pictures before would show, with no pictures."""
 
     def __init__(self, widths):
         self.codes = SiteCodes(widths)
-        self.skip_sites = range(len(widths) - 1)
+        self.mmfs_down_blocks = range(len(widths) - 1)
 
     def prepare(self, labels: torch.Tensor, noise: float = 0.0, sizes=(1.0, 1.0)) -> list[torch.Tensor]:
         """Of each site what it finds (N, width): codes of some size, and as no synchronizer is ever right, noise."""
@@ -202,8 +204,8 @@ class TaughtSites:
         size = low + (high - low) * torch.rand(len(labels), 1, device=labels.device)
         return [(code + torch.randn_like(code) * SiteCodes.SIZE * noise) * size for code in self.codes(labels)]
 
-    def site(self, index: int, x, prepared, strength: float = 1.0):
-        return x + strength * prepared[index].to(x)[:, :, None, None]
+    def add_residual(self, index: int, x, prepared, scale: float = 1.0):
+        return x + scale * prepared[index].to(x)[:, :, None, None]
 
 
 def without(labels: torch.Tensor, heads: list[int], rows: torch.Tensor) -> torch.Tensor:
@@ -221,7 +223,7 @@ def looks_only(labels: torch.Tensor) -> torch.Tensor:
 
 def sight(encoder) -> nn.Linear:
     """A guide that reads from all visual tokens together what their picture shows."""
-    return nn.Linear(encoder.config.resampler.queries * encoder.config.out_width, sum(SIZES))
+    return nn.Linear(encoder.config.perceiver.num_queries * encoder.config.llm_hidden_size, sum(SIZES))
 
 
 def glance(maps) -> torch.Tensor:

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from comfy_mminterleaved.generation.image import make_scheduler, sites_attached
-from comfy_mminterleaved.models.pos_embed import resize_positions
-from comfy_mminterleaved.models.visual_tokenizer import cell_centres
+from comfy_mminterleaved.generation.schedulers import make_scheduler
+from comfy_mminterleaved.generation.unet_hooks import attach_mmfs
+from comfy_mminterleaved.models.pos_embed import interpolate_pos_embed
+from comfy_mminterleaved.models.vit_adapter import get_reference_points
 
 from .data import Batch, Texts
 from .labels import IGNORE, MEANT, SIZES, Codes, SiteCodes, guide
@@ -54,10 +55,11 @@ class LearnStories(nn.Module):
         c = self.decoder.config
         self.sees = self.knows = None
         if learns(self.encoder):
-            self.sees, self.glance = sight(self.encoder), nn.Linear(self.encoder.config.width, sum(SIZES))
+            self.sees, self.glance = sight(self.encoder), nn.Linear(self.encoder.config.hidden_size, sum(SIZES))
         if learns(self.llm):
-            self.knows, self.meant = nn.Linear(c.llm_width, sum(SIZES)), nn.Linear(c.llm_width, len(MEANT))
-        self.codes, self.site_codes = Codes(c.resampler.queries, c.resampler.width), SiteCodes(c.site_widths)
+            self.knows, self.meant = nn.Linear(c.llm_hidden_size, sum(SIZES)), nn.Linear(c.llm_hidden_size, len(MEANT))
+        self.codes = Codes(c.perceiver.num_queries, c.perceiver.hidden_size)
+        self.site_codes = SiteCodes(c.block_channels)
 
     def forward(self, batch: Batch | Texts, latents=None, emphasis=None) -> dict[str, torch.Tensor]:
         """Needed to draw, of the batch's pictures: `latents` (N, P, C, h, w), scaled, `emphasis` (N, P, 1, h, w)."""
@@ -66,11 +68,11 @@ class LearnStories(nn.Module):
         losses = {}
         with torch.set_grad_enabled(self.sees is not None and torch.is_grad_enabled()):
             features = self.encoder(batch.pixels.flatten(0, 1))
-        maps = [m.unflatten(0, batch.pixels.shape[:2]) for m in features.maps]
+        maps = [m.unflatten(0, batch.pixels.shape[:2]) for m in features.feature_maps]
         if self.sees is not None:
             shown = batch.shown.flatten(0, 1)
-            losses["sees"] = guide(self.sees(features.tokens.flatten(1)), shown)
-            losses["glance"] = guide(self.glance(glance(features.maps)), looks_only(shown))
+            losses["sees"] = guide(self.sees(features.visual_tokens.flatten(1)), shown)
+            losses["glance"] = guide(self.glance(glance(features.feature_maps)), looks_only(shown))
         states, told = self.tell(batch, features, maps)
         losses |= told
         if batch.draws and self.unet is not None:
@@ -81,8 +83,8 @@ class LearnStories(nn.Module):
         """What conditions the drawing of every picture of every story, and the errors of text, guide and codes."""
         losses = {}
         with torch.set_grad_enabled((self.sees or self.knows) is not None and torch.is_grad_enabled()):
-            x = self.llm.embed(batch.ids, features.tokens.flatten(0, 1))
-            hidden = self.llm(x, self.llm.prepare(maps), batch.visible)
+            x = self.llm.embed_inputs(batch.ids, features.visual_tokens.flatten(0, 1))
+            hidden = self.llm(x, self.llm.project_images(maps), batch.visible)
         if self.knows is not None:
             logits = self.llm.logits(hidden).float()
             losses["text"] = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
@@ -90,7 +92,7 @@ class LearnStories(nn.Module):
             return None, losses
         n, p = batch.starts.shape
         contexts = [hidden[i, : batch.starts[i, j] + 1] for j in range(p) for i in range(n)]
-        states, labels = self.decoder.condition(contexts), by_picture(batch.labels)
+        states, labels = self.decoder.conditioner.prompt_embeds(contexts), by_picture(batch.labels)
         losses["code"], losses["says"] = self.codes.error(states, labels)
         if self.knows is not None:
             last = torch.stack([context[-1] for context in contexts])
@@ -104,7 +106,7 @@ class LearnStories(nn.Module):
         That a name is the first or the second of two is a matter of words alone; in whole stories, with all else there
         is to learn, it is learned very late.
         """
-        hidden = self.llm(self.llm.embed(texts.ids))
+        hidden = self.llm(self.llm.embed_inputs(texts.ids))
         error = self.meant_error(hidden.flatten(0, 1), texts.meant.flatten())
         return {"loss": WEIGHTS["meant"] * error, "named": error}
 
@@ -116,17 +118,17 @@ class LearnStories(nn.Module):
     def draw(self, batch: Batch, states, maps, latents, emphasis) -> dict[str, torch.Tensor]:
         """The diffusion error for every picture of every story, each in view of those before it, and its sites'."""
         count = NOISES if self.training else 1
-        maps, visible = seen(maps, self.decoder.config.look_back, self.training)
+        maps, visible = seen(maps, self.decoder.config.num_context_images, self.training)
         labels = by_picture(batch.shown).masked_fill(~visible.any(1, keepdim=True), IGNORE)
-        sites = ListeningSites(self.decoder, len(self.decoder.skip_sites))
+        sites = ListeningSites(self.decoder.mmfs_module, len(self.decoder.mmfs_module.mmfs_down_blocks))
         states, latents, emphasis = (
             part.repeat(count, *[1] * (part.ndim - 1)) for part in (states, by_picture(latents), by_picture(emphasis))
         )
-        with sites_attached(self.unet, sites, self.decoder.prepare(maps, visible)):
+        with attach_mmfs(self.unet, sites, self.decoder.mmfs_module.project_images(maps, visible)):
             image = diffusion_error(
                 self.unet,
                 self.noise,
-                self.decoder.negative,
+                self.decoder.conditioner.neg_prompt_embeds,
                 states,
                 latents,
                 self.training,
@@ -151,7 +153,8 @@ class LearnToLook(nn.Module):
         self.encoder, self.unet, self.decoder = blocks["encoder"], blocks["unet"], blocks["synchronizer"]
         self.noise = make_scheduler("ddpm", scheduler)
         c = self.decoder.config
-        self.codes, self.site_codes = Codes(c.resampler.queries, c.resampler.width), SiteCodes(c.site_widths)
+        self.codes = Codes(c.perceiver.num_queries, c.perceiver.hidden_size)
+        self.site_codes = SiteCodes(c.block_channels)
         self.of_coats = self.site_codes.coats()
 
     def forward(self, batch: Batch, latents) -> dict[str, torch.Tensor]:
@@ -168,18 +171,21 @@ class LearnToLook(nn.Module):
 
     def found_and_wanted(self, batch: Batch, latents) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Of each site what it finds (P * N, C, places, 1), and the codes (P * N, C, 1, 1)."""
-        maps = [m.unflatten(0, batch.pixels.shape[:2]) for m in self.encoder(batch.pixels.flatten(0, 1)).maps]
-        maps, visible = seen(maps, self.decoder.config.look_back, self.training)
+        maps = [m.unflatten(0, batch.pixels.shape[:2]) for m in self.encoder(batch.pixels.flatten(0, 1)).feature_maps]
+        maps, visible = seen(maps, self.decoder.config.num_context_images, self.training)
         labels = by_picture(batch.shown).masked_fill(~visible.any(1, keepdim=True), IGNORE)
-        prepared, wanted = self.decoder.prepare(maps, visible), self.site_codes(labels)
+        prepared, wanted = self.decoder.mmfs_module.project_images(maps, visible), self.site_codes(labels)
         asking = self.queries(by_picture(latents), self.codes(by_picture(batch.labels)))
         pairs = []
-        for index, (site, code) in enumerate(zip(self.decoder.sites, wanted)):
+        for index, (site, code) in enumerate(zip(self.decoder.mmfs_module.blocks, wanted)):
             x, size = asking[index], tuple(asking[index].shape[-2:])
             some = torch.randperm(size[0] * size[1], device=x.device)[: self.PLACES]
-            positions, centres = resize_positions(site.positions, size).to(x), cell_centres(size).to(x.device)
+            positions, centres = (
+                interpolate_pos_embed(site.pos_embed, size).to(x),
+                get_reference_points(size).to(x.device),
+            )
             x = x.flatten(2)[..., some].unsqueeze(-1)
-            found = site(x, prepared.sites[index], visible, positions[..., some, :], centres[some])
+            found = site(x, prepared.blocks[index], visible, positions[..., some, :], centres[some])
             pairs.append((found.float(), code[:, :, None, None]))
         return pairs
 
@@ -193,12 +199,12 @@ class LearnToLook(nn.Module):
         Args:
             batches: arguments of `forward`.
         """
-        sums = torch.zeros(len(self.decoder.sites), 2)
+        sums = torch.zeros(len(self.decoder.mmfs_module.blocks), 2)
         for batch, latents in batches:
             for number, (found, code) in enumerate(self.found_and_wanted(batch, latents)):
                 sums[number] += torch.stack([(found * code).mean(), code.pow(2).mean()]).cpu()
         factors = (size * sums[:, 1] / sums[:, 0]).tolist()
-        for site, factor in zip(self.decoder.sites, factors):
+        for site, factor in zip(self.decoder.mmfs_module.blocks, factors):
             for parameter in site.conv.parameters():
                 parameter.mul_(factor)
         return factors
@@ -208,14 +214,14 @@ class LearnToLook(nn.Module):
         """What the U-Net asks the sites with at some time of a drawing, (N, C, h, w) each."""
         times = torch.randint(self.noise.config.num_train_timesteps, (len(latents),), device=latents.device)
         noised = self.noise.add_noise(latents, torch.randn_like(latents), times)
-        sites = ListeningSites(None, len(self.decoder.skip_sites))
-        with sites_attached(self.unet, sites, None):
+        sites = ListeningSites(None, len(self.decoder.mmfs_module.mmfs_down_blocks))
+        with attach_mmfs(self.unet, sites, None):
             self.unet(noised, times, encoder_hidden_states=states)
-        return [sites.asked[index] for index in range(len(self.decoder.sites))]
+        return [sites.asked[index] for index in range(len(self.decoder.mmfs_module.blocks))]
 
 
-def seen(maps, look_back: int, at_random: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The pictures that each drawing looks at: of those before it the last `look_back`, or at random fewer.
+def seen(maps, num_context_images: int, at_random: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The pictures that each drawing looks at: of those before it the last `num_context_images`, or at random fewer.
 
     Args:
         maps: the encoder's, each (N, P, C, h, w).
@@ -224,7 +230,7 @@ def seen(maps, look_back: int, at_random: bool = False) -> tuple[list[torch.Tens
         Maps (P * N, most, C, h, w), picture by picture, and which of them count: bool (P * N, most).
     """
     n, p = maps[0].shape[:2]
-    most = min(look_back, p - 1)
+    most = min(num_context_images, p - 1)
     if at_random and most > 1:
         most = int(torch.multinomial(torch.tensor([4.0, 3, 2, 1][:most]), 1)) + 1
     before = torch.arange(p).view(p, 1) - torch.arange(most, 0, -1)  # (P, most), oldest first
@@ -243,15 +249,15 @@ class ListeningSites:
     """
 
     def __init__(self, decoder, skips: int):
-        self.decoder, self.skip_sites = decoder, range(skips)
+        self.decoder, self.mmfs_down_blocks = decoder, range(skips)
         self.asked: dict[int, torch.Tensor] = {}
         self.found: dict[int, torch.Tensor] = {}
 
-    def site(self, index: int, x, prepared, strength: float = 1.0):
+    def add_residual(self, index: int, x, prepared, scale: float = 1.0):
         self.asked[index] = x
         if self.decoder is None:
             return x
-        y = self.decoder.site(index, x, prepared, strength)
+        y = self.decoder.add_residual(index, x, prepared, scale)
         self.found[index] = y - x
         return y
 

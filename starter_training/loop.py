@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from comfy_mminterleaved.errors import SettingError
+from comfy_mminterleaved.files import atomic_path
 
 from .muon import Muon
 
@@ -221,13 +221,13 @@ def _save(folder: Path, step: int, parameters, optimizer, ema: EMA, blocks: dict
         "optimizer": optimizer.state_dict(),
         "ema": ema.average,
     }
-    torch.save(state, folder / "state.pt.part")
-    os.replace(folder / "state.pt.part", folder / "state.pt")
+    with atomic_path(folder / "state.pt") as temp_path:
+        torch.save(state, temp_path)
     with _averaged(parameters, ema):
         for name, block in blocks.items():
             tensors = {key: t.detach().cpu().contiguous() for key, t in block.state_dict().items()}
-            save_file(tensors, folder / f"{name}.safetensors.part")
-            os.replace(folder / f"{name}.safetensors.part", folder / f"{name}.safetensors")
+            with atomic_path(folder / f"{name}.safetensors") as temp_path:
+                save_file(tensors, temp_path)
 
 
 def _log(folder: Path, record: dict) -> None:

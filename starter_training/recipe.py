@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from comfy_mminterleaved.config import (
-    OFFICIAL,
     Config,
-    DecoderConfig,
-    EncoderConfig,
-    LLMConfig,
-    ResamplerConfig,
+    LlamaMMFSConfig,
+    MMFSConfig,
+    PerceiverConfig,
     SpecialTokens,
-    sites_of,
+    SynchronizerConfig,
+    VisualTokenizerConfig,
+    skip_channels,
 )
+from comfy_mminterleaved.generation.config import (
+    GenerationConfig,
+    ImageGenerationConfig,
+    Introduction,
+    TextGenerationConfig,
+)
+from comfy_mminterleaved.presets import RELEASED_13B
 from comfy_mminterleaved.tokenizer import Tokenizer
 
 from . import world
@@ -22,67 +29,54 @@ PROMPTS = {"caption": "{story}Caption:", "ask": "{story}Question: {question} Ans
 
 
 def starter() -> Config:
-    """A model of 18 million values: 128 px, 16 visual tokens a picture, a U-Net on 16 x 16 latents."""
-    width, feature, context = 192, 128, 192
-    blocks, layers, grids = [64, 128, 192], 1, [16, 8, 4]
-    site_widths, site_grids = sites_of(blocks, layers, grids)
-    tokens = SpecialTokens(bos=1, eos=2, pad=0, soi=TEXT_TOKENS, image=TEXT_TOKENS + 1)
+    """A model of 18 million values: 128 px, 16 visual tokens an image, a U-Net on 16 x 16 latents."""
+    hidden_size, d_value, num_queries = 192, 128, 16
+    channels, layers = [64, 128, 192], 1
+    mmfs = {"n_heads": 4, "n_points": 4, "d_model": d_value, "d_value": d_value}
     return Config(
-        encoder=EncoderConfig(
-            ResamplerConfig(16, feature, feature, 2, 4, 2 * feature, 1, qk_norm=True),
-            out_width=width,
+        encoder=VisualTokenizerConfig(
+            PerceiverConfig(num_queries, d_value, d_value, 2, 4, 2 * d_value, 1, qk_normalization=True),
+            llm_hidden_size=hidden_size,
             image_size=128,
             patch_size=16,
-            width=feature,
-            layers=4,
-            heads=4,
-            ffn_width=4 * feature,
-            activation="gelu",
-            position_grid=8,
-            stem_width=32,
+            hidden_size=d_value,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=4 * d_value,
+            hidden_act="gelu",
+            pos_embed_grid=8,
+            conv_inplane=32,
         ),
-        llm=LLMConfig(
-            slots=16,
+        llm=LlamaMMFSConfig(
+            num_img_token=num_queries,
+            mmfs=MMFSConfig((16, 8, 4), 8, **mmfs, max_num_image_per_seq=33, cross_attention_frequency=2),
             vocab_size=TEXT_TOKENS + 2,
-            width=width,
-            layers=6,
-            heads=6,
-            kv_heads=6,
-            ffn_width=512,
-            context_length=1024,
-            tokens=tokens,
-            sync_every=2,
-            sync_levels=(16, 8, 4),
-            sync_base=8,
-            sync_heads=4,
-            sync_points=4,
-            sync_width=feature,
-            feature_width=feature,
-            max_pictures=33,
+            hidden_size=hidden_size,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            intermediate_size=512,
+            max_position_embeddings=1024,
+            special_tokens=SpecialTokens(bos=1, eos=2, pad=0, soi=TEXT_TOKENS, image=TEXT_TOKENS + 1),
         ),
-        decoder=DecoderConfig(
-            width,
-            ResamplerConfig(16, context, width, 2, 6, 2 * context),
-            site_widths,
-            site_grids,
-            picture_size=128,
-            position_grid=16,
-            feature_width=feature,
-            levels=(16, 8, 4),
-            sync_heads=4,
-            sync_points=4,
-            sync_width=feature,
-            max_pictures=9,
-            look_back=4,
+        synchronizer=SynchronizerConfig(
+            hidden_size,
+            PerceiverConfig(num_queries, hidden_size, hidden_size, 2, 6, 2 * hidden_size),
+            MMFSConfig((16, 8, 4), **mmfs, max_num_image_per_seq=9),
+            block_channels=skip_channels(channels, layers),
+            block_base_shapes=(16, 16, 8, 8, 4, 4, 4),
+            image_size=128,
+            pos_embed_grid=16,
+            num_context_images=4,
         ),
         unet={
             "_class_name": "UNet2DConditionModel",
             "sample_size": 16,
             "in_channels": LATENTS,
             "out_channels": LATENTS,
-            "block_out_channels": blocks,
+            "block_out_channels": channels,
             "layers_per_block": layers,
-            "cross_attention_dim": context,
+            "cross_attention_dim": hidden_size,
             "attention_head_dim": [2, 4, 6],
             "use_linear_projection": True,
             "norm_num_groups": 32,
@@ -90,9 +84,20 @@ def starter() -> Config:
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
         },
         vae={"_class_name": "AutoencoderTiny", "latent_channels": LATENTS, "scaling_factor": 1.0},
-        scheduler={**OFFICIAL["scheduler"], "prediction_type": "v_prediction"},
+        scheduler={**RELEASED_13B["scheduler"], "prediction_type": "v_prediction"},
         prompts=PROMPTS,
     )
+
+
+# What the model generates with unless told otherwise, and how its stories introduce a hero.
+GENERATION = GenerationConfig(
+    TextGenerationConfig(max_new_tokens=60, min_new_tokens=4, temperature=0.7, repetition_penalty=1.0),
+    ImageGenerationConfig(num_inference_steps=20, guidance_scale=3.0, scheduler="dpm++"),
+    image_first=False,
+    introduction=Introduction(
+        "{name} is", tuple(f"{{name}} {does}" for does, _ in world.ACTIONS.values()), tuple(world.NAMES)
+    ),
+)
 
 
 def make_tokenizer(stories: int = 4000) -> Tokenizer:
@@ -109,7 +114,7 @@ def make_tokenizer(stories: int = 4000) -> Tokenizer:
         vocab_size=TEXT_TOKENS, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(_texts(stories), trainer)
-    return Tokenizer(backend, starter().llm.tokens, TEXT_TOKENS)
+    return Tokenizer(backend, starter().llm.special_tokens, TEXT_TOKENS)
 
 
 def _texts(stories: int):

@@ -27,16 +27,16 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
-def untrained():
-    """The small random model; its kept reading is dropped by whoever measures that."""
-    from comfy_mminterleaved.pipeline import MMInterleaved
+def tiny_random():
+    """The tiny random pipeline; whoever measures its cache clears it."""
+    from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
-    model = MMInterleaved.load("untrained", "cpu")
+    model = MMInterleavedPipeline.load("tiny-random", "cpu")
     with torch.no_grad():  # gates, gammas and last convolutions start at zero: open them, or nothing can be seen
         generator = torch.Generator().manual_seed(1)
-        for block in (model.encoder, model.llm, model.decoder):
+        for block in (model.encoder, model.llm, model.synchronizer):
             for name, parameter in block.named_parameters():
-                if name.endswith(("gate", "gamma")) or ("site" in name and name.endswith("out_proj.weight")):
+                if name.endswith(("gate", "gamma")) or ("mmfs_module" in name and name.endswith("output_proj.weight")):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
 
@@ -44,11 +44,11 @@ def untrained():
 @pytest.fixture
 def pictures():
     """Eight different pictures of 128 x 128 px."""
-    from comfy_mminterleaved.stories.story import Picture
+    from comfy_mminterleaved.stories.story import ImageSegment
 
     rng = np.random.default_rng(0)
     small = [Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)) for _ in range(8)]
-    return [Picture.of(image.resize((128, 128), Image.Resampling.BICUBIC)) for image in small]
+    return [ImageSegment.of(image.resize((128, 128), Image.Resampling.BICUBIC)) for image in small]
 
 
 @pytest.fixture

@@ -11,17 +11,19 @@ sys.path.insert(0, str(HERE.parent))
 
 from benchmarks import gather, gpu, models, story, token, unet
 from benchmarks.timing import interleaved
-from comfy_mminterleaved import MMInterleaved, Text
-from comfy_mminterleaved.config import small
+from comfy_mminterleaved import MMInterleavedPipeline, TextSegment
+from comfy_mminterleaved.presets import tiny_config
 
 
 @pytest.fixture
 def toy(monkeypatch):
-    config = small()
+    config = tiny_config()
+
+    def released_13b(layers=None):
+        return replace(config, llm=replace(config.llm, num_hidden_layers=layers or 4))
+
     for module in (models, token, unet, gpu):
-        monkeypatch.setattr(
-            module, "official", lambda layers=None: replace(config, llm=replace(config.llm, layers=layers or 4))
-        )
+        monkeypatch.setattr(module, "released_13b", released_13b)
 
 
 def test_interleaved_runs_every_case_as_often():
@@ -38,34 +40,36 @@ def test_token(toy):
 def test_gather(monkeypatch):
     monkeypatch.setattr(gather, "SIZES", ((4, 4), (2, 2), (2, 2), (1, 1)))
     found = gather.measure(1, queries=(2,), pictures=(1,))
-    assert set(found["float32, 1 pictures, 2 queries"]) == {"plain", "bag", "xformers", "dense"}
+    assert set(found["float32, 1 pictures, 2 queries"]) == {"eager", "embedding_bag", "dense"}
 
 
 def test_the_check_of_the_gpu_finds_what_is_wrong(monkeypatch):
     monkeypatch.setattr(gather, "SIZES", ((4, 4), (2, 2), (2, 2), (1, 1)))
     assert len(gpu.check("cpu", cases=((2, 3),))) == 3
     monkeypatch.setitem(gpu.TOLERANCE, torch.float32, 1e-12)
-    with pytest.raises(AssertionError, match="xformers in torch.float32 is off"):
+    with pytest.raises(AssertionError, match="embedding_bag in torch.float32 is off"):
         gpu.check("cpu", cases=((2, 3),))
 
 
-def test_a_story_is_the_same_with_every_cache_off(untrained, monkeypatch):
+def test_a_story_is_the_same_with_every_cache_off(tiny_random, monkeypatch):
     """Else the benchmark would compare different work."""
     monkeypatch.setattr(story, "SAMPLING", replace(story.SAMPLING, max_new_tokens=4, min_new_tokens=4))
-    monkeypatch.setattr(story, "DRAWING", replace(story.DRAWING, steps=2))
-    seconds, kept = story.tell(untrained, 3)
-    assert len(seconds) == 3 and len(kept.pictures) == 3
+    monkeypatch.setattr(story, "DRAWING", replace(story.DRAWING, num_inference_steps=2))
+    seconds, kept = story.tell(tiny_random, 3)
+    assert len(seconds) == 3 and len(kept.images) == 3
     for way in ("kv", "nothing"):
-        _, other = story.tell(untrained, 3, way)
-        assert [s.tokens for s in kept if isinstance(s, Text)] == [s.tokens for s in other if isinstance(s, Text)]
-        for a, b in zip(kept.pictures, other.pictures):
+        _, other = story.tell(tiny_random, 3, way)
+        assert [s.token_ids for s in kept if isinstance(s, TextSegment)] == [
+            s.token_ids for s in other if isinstance(s, TextSegment)
+        ]
+        for a, b in zip(kept.images, other.images):
             assert torch.allclose(a.pixels, b.pixels, atol=1e-3)
-    untrained.forget()
+    tiny_random.clear_cache()
 
 
 def test_a_story_without_the_synchronizer(monkeypatch):
     monkeypatch.setattr(story, "SAMPLING", replace(story.SAMPLING, max_new_tokens=4, min_new_tokens=4))
-    monkeypatch.setattr(story, "DRAWING", replace(story.DRAWING, steps=2))
-    plain = story.without_synchronizer(MMInterleaved.load("untrained", "cpu"))
+    monkeypatch.setattr(story, "DRAWING", replace(story.DRAWING, num_inference_steps=2))
+    plain = story.without_mmfs(MMInterleavedPipeline.load("tiny-random", "cpu"))
     seconds, _ = story.tell(plain, 3)
     assert len(seconds) == 3

@@ -7,7 +7,7 @@ from PIL import Image
 
 from comfy_mminterleaved import Story
 from comfy_mminterleaved.errors import OutputError, StoryError
-from comfy_mminterleaved.stories.page import METADATA_KEY, load_story, page, save_story
+from comfy_mminterleaved.stories.page import METADATA_KEY, load_story, render_page, save_story
 
 
 def test_a_saved_story_comes_back(tmp_path, pictures):
@@ -16,15 +16,15 @@ def test_a_saved_story_comes_back(tmp_path, pictures):
     assert [f.name for f in files] == ["01.png", "02.png", "story.json", "story.html"]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f.name for f in files)
     again = load_story(tmp_path / "story.json")
-    assert again.text == story.text and [p.key for p in again.pictures] == [p.key for p in story.pictures]
+    assert again.text == story.text and [p.digest for p in again.images] == [p.digest for p in story.images]
     data = json.loads(Image.open(tmp_path / "02.png").text[METADATA_KEY])
-    about = {"picture": "02.png", "panel": 2, "text": "Then & then.", "title": "A title", "settings": {"seed": 3}}
+    about = {"image": "02.png", "panel": 2, "text": "Then & then.", "title": "A title", "settings": {"seed": 3}}
     assert data == about
     assert json.loads(Image.open(tmp_path / "01.png").text[METADATA_KEY])["text"] == "Zoë met <b>a 猫</b>."
 
 
 def test_the_page_holds_everything_and_nothing_else(pictures):
-    html = page(Story.of('One <script>alert("1")</script> & more.', pictures[0], "Two."), "")
+    html = render_page(Story.of('One <script>alert("1")</script> & more.', pictures[0], "Two."), "")
     assert "<script" not in html and "&lt;script&gt;" in html
     assert not re.search(r'(src|href)="(?!data:)', html) and "url(" not in html
     assert html.count('<img src="data:image/png;base64,') == 1
@@ -41,16 +41,16 @@ def test_the_page_holds_everything_and_nothing_else(pictures):
     ],
 )
 def test_titles(text, title):
-    assert f"<title>{title}</title>" in page(Story.of(text))
+    assert f"<title>{title}</title>" in render_page(Story.of(text))
 
 
 def test_a_story_that_opens_with_a_picture_is_called_by_its_first_text(pictures):
-    assert "<title>Otto runs</title>" in page(Story.of(pictures[0], "Otto runs. It rains.", pictures[1]))
+    assert "<title>Otto runs</title>" in render_page(Story.of(pictures[0], "Otto runs. It rains.", pictures[1]))
 
 
 def test_curly_braces_of_a_story_stay(pictures):
-    assert page(Story.of("Write {{sheets}} here.", pictures[0]), "").count("<img") == 1
-    assert "{{sheets}}" in page(Story.of("Write {{sheets}} here."), "T")
+    assert render_page(Story.of("Write {{sheets}} here.", pictures[0]), "").count("<img") == 1
+    assert "{{sheets}}" in render_page(Story.of("Write {{sheets}} here."), "T")
 
 
 def test_nothing_half_written(tmp_path, pictures, monkeypatch):
@@ -68,8 +68,8 @@ def test_a_second_save_writes_the_new_panel_only(tmp_path, pictures, monkeypatch
 
     story = Story.of("One.", pictures[0], "Two.", pictures[1])
     save_story(tmp_path, story)
-    written, write = [], book.write_bytes
-    monkeypatch.setattr(book, "write_bytes", lambda path, data: written.append(path.name) or write(path, data))
+    written, write = [], book.atomic_write
+    monkeypatch.setattr(book, "atomic_write", lambda path, data: written.append(path.name) or write(path, data))
     save_story(tmp_path, story.add("Three.", pictures[2]))
     assert written == ["03.png", "story.html"]
     written.clear()
@@ -89,20 +89,20 @@ def test_a_photograph_is_kept_as_it_is_and_embedded_scaled(tmp_path):
     """Case 12: the folder has the camera's own bytes, and going on sees the same pixels."""
     import numpy as np
 
-    from comfy_mminterleaved import Picture
+    from comfy_mminterleaved import ImageSegment
 
     rng = np.random.default_rng(0)
     colours = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype="uint8")).resize((2000, 1500), 3)
     noise = np.asarray(colours).astype(int) + rng.integers(-6, 7, (1500, 2000, 3))
     Image.fromarray(noise.clip(0, 255).astype("uint8")).save(tmp_path / "photo.jpg", quality=92)
     (tmp_path / "book").mkdir()
-    story = Story.of(Picture.of(tmp_path / "photo.jpg"), "Mia waves.")
+    story = Story.of(ImageSegment.of(tmp_path / "photo.jpg"), "Mia waves.")
     save_story(tmp_path / "book", story)
     assert (tmp_path / "book" / "01.jpg").read_bytes() == (tmp_path / "photo.jpg").read_bytes()
     page_size = (tmp_path / "book" / "story.html").stat().st_size
     assert page_size < (tmp_path / "photo.jpg").stat().st_size and page_size < 1_500_000
     again = load_story(tmp_path / "book")
-    assert again.pictures[0].key == story.pictures[0].key
+    assert again.images[0].digest == story.images[0].digest
     save_story(tmp_path / "book", again.add("Then."))
     assert (tmp_path / "book" / "01.jpg").read_bytes() == (tmp_path / "photo.jpg").read_bytes()
 
@@ -124,7 +124,7 @@ def test_a_photograph_is_kept_as_it_is_and_embedded_scaled(tmp_path):
 )
 def test_the_page_is_in_the_script_of_its_text(pictures, text, language, initial):
     """Case 4: a large first letter stands where the text begins, and only in scripts whose letters stand apart."""
-    html = page(Story.of(text, pictures[0]))
+    html = render_page(Story.of(text, pictures[0]))
     assert f'<html lang="{language}">' in html and 'dir="auto"' in html
     assert ('<main class="initials">' in html) == initial
     assert "float: inline-start" in html and "float: left" not in html

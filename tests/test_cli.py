@@ -54,7 +54,7 @@ def test_from_a_photograph_to_a_page(photo, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "does not know the words waited, 猫" in done.stderr
     story = json.loads(done.stdout)["stories"][0]
-    assert [list(s)[0] for s in story["segments"]] == ["text", "text", "picture"] + ["text", "picture"] * 2
+    assert [list(s)[0] for s in story["segments"]] == ["text", "text", "image"] + ["text", "image"] * 2
     assert story["segments"][0]["text"].startswith("Mia is a ")
     assert sorted(p.name for p in out.iterdir()) == ["01.jpg", "02.png", "03.png", "story.html", "story.json"]
     assert (out / "01.jpg").read_bytes() == photo.read_bytes()
@@ -71,7 +71,7 @@ def test_going_on_with_a_saved_story(tmp_path, capsys):
     assert main(["tell", "--text", "Otto.", "--panels", "1", "--out", str(one), *FAST]) == 0
     assert main(["tell", "--story", str(one / "story.json"), "--panels", "1", "--out", str(two), *FAST]) == 0
     first, second = load_story(one / "story.json"), load_story(two / "story.json")
-    assert [p.key for p in second.pictures[:1]] == [p.key for p in first.pictures] and len(second.pictures) == 2
+    assert [p.digest for p in second.images[:1]] == [p.digest for p in first.images] and len(second.images) == 2
 
 
 def test_a_storyboard_makes_a_folder_for_each_story(tmp_path, capsys):
@@ -105,7 +105,7 @@ def test_the_references_annotations(tmp_path, photo, capsys):
         == 0
     )
     segments = json.loads(capsys.readouterr().out)["stories"][0]["segments"]
-    assert [list(s)[0] for s in segments] == ["picture", "text", "text", "picture"]
+    assert [list(s)[0] for s in segments] == ["image", "text", "text", "image"]
 
 
 def test_write_draw_ask_caption(tmp_path, photo, capsys):
@@ -116,23 +116,23 @@ def test_write_draw_ask_caption(tmp_path, photo, capsys):
         return json.loads(capsys.readouterr().out)
 
     texts = found("write", "--text", "Otto", "--count", 2, "--max-new-tokens", 5)["texts"]
-    assert len(texts) == 2 and texts[0]["stopped_by"] == "length"
+    assert len(texts) == 2 and texts[0]["finish_reason"] == "length"
     out = tmp_path / "new folder" / "otto.png"
     pictures = found(
         "draw", "--text", "Otto", "--out", out, "--count", 2, "--steps", 1, "--size", "64x96", "--seed", 4
-    )["pictures"]
+    )["images"]
     assert [Image.open(p).size for p in pictures] == [(64, 96)] * 2 and Path(pictures[1]).name == "otto-2.png"
-    begun = found("draw", "--text", "Otto", "--out", out, "--begin", photo, "--denoise", 0.5, "--steps", 2)["pictures"]
+    begun = found("draw", "--text", "Otto", "--out", out, "--begin", photo, "--denoise", 0.5, "--steps", 2)["images"]
     assert Image.open(begun[0]).size == (128, 128)
     assert "answer" in found("ask", "What is it?", "--picture", photo, "--max-new-tokens", 4)
-    choices = found("ask", "What is it?", "--picture", photo, "--option", "a cat", "--option", "a car")["choices"]
-    assert {c["option"] for c in choices} == {"a cat", "a car"}
+    choices = found("ask", "What is it?", "--picture", photo, "--option", "a cat", "--option", "a car")["ranking"]
+    assert {c["text"] for c in choices} == {"a cat", "a car"}
     assert len(found("caption", "--picture", photo, "--count", 2, "--beams", 2, "--max-new-tokens", 3)["captions"]) == 2
 
 
 def test_how_much_of_a_picture_is_drawn_over():
     def denoise(*options):
-        return _opening(_parser().parse_args(["draw", "--text", "x", *options])).drawing.denoise
+        return _opening(_parser().parse_args(["draw", "--text", "x", *options])).image_config.denoise
 
     assert denoise() == 1.0 and denoise("--begin", "x.png") == 0.6
     assert denoise("--begin", "x.png", "--denoise", "0.3") == 0.3
@@ -143,7 +143,7 @@ def test_convert_and_info(tmp_path, capsys):
     capsys.readouterr()
     assert main(["info", str(tmp_path / "own"), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["layout"] == "own" and data["parameters"]["llm"] == 102854 and data["tokenizer"] is False
+    assert data["layout"] == "native" and data["parameters"]["llm"] == 102854 and data["tokenizer"] is False
     assert main(["convert", str(tmp_path / "own"), str(tmp_path / "back"), "--to", "reference"]) == 0
     assert main(["info", str(tmp_path / "back")]) == 0
     assert "reference" in capsys.readouterr().out
@@ -156,30 +156,30 @@ def test_sentences_for_bad_input(tmp_path, capsys, photo):
     cases = {
         ("tell", *out): "story is empty; give --text, --image or --story",
         ("tell", "--text", "", *out): "story is empty",
-        ("tell", "--picture", tmp_path / "no.png", *out): "no picture file",
+        ("tell", "--picture", tmp_path / "no.png", *out): "no image file",
         ("tell", "--text", "x", "--panels", 0, *out): "--panels must be at least 1 and at most 1000, not 0",
         ("tell", "--text", "x", "--panels", 300_000_000, *out): "at most 1000, not 300000000",
         ("tell", "--text", "x", "--panels", 500, *out): "A story with 500 more panels",
         ("tell", "--text", "x" * 2000, *out): "more than the LLM's context of 1024",
-        ("draw", "--text", "x", "--denoise", 0.5): "--denoise 0.5 needs a picture to start from: give one with --begin",
+        ("draw", "--text", "x", "--denoise", 0.5): "--denoise 0.5 requires --init-image",
         ("tell", "--text", "x", "--size", "big", *out): "--size must be like 512x512, not 'big'",
         ("tell", "--text", "x", "--size", "100x100", *out): "must be in multiples of 32 px",
         ("tell", "--text", "x", *out, "--scheduler", "nope"): "scheduler 'nope' is not known",
         ("tell", "--text", "x", "--model", tmp_path / "none", *out): "no checkpoint folder",
         ("tell", "--text", "x", "--out", full, *FAST): "cannot be written",
         ("tell", "--text", "x", "--storyboard", "b.json", *out): "leave --text, --image and --story away",
-        ("tell", "--picture-first", "--storyboard", "b.json", *out): "leave --title and --image-first away",
+        ("tell", "--picture-first", "--storyboard", "b.json", *out): "leave --title, --panels and --image-first away",
         ("tell", "--story", tmp_path / "no.json", *out): "cannot be read: No such file",
         ("draw", "--text", "x", "--out", tmp_path / "x.bmp"): "--out must be a .png file",
         ("write", "--text", "x", "--top-p", 3): "top_p must be at least",
         ("write", "--text", "x", "--seed", 2**64): "seed must be at least 0 and at most",
         ("tell", "--text", "x", "--out", "a\0b", *FAST): "cannot be written: embedded null byte",
         ("tell", "--text", "x", "--model", "a\0b", *out): "no checkpoint folder",
-        ("caption", "--image", "a\0b.png"): "no picture file",
+        ("caption", "--image", "a\0b.png"): "no image file",
         ("ask", "", "--picture", photo, "--quiet"): "question must not be empty",
-        ("caption", "--text", "no picture", "--quiet"): "no picture to caption",
+        ("caption", "--text", "no picture", "--quiet"): "no image to caption",
         ("info", tmp_path): "is no checkpoint",
-        ("convert", TINY, tmp_path): "is there already",
+        ("convert", TINY, tmp_path): "already exists",
     }
     for args, sentence in cases.items():
         assert sentence in fails(capsys, *args), args
@@ -187,7 +187,7 @@ def test_sentences_for_bad_input(tmp_path, capsys, photo):
 
 
 def test_bad_settings_are_found_before_the_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("comfy_mminterleaved.pipeline.MMInterleaved.load", None)
+    monkeypatch.setattr("comfy_mminterleaved.pipeline.MMInterleavedPipeline.load", None)
     out = ["--out", tmp_path / "out", *FAST]
     fails(capsys, "tell", "--text", "x", "--guidance", 0, *out)
     fails(capsys, "tell", "--picture", tmp_path / "no.png", *out)
@@ -206,14 +206,14 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    monkeypatch.setattr("comfy_mminterleaved.pipeline.MMInterleaved.load", None)
+    monkeypatch.setattr("comfy_mminterleaved.pipeline.MMInterleavedPipeline.load", None)
     assert "cannot be written: Permission denied" in fails(capsys, "tell", "--text", "x", "--out", tmp_path, *FAST)
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
-    from comfy_mminterleaved.pipeline import MMInterleaved
+    from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
-    draw, calls = MMInterleaved.draw, []
+    draw, calls = MMInterleavedPipeline.generate_image, []
 
     def interrupted(*args):
         calls.append(1)
@@ -221,7 +221,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return draw(*args)
 
-    monkeypatch.setattr(MMInterleaved, "draw", interrupted)
+    monkeypatch.setattr(MMInterleavedPipeline, "generate_image", interrupted)
     assert main(["tell", "--text", "Otto.", "--panels", "3", "--out", str(tmp_path), *FAST]) == 130
     assert "what was finished is kept" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["01.png", "story.html", "story.json"]

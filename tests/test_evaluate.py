@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 
 pytest.importorskip("resvg_py")
-from comfy_mminterleaved import Drawing
-from comfy_mminterleaved.checkpoints.load import STARTER
+from comfy_mminterleaved import ImageGenerationConfig
 from comfy_mminterleaved.errors import CheckpointError
+from comfy_mminterleaved.presets import STARTER_DIR
 from starter_training import evaluate, judge, labels, world
 from starter_training.data import Book
 
-FAST = Drawing(steps=1, scheduler="ddim")
+FAST = ImageGenerationConfig(num_inference_steps=1, scheduler="ddim")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_a_judge_learns_what_it_is_shown(tmp_path):
     with pytest.raises(CheckpointError, match="There is no judge"):
         judge.load(tmp_path / "none")
     with pytest.raises(CheckpointError, match="is no judge, or one of another size; training.judge makes one.$"):
-        judge.load(STARTER / "unet.safetensors")
+        judge.load(STARTER_DIR / "unet.safetensors")
 
 
 def test_softened_drawings_are_the_same_ones_with_less_detail(book):
@@ -121,10 +121,12 @@ def test_evaluated_stories_show_their_heroes_only_in_pictures():
         assert all(world.look_held_out(*hero.look) for page in pages for hero in page.scene.heroes)
 
 
-def test_a_whole_evaluation_of_any_model(untrained, trained, tmp_path):
+def test_a_whole_evaluation_of_any_model(tiny_random, trained, tmp_path):
     """With random weights nothing is right, but every figure is there with its cases."""
-    kept = [layer.synchronizer.gate.clone() for layer in untrained.llm.layers if layer.synchronizer is not None]
-    found = evaluate.evaluate(untrained, trained, seed=1, stories=2, steps=1, sheet=tmp_path / "sheet.png")
+    kept = [
+        layer.llama_cross_attn.gate.clone() for layer in tiny_random.llm.layers if layer.llama_cross_attn is not None
+    ]
+    found = evaluate.evaluate(tiny_random, trained, seed=1, stories=2, steps=1, sheet=tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         pages = evaluate.stories_of(1, 2)
         assert sheet.size == (180 + 128 * max(map(len, pages)), 2 * 5 * 132)
@@ -139,7 +141,7 @@ def test_a_whole_evaluation_of_any_model(untrained, trained, tmp_path):
     assert found["texts in the grammar"]["cases"] == 8 and found["texts in the grammar"]["share"] == 0
     assert found["frechet distance"] > 0
     assert sum(f["cases"] for f in found["same hero by scene"]["action"].values()) == panels
-    gates = [layer.synchronizer.gate for layer in untrained.llm.layers if layer.synchronizer is not None]
+    gates = [layer.llama_cross_attn.gate for layer in tiny_random.llm.layers if layer.llama_cross_attn is not None]
     assert all(torch.equal(a, b) for a, b in zip(gates, kept))
 
 
@@ -157,10 +159,10 @@ def test_a_judge_to_train_on_that_is_not_there(tmp_path, capsys):
     assert "Error: There is no judge" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
-def test_hidden_pictures_are_not_looked_at(untrained):
+def test_hidden_pictures_are_not_looked_at(tiny_random):
     """The same text with other heroes in the first picture: hidden, the drawings are the same; else they differ."""
     pages = evaluate.stories_of(0, 1)[0][:2]
     other = [world.Page(replace(pages[0].scene, seed=5, place="desert"), pages[0].text), pages[1]]
     for hidden in (True, False):
-        (a,), (b,) = (evaluate.drawn_from_true_text(untrained, [story], FAST, hidden) for story in (pages, other))
+        (a,), (b,) = (evaluate.drawn_from_true_text(tiny_random, [story], FAST, hidden) for story in (pages, other))
         assert torch.allclose(a[0], b[0], atol=1e-4) == hidden

@@ -21,7 +21,7 @@ def make(n=2, q=5, heads=2, pictures=3, k=3, depth=5, levels=3, per_query=True, 
     """Arguments of `attend`, some pictures hidden from some queries."""
     sizes = SIZES[:levels]
     cells = sum(h * w for h, w in sizes)
-    values = sampling.bordered(rand(n, pictures, cells, heads, depth), sizes)
+    values = sampling.pad_levels(rand(n, pictures, cells, heads, depth), sizes)
     e = heads * k * (2 + levels)
     order = torch.zeros(n, q if per_query else 1, pictures, dtype=torch.long)
     for row, shown in zip(order.flatten(0, 1), rand(order.shape[0] * order.shape[1], pictures, seed=7) < 0.5):
@@ -41,9 +41,9 @@ class TestInTheInterpreter:
     @pytest.mark.parametrize("per_query", [False, True])
     def test_attend(self, dtype, pictures, levels, k, depth, per_query):
         full = make(pictures=pictures, levels=levels, k=k, depth=depth, per_query=per_query)
-        want = sampling.attend(*full, backend="plain")
+        want = sampling.mmfs_attention(*full, backend="eager")
         given = make(pictures=pictures, levels=levels, k=k, depth=depth, per_query=per_query, dtype=dtype)
-        found = sampling.attend(*given, backend="triton")
+        found = sampling.mmfs_attention(*given, backend="triton")
         assert found.dtype == dtype and found.shape == want.shape
         assert (found.float() - want).abs().max() < TOLERANCE[dtype] * want.abs().max() * (1 + 2 * (levels > 1))
 
@@ -51,15 +51,15 @@ class TestInTheInterpreter:
     def test_gather(self, dtype):
         values, sizes = make()[:2]
         points, weights = rand(2, 5, 2, 3, 3, 4, 2, seed=5) * 5 + 2, rand(2, 5, 2, 3, 3, 4, seed=6)
-        want = sampling.gather(values, sizes, points, weights, "plain")
-        found = sampling.gather(values.to(dtype), sizes, points, weights.to(dtype), "triton")
+        want = sampling.ms_deform_attn(values, sizes, points, weights, "eager")
+        found = sampling.ms_deform_attn(values.to(dtype), sizes, points, weights.to(dtype), "triton")
         assert found.dtype == dtype
         assert (found.float() - want).abs().max() < TOLERANCE[dtype] * want.abs().max()
 
     def test_queries_that_see_nothing_find_the_sink(self):
         arguments = list(make())
         arguments[5] = torch.zeros_like(arguments[5])
-        found = sampling.attend(*arguments, backend="triton")
+        found = sampling.mmfs_attention(*arguments, backend="triton")
         assert torch.allclose(found, arguments[7].flatten().expand_as(found))
 
 
@@ -73,11 +73,11 @@ from triton.compiler import ASTSource
 from comfy_mminterleaved.models.deform_attn import triton_kernels as kernels
 shared = dict(H=16, L=4, K=8, D=64, BLOCK_M=32, BLOCK_D=64)
 for kernel, integers in (
-    (kernels._attend, "Q P n_stride p_stride h_stride cell_stride order_n order_q reference_q"),
-    (kernels._gather, "Q P n_stride p_stride h_stride cell_stride"),
+    (kernels._mmfs_kernel, "Q P n_stride p_stride h_stride cell_stride order_n order_q reference_q"),
+    (kernels._gather_kernel, "Q P n_stride p_stride h_stride cell_stride"),
 ):
     types = dict.fromkeys(shared, "constexpr") | dict.fromkeys(integers.split(), "i32")
-    types |= {{"order": "*i64", "reference": "*fp32", "levels": "*fp32", "points": "*fp32"}}
+    types |= {{"image_relpos": "*i64", "reference_points": "*fp32", "levels": "*fp32", "sampling_locations": "*fp32"}}
     signature = {{name: types.get(name, "*{dtype}") for name in kernel.arg_names}}
     constants = {{(kernel.arg_names.index(name),): value for name, value in shared.items()}}
     source = ASTSource(kernel, signature, constexprs=constants)
@@ -91,12 +91,12 @@ for kernel, integers in (
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("backend", [b for b in sampling.ATTENDING if b != "triton"])
+@pytest.mark.parametrize("backend", [b for b in sampling.BACKENDS if b != "triton"])
 @pytest.mark.parametrize("per_query", [False, True])
 def test_every_way_to_attend_is_the_same(backend, per_query, monkeypatch):
     arguments = make(q=7, per_query=per_query)
-    want = sampling.attend(*arguments, backend="plain")
-    assert torch.allclose(sampling.attend(*arguments, backend=backend), want, atol=1e-5)
-    monkeypatch.setattr(sampling, "AT_ONCE", 40)  # a query or two at a time
+    want = sampling.mmfs_attention(*arguments, backend="eager")
+    assert torch.allclose(sampling.mmfs_attention(*arguments, backend=backend), want, atol=1e-5)
+    monkeypatch.setattr(sampling, "CHUNK_SIZE", 40)  # a query or two at a time
     with torch.no_grad():
-        assert torch.allclose(sampling.attend(*arguments, backend=backend), want, atol=1e-5)
+        assert torch.allclose(sampling.mmfs_attention(*arguments, backend=backend), want, atol=1e-5)

@@ -18,13 +18,13 @@ DRAWN = ["--steps", "1", "--scheduler", "ddim"]
 def folder(tmp_path_factory):
     """Folders of both layouts, with a tokenizer (the recorded reference model has none)."""
     folder = tmp_path_factory.mktemp("models")
-    assert main(["convert", "untrained", str(folder / "own"), "--dtype", "bfloat16"]) == 0
+    assert main(["convert", "tiny-random", str(folder / "own"), "--dtype", "bfloat16"]) == 0
     shutil.copytree(TINY, folder / "reference", ignore=shutil.ignore_patterns("golden.safetensors"))
     assert main(["convert", str(folder / "reference"), str(folder / "converted")]) == 0
     return folder
 
 
-MODELS = ("starter", "untrained", "own", "./own", "absolute")
+MODELS = ("starter", "tiny-random", "own", "./own", "absolute")
 COMMANDS = {
     "tell": ["tell", "--text", "Mia", "--panels", "1", "--out", "OUT", *DRAWN, *SHORT, *FAST],
     "write": ["write", "--text", "Mia", *SHORT, *FAST],
@@ -96,18 +96,20 @@ def test_every_file_that_is_written_is_read(tmp_path, capsys, image):
         *SHORT,
         *FAST,
         "--model",
-        "untrained",
+        "tiny-random",
     ]
     run(capsys, words, tmp_path, image)
-    run(capsys, ["draw", "--text", "Mia", "--out", str(drawn), *DRAWN, *FAST, "--model", "untrained"], tmp_path, image)
+    run(
+        capsys, ["draw", "--text", "Mia", "--out", str(drawn), *DRAWN, *FAST, "--model", "tiny-random"], tmp_path, image
+    )
     for picture in (book / "01.png", book / "02.png", drawn):
-        run(capsys, ["caption", "--image", str(picture), *SHORT, *FAST, "--model", "untrained"], tmp_path, image)
+        run(capsys, ["caption", "--image", str(picture), *SHORT, *FAST, "--model", "tiny-random"], tmp_path, image)
     for story in (book, book / "story.json"):
         for command in (["write"], ["ask", "Who?"], ["caption"]):
             run(capsys, [*command, "--story", str(story), *SHORT, *FAST], tmp_path, image)
         told = run(capsys, ["tell", "--story", str(story), "--panels", "1", "--out", "OUT", *FAST], tmp_path, image)
         settings = json.loads((Path(told["stories"][0]["folder"]) / "story.json").read_text())["settings"]
-        assert settings["model"] == "untrained"  # and the steps, or this took long
+        assert settings["model"] == "tiny-random"  # and the steps, or this took long
         assert settings["image_generation"]["num_inference_steps"] == 1
         assert settings["text_generation"]["max_new_tokens"] == 4
         board = {
@@ -117,7 +119,7 @@ def test_every_file_that_is_written_is_read(tmp_path, capsys, image):
         }
         (book / "board.json").write_text(json.dumps(board))
         words = ["tell", "--storyboard", str(book / "board.json"), "--out", "OUT/board", *DRAWN, *SHORT, *FAST]
-        run(capsys, [*words, "--model", "untrained"], tmp_path, image)
+        run(capsys, [*words, "--model", "tiny-random"], tmp_path, image)
 
 
 def test_flags_count_before_the_storys_settings_and_those_before_the_models(tmp_path, capsys, image):
@@ -147,7 +149,7 @@ def test_settings_of_older_stories_are_read(tmp_path, capsys, image):
                 "segments": [{"text": "Mia"}],
                 "title": "Old",
                 "settings": {
-                    "model": "untrained",
+                    "model": "tiny-random",
                     "seed": 2,
                     "sampling": {"max_new_tokens": 3, "sample": False, "min_new_tokens": 1},
                     "drawing": {"steps": 1, "scheduler": "ddim", "look_back": 1, "size": [64, 64]},
@@ -175,7 +177,7 @@ def test_settings_of_older_stories_are_read(tmp_path, capsys, image):
 
 def test_a_story_is_not_overwritten_unasked(tmp_path, capsys, image):
     words = ["tell", "--text", "Mia", "--panels", "1", "--out", str(tmp_path / "book"), *DRAWN, *SHORT, *FAST]
-    words += ["--model", "untrained"]
+    words += ["--model", "tiny-random"]
     first = run(capsys, words, tmp_path, image)["stories"][0]["folder"]
     kept = (tmp_path / "book" / "story.json").read_bytes()
     second = run(capsys, [*words, "--seed", "3"], tmp_path, image)["stories"][0]["folder"]
@@ -191,8 +193,8 @@ def test_a_story_is_not_overwritten_unasked(tmp_path, capsys, image):
 
 def test_a_failed_run_leaves_no_empty_folder(tmp_path, capsys):
     out = tmp_path / "new" / "deeper" / "book"
-    assert main(["tell", "--text", "x" * 5000, "--out", str(out), "--model", "untrained", *FAST]) == 2
-    assert main(["draw", "--text", "x" * 5000, "--out", str(out / "x.png"), "--model", "untrained", *FAST]) == 2
+    assert main(["tell", "--text", "x" * 5000, "--out", str(out), "--model", "tiny-random", *FAST]) == 2
+    assert main(["draw", "--text", "x" * 5000, "--out", str(out / "x.png"), "--model", "tiny-random", *FAST]) == 2
     assert not (tmp_path / "new").exists()
 
 

@@ -6,9 +6,16 @@ import pytest
 import torch
 from PIL import Image
 
-from comfy_mminterleaved import Picture
-from comfy_mminterleaved.errors import PictureError
-from comfy_mminterleaved.stories.images import decode_url, encode_png, encode_url, read_picture, to_bytes, to_pixels
+from comfy_mminterleaved import ImageSegment
+from comfy_mminterleaved.errors import ImageError
+from comfy_mminterleaved.stories.images import (
+    decode_data_url,
+    encode_data_url,
+    encode_png,
+    read_image,
+    to_bytes,
+    to_tensor,
+)
 
 RED = (200, 40, 40)
 
@@ -36,14 +43,14 @@ def test_every_mode_of_a_png(tmp_path, mode, colour, want):
     image = Image.new(mode, (20, 10), colour)
     if mode == "P":
         image.putpalette(list(RED) + [0] * 765)
-    pixels = read_picture(save(tmp_path, image))
+    pixels = read_image(save(tmp_path, image))
     assert pixels.shape == (3, 10, 20) and pixels.dtype == torch.float32
     assert np.abs(to_bytes(pixels)[5, 5].astype(int) - want).max() <= 1
 
 
 def test_cmyk(tmp_path):
     image = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    red, green, blue = to_bytes(read_picture(save(tmp_path, image, "cmyk.jpg", quality=95)))[8, 8]
+    red, green, blue = to_bytes(read_image(save(tmp_path, image, "cmyk.jpg", quality=95)))[8, 8]
     assert red > 240 and green < 30 and blue < 30
 
 
@@ -51,52 +58,52 @@ def test_the_cameras_rotation_is_applied(tmp_path):
     image = Image.new("RGB", (40, 20), RED)
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert read_picture(save(tmp_path, image, "phone.jpg", exif=exif)).shape == (3, 40, 20)
+    assert read_image(save(tmp_path, image, "phone.jpg", exif=exif)).shape == (3, 40, 20)
 
 
 def test_an_animation_is_refused_with_its_frames(tmp_path):
     frames = [Image.new("L", (20, 20), shade) for shade in (0, 90, 200)]
     path = save(tmp_path, frames[0], "cat.gif", save_all=True, append_images=frames[1:])
-    with pytest.raises(PictureError, match="cat.gif' is an animation of 3 frames; save the one you want as a PNG"):
-        read_picture(path)
+    with pytest.raises(ImageError, match="cat.gif' is an animation of 3 frames; save the one you want as a PNG"):
+        read_image(path)
     still = save(tmp_path, frames[1], "still.gif")
-    assert read_picture(still).shape == (3, 20, 20)
+    assert read_image(still).shape == (3, 20, 20)
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (7, 7)])
 def test_too_thin(tmp_path, size):
-    with pytest.raises(PictureError, match=f"is {size[0]} x {size[1]} px; each side must have at least 8 px"):
-        read_picture(save(tmp_path, Image.new("L", size)))
+    with pytest.raises(ImageError, match=f"is {size[0]} x {size[1]} px; each side must have at least 8 px"):
+        read_image(save(tmp_path, Image.new("L", size)))
 
 
 def test_too_long(tmp_path):
-    with pytest.raises(PictureError, match="is 10 x 5000 px; its sides must not differ by more than 16 times"):
-        read_picture(save(tmp_path, Image.new("L", (10, 5000))))
+    with pytest.raises(ImageError, match="is 10 x 5000 px; its sides must not differ by more than 16 times"):
+        read_image(save(tmp_path, Image.new("L", (10, 5000))))
 
 
 def test_huge_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     path = save(tmp_path, Image.new("1", (9000, 8000)))
     monkeypatch.setattr(Image.Image, "load", None)
-    with pytest.raises(PictureError, match="is 9000 x 8000 px; at most 64 megapixels"):
-        read_picture(path)
+    with pytest.raises(ImageError, match="is 9000 x 8000 px; at most 64 megapixels"):
+        read_image(path)
 
 
 def test_a_bomb_is_refused(tmp_path):
     path = save(tmp_path, Image.new("1", (20000, 20000)))
-    with pytest.raises(PictureError, match="64 megapixels"):
-        read_picture(path)
+    with pytest.raises(ImageError, match="64 megapixels"):
+        read_image(path)
 
 
 def test_unreadable(tmp_path):
     whole = encode_png(torch.rand(3, 64, 64))
     for name, data in {"cut.png": whole[: len(whole) // 2], "text.jpg": b"hello", "empty.png": b""}.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(PictureError, match=f"{name}' cannot be read: "):
-            read_picture(tmp_path / name)
-    with pytest.raises(PictureError, match="no picture file .*missing.png"):
-        read_picture(tmp_path / "missing.png")
-    with pytest.raises(PictureError, match="no picture file"):
-        read_picture(tmp_path)
+        with pytest.raises(ImageError, match=f"{name}' cannot be read: "):
+            read_image(tmp_path / name)
+    with pytest.raises(ImageError, match="no image file .*missing.png"):
+        read_image(tmp_path / "missing.png")
+    with pytest.raises(ImageError, match="no image file"):
+        read_image(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +120,10 @@ def test_unreadable(tmp_path):
     ],
 )
 def test_all_that_a_picture_can_come_as(source):
-    pixels = to_pixels(source)
+    pixels = to_tensor(source)
     assert pixels.shape == (3, 8, 9) and pixels.is_contiguous()
     assert (to_bytes(pixels) == RED).all()
-    assert Picture.of(source).size == (9, 8)
+    assert ImageSegment.of(source).size == (9, 8)
 
 
 @pytest.mark.parametrize(
@@ -134,21 +141,21 @@ def test_all_that_a_picture_can_come_as(source):
     ],
 )
 def test_what_is_no_picture(source, message):
-    with pytest.raises(PictureError, match=message):
-        to_pixels(source)
+    with pytest.raises(ImageError, match=message):
+        to_tensor(source)
 
 
 def test_keys_tell_pictures_apart():
     a = torch.rand(3, 16, 24)
-    assert Picture(a).key == Picture(a.clone()).key
-    assert len({Picture(a).key, Picture(a.flip(0)).key, Picture(a.reshape(3, 24, 16)).key}) == 3
+    assert ImageSegment(a).digest == ImageSegment(a.clone()).digest
+    assert len({ImageSegment(a).digest, ImageSegment(a.flip(0)).digest, ImageSegment(a.reshape(3, 24, 16)).digest}) == 3
 
 
 def test_urls_round_trip():
     pixels = torch.rand(3, 12, 10)
-    assert (to_bytes(decode_url(encode_url(pixels))) == to_bytes(pixels)).all()
-    with pytest.raises(PictureError, match="not valid base64"):
-        decode_url("data:image/png;base64,****")
+    assert (to_bytes(decode_data_url(encode_data_url(pixels))) == to_bytes(pixels)).all()
+    with pytest.raises(ImageError, match="not valid base64"):
+        decode_data_url("data:image/png;base64,****")
 
 
 def test_png_metadata_is_kept():
@@ -161,8 +168,8 @@ def test_png_metadata_is_kept():
 
 def test_values_that_are_not_numbers(tmp_path):
     path = save(tmp_path, Image.fromarray(np.full((20, 20), np.nan, np.float32)), "nan.tiff")
-    with pytest.raises(PictureError, match="not numbers"):
-        read_picture(path)
+    with pytest.raises(ImageError, match="not numbers"):
+        read_image(path)
 
 
 def colours(*sides):
@@ -176,7 +183,7 @@ def test_the_first_picture_of_a_still_format_with_several_is_read(tmp_path, kind
     first.save(tmp_path / f"x.{suffix}", kind, save_all=True, append_images=[second])
     with Image.open(tmp_path / f"x.{suffix}") as image:
         assert image.format == kind and image.n_frames == 2
-    pixels = read_picture(tmp_path / f"x.{suffix}")
+    pixels = read_image(tmp_path / f"x.{suffix}")
     assert pixels.shape == (3, 24, 32) and pixels[0].min() > 0.9 and pixels[2].max() < 0.1
 
 
@@ -184,8 +191,8 @@ def test_the_first_picture_of_a_still_format_with_several_is_read(tmp_path, kind
 def test_an_animation_is_still_refused(tmp_path, kind, suffix):
     first, second = colours("red", "blue")
     first.save(tmp_path / f"x.{suffix}", kind, save_all=True, append_images=[second])
-    with pytest.raises(PictureError, match="animation of 2 frames"):
-        read_picture(tmp_path / f"x.{suffix}")
+    with pytest.raises(ImageError, match="animation of 2 frames"):
+        read_image(tmp_path / f"x.{suffix}")
 
 
 def wide_profile() -> bytes:
@@ -230,7 +237,7 @@ def test_an_embedded_profile_is_converted_to_srgb(tmp_path, mode):
     image.save(tmp_path / "plain.png")
     image.save(tmp_path / "srgb.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     image.save(tmp_path / "broken.png", icc_profile=b"no profile")
-    wide, plain, srgb, broken = (read_picture(tmp_path / f"{n}.png") for n in ("wide", "plain", "srgb", "broken"))
+    wide, plain, srgb, broken = (read_image(tmp_path / f"{n}.png") for n in ("wide", "plain", "srgb", "broken"))
     assert (plain * 255).round()[:, 0, 0].tolist() == [150, 100, 80]
     assert (wide - plain).abs().max() > 0.03 and wide[0, 0, 0] > plain[0, 0, 0]  # the same numbers, more saturated
     assert torch.equal(srgb, plain) and torch.equal(broken, plain)
@@ -239,8 +246,8 @@ def test_an_embedded_profile_is_converted_to_srgb(tmp_path, mode):
 def test_heic(tmp_path, monkeypatch):
     heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
     heif.from_pillow(colours("red")[0]).save(tmp_path / "x.heic")
-    pixels = read_picture(tmp_path / "x.heic")
+    pixels = read_image(tmp_path / "x.heic")
     assert pixels.shape == (3, 24, 32) and pixels[0].mean() > 0.9 and pixels[2].mean() < 0.1
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(PictureError, match="is a HEIC file; install pillow-heif to read it, or save it as JPEG or PNG"):
-        read_picture(tmp_path / "x.heic")
+    with pytest.raises(ImageError, match="is a HEIC file; install pillow-heif to read it, or save it as JPEG or PNG"):
+        read_image(tmp_path / "x.heic")

@@ -2,17 +2,17 @@ import pytest
 import torch
 
 from comfy_mminterleaved import Story
-from comfy_mminterleaved.config import LLMConfig, SpecialTokens
-from comfy_mminterleaved.generation.prefix_cache import read
-from comfy_mminterleaved.models.init_weights import initialize
-from comfy_mminterleaved.models.llama_mmfs import StoryLLM
+from comfy_mminterleaved.config import LlamaMMFSConfig, MMFSConfig, SpecialTokens
+from comfy_mminterleaved.generation.prefix_cache import prefill
+from comfy_mminterleaved.models.init_weights import init_weights
+from comfy_mminterleaved.models.llama_mmfs import LlamaMMFS
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
 
 def hidden(model, *stories, before=None):
-    layouts = [model.layout(model.encode(story)) for story in stories]
-    return read(model.llm, layouts, before)
+    layouts = [model.text.tokenize(model.encode_images(story)) for story in stories]
+    return prefill(model.llm, layouts, before)
 
 
 def stories(pictures):
@@ -25,94 +25,89 @@ def stories(pictures):
     ]
 
 
-def test_a_batch_is_each_story_alone(untrained, pictures):
-    together = hidden(untrained, *stories(pictures))
-    for story, found in zip(stories(pictures), together.hidden):
-        assert torch.allclose(found, hidden(untrained, story).hidden[0], **CLOSE)
+def test_a_batch_is_each_story_alone(tiny_random, pictures):
+    together = hidden(tiny_random, *stories(pictures))
+    for story, found in zip(stories(pictures), together.hidden_states):
+        assert torch.allclose(found, hidden(tiny_random, story).hidden_states[0], **CLOSE)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 3, 5])
-def test_a_prefix_read_before_is_read_in_pieces_with_the_same_result(untrained, pictures, cut):
+def test_a_prefix_read_before_is_read_in_pieces_with_the_same_result(tiny_random, pictures, cut):
     whole = stories(pictures)[0]
-    first = hidden(untrained, Story(whole.segments[:cut]))
-    length = len(first.ids[0])
-    pieces = hidden(untrained, whole, before=first)
-    assert pieces.reused == length
-    assert torch.allclose(pieces.hidden[0], hidden(untrained, whole).hidden[0], **CLOSE)
+    first = hidden(tiny_random, Story(whole.segments[:cut]))
+    length = len(first.input_ids[0])
+    pieces = hidden(tiny_random, whole, before=first)
+    assert pieces.num_cached_tokens == length
+    assert torch.allclose(pieces.hidden_states[0], hidden(tiny_random, whole).hidden_states[0], **CLOSE)
 
 
-def test_an_edit_is_read_from_where_it_is(untrained, pictures):
+def test_an_edit_is_read_from_where_it_is(tiny_random, pictures):
     old = Story.of("Otto met a bear.", pictures[0], "It was asleep.", pictures[1])
     new = Story.of("Otto met a bear.", pictures[0], "It was asleep.", pictures[2], "Gone.")
-    kept = len(untrained.layout(Story(old.segments[:3])))
-    found = hidden(untrained, new, before=hidden(untrained, old))
-    assert found.reused == kept + 1  # the start-of-image token is the same, the picture is not
-    assert torch.allclose(found.hidden[0], hidden(untrained, new).hidden[0], **CLOSE)
+    kept = len(tiny_random.text.tokenize(Story(old.segments[:3])))
+    found = hidden(tiny_random, new, before=hidden(tiny_random, old))
+    assert found.num_cached_tokens == kept + 1  # the start-of-image token is the same, the picture is not
+    assert torch.allclose(found.hidden_states[0], hidden(tiny_random, new).hidden_states[0], **CLOSE)
 
 
-def test_batches_reuse_row_by_row(untrained, pictures):
+def test_batches_reuse_row_by_row(tiny_random, pictures):
     first = stories(pictures)[:3]
     then = [first[0].add("More."), Story.of(pictures[4]), first[2].add(pictures[5], "So.")]
-    found = hidden(untrained, *then, before=hidden(untrained, *first))
-    assert 0 < found.reused < sum(len(untrained.layout(s)) for s in then)
-    for story, states in zip(then, found.hidden):
-        assert torch.allclose(states, hidden(untrained, story).hidden[0], **CLOSE)
+    found = hidden(tiny_random, *then, before=hidden(tiny_random, *first))
+    assert 0 < found.num_cached_tokens < sum(len(tiny_random.text.tokenize(s)) for s in then)
+    for story, states in zip(then, found.hidden_states):
+        assert torch.allclose(states, hidden(tiny_random, story).hidden_states[0], **CLOSE)
 
 
-def test_a_shorter_story_reads_nothing(untrained, pictures, monkeypatch):
+def test_a_shorter_story_reads_nothing(tiny_random, pictures, monkeypatch):
     whole = stories(pictures)[0]
-    reading = hidden(untrained, whole)
-    want = reading.hidden[0].clone()
-    monkeypatch.setattr(untrained.llm, "forward", None)
-    shorter = hidden(untrained, Story(whole.segments[:4]), before=reading)
-    assert torch.equal(shorter.hidden[0], want[: len(shorter.ids[0])])
+    reading = hidden(tiny_random, whole)
+    want = reading.hidden_states[0].clone()
+    monkeypatch.setattr(tiny_random.llm, "forward", None)
+    shorter = hidden(tiny_random, Story(whole.segments[:4]), before=reading)
+    assert torch.equal(shorter.hidden_states[0], want[: len(shorter.input_ids[0])])
 
 
-def test_pictures_reach_the_text_through_the_synchronizer_too(untrained, pictures):
+def test_pictures_reach_the_text_through_the_synchronizer_too(tiny_random, pictures):
     """With the same visual tokens but other maps the hidden states differ, from the first slot on."""
     from dataclasses import replace
 
-    story = untrained.encode(Story.of("Look:", pictures[0], "Nice."))
-    features = story.pictures[0].features
-    other = story.with_features([replace(features, maps=tuple(m.flip(-1) for m in features.maps))])
-    a, b = (read(untrained.llm, [untrained.layout(s)]).hidden[0] for s in (story, other))
-    slot = untrained.layout(story).ids.index(untrained.config.llm.tokens.image)
+    story = tiny_random.encode_images(Story.of("Look:", pictures[0], "Nice."))
+    features = story.images[0].features
+    other = story.with_features([replace(features, feature_maps=tuple(m.flip(-1) for m in features.feature_maps))])
+    a, b = (prefill(tiny_random.llm, [tiny_random.text.tokenize(s)]).hidden_states[0] for s in (story, other))
+    slot = tiny_random.text.tokenize(story).input_ids.index(tiny_random.config.llm.special_tokens.image)
     assert torch.allclose(a[:slot], b[:slot], **CLOSE)
     assert (a[slot:] - b[slot:]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("sync_every", [1, 3])
-def test_llm_in_one_go_and_token_by_token(kv_heads, sync_every):
+@pytest.mark.parametrize("frequency", [1, 3])
+def test_llm_in_one_go_and_token_by_token(kv_heads, frequency):
     from comfy_mminterleaved.models.llama_mmfs import KVCache
 
-    c = LLMConfig(
-        slots=2,
+    c = LlamaMMFSConfig(
+        num_img_token=2,
         vocab_size=20,
-        width=16,
-        layers=3,
-        heads=4,
-        kv_heads=kv_heads,
-        ffn_width=16,
-        sync_every=sync_every,
-        tokens=SpecialTokens(1, 2, 17, 18, 19),
-        sync_levels=(4, 2),
-        sync_heads=2,
-        sync_points=2,
-        sync_width=8,
-        feature_width=8,
-        context_length=400,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        intermediate_size=16,
+        special_tokens=SpecialTokens(1, 2, 17, 18, 19),
+        mmfs=MMFSConfig((4, 2), 16, 2, 2, 8, 8, cross_attention_frequency=frequency),
+        max_position_embeddings=400,
     )
     torch.manual_seed(0)
-    llm = StoryLLM(c).requires_grad_(False)
-    initialize(llm, std=0.2)
+    llm = LlamaMMFS(c).requires_grad_(False)
+    init_weights(llm, std=0.2)
     for layer in llm.layers:
-        if layer.synchronizer is not None:
-            torch.nn.init.ones_(layer.synchronizer.gate)
+        if layer.llama_cross_attn is not None:
+            torch.nn.init.ones_(layer.llama_cross_attn.gate)
     maps = [torch.randn(1, 2, 8, side, side) for side in (4, 2)]
-    x = llm.embed(torch.randint(3, 17, (1, 150)))
+    x = llm.embed_inputs(torch.randint(3, 17, (1, 150)))
     visible = torch.rand(1, 150, 2) < 0.5
-    pictures = llm.prepare(maps)
+    pictures = llm.project_images(maps)
     want = llm(x, pictures, visible)
     cache, found = KVCache(1), []
     for i in range(150):  # past the cache's first step of growth
@@ -120,28 +115,32 @@ def test_llm_in_one_go_and_token_by_token(kv_heads, sync_every):
     assert torch.allclose(torch.cat(found, 1), want, **CLOSE)
 
 
-def test_reading_ahead_is_reading(untrained, pictures):
-    whole, seen = untrained.encode(stories(pictures)[0]), []
-    untrained.forget()
-    untrained.read(whole, lambda *state: seen.append(state))
+def test_reading_ahead_is_reading(tiny_random, pictures):
+    whole, seen = tiny_random.encode_images(stories(pictures)[0]), []
+    tiny_random.clear_cache()
+    tiny_random.prefill(whole, lambda *state: seen.append(state))
     assert seen == [(count, len(whole)) for count in range(1, len(whole) + 1)]
-    ahead = untrained.contexts([whole])[0]
-    assert untrained._read.reused == len(ahead) - 1
-    untrained.forget()
-    assert torch.allclose(ahead, untrained.contexts([whole])[0], **CLOSE)
+    ahead = tiny_random.context_features([whole])[0]
+    assert tiny_random.text.cache.num_cached_tokens == len(ahead) - 1
+    tiny_random.clear_cache()
+    assert torch.allclose(ahead, tiny_random.context_features([whole])[0], **CLOSE)
 
 
-def test_a_reading_that_is_stopped_keeps_what_it_has(untrained, pictures):
+def test_a_reading_that_is_stopped_keeps_what_it_has(tiny_random, pictures, monkeypatch):
     def stop(count, _):
         if count == 3:
             raise InterruptedError
 
-    whole = untrained.encode(stories(pictures)[0])
-    untrained.forget()
+    whole = tiny_random.encode_images(stories(pictures)[0])
+    tiny_random.clear_cache()
     with pytest.raises(InterruptedError):
-        untrained.read(whole, stop)
-    untrained.contexts([whole])
-    assert untrained._read.reused == len(untrained.layout(Story(whole.segments[:3])))
+        tiny_random.prefill(whole, stop)
+    kept = len(tiny_random.text.tokenize(Story(whole.segments[:3])))
+    assert len(tiny_random.text.cache.input_ids[0]) == kept
+    lengths, prefill = [], tiny_random.text._prefill
+    monkeypatch.setattr(tiny_random.text, "_prefill", lambda batch: lengths.append(len(batch[0])) or prefill(batch))
+    tiny_random.context_features([whole])
+    assert lengths[0] > kept
 
 
 def test_the_last_query_of_causal_attention_sees_all_keys():
@@ -155,22 +154,22 @@ def test_the_last_query_of_causal_attention_sees_all_keys():
         assert torch.allclose(found[:, :, i : i + 1], alone, **CLOSE)
 
 
-def test_a_compiled_token_step_is_the_same(untrained, pictures):
+def test_a_compiled_token_step_is_the_same(tiny_random, pictures):
     """Captured as one graph a part; "eager" needs no compiler."""
-    from comfy_mminterleaved import MMInterleaved, Sampling
+    from comfy_mminterleaved import MMInterleavedPipeline, TextGenerationConfig
 
-    sampling = Sampling(max_new_tokens=12, min_new_tokens=12, sample=False)
+    sampling = TextGenerationConfig(max_new_tokens=12, min_new_tokens=12, do_sample=False)
     story = stories(pictures)[0]
-    wanted = untrained.write(story, sampling)
-    other = MMInterleaved.load("untrained", "cpu")
-    other.llm.load_state_dict(untrained.llm.state_dict())
-    other.encoder.load_state_dict(untrained.encoder.state_dict())
+    wanted = tiny_random.generate_text(story, sampling)
+    other = MMInterleavedPipeline.load("tiny-random", "cpu")
+    other.llm.load_state_dict(tiny_random.llm.state_dict())
+    other.encoder.load_state_dict(tiny_random.encoder.state_dict())
     calls = []
 
     def backend(graph, inputs):
         calls.append(graph)
         return graph.forward
 
-    other.compiled(backend=backend, fullgraph=True)
-    assert other.write(story, sampling).tokens == wanted.tokens
+    other.compile(backend=backend, fullgraph=True)
+    assert other.generate_text(story, sampling).tokens == wanted.tokens
     assert 3 <= len(calls) <= 6  # all layers share them

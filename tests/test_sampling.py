@@ -3,15 +3,15 @@ import torch
 import torch.nn.functional as F
 
 from comfy_mminterleaved.models import deform_attn as sampling
-from comfy_mminterleaved.models.deform_attn import bordered
-from comfy_mminterleaved.models.deform_attn import gather as gather_bordered
+from comfy_mminterleaved.models.deform_attn import ms_deform_attn as gather_bordered
+from comfy_mminterleaved.models.deform_attn.bilinear import pad_levels
 
 SIZES = [(5, 7), (4, 4), (1, 2)]
 BACKENDS = [name for name in sampling.BACKENDS if name != "triton"]  # which has test_kernels.py
 
 
 def gather(values, sizes, *rest):
-    return gather_bordered(bordered(values, sizes), sizes, *rest)
+    return gather_bordered(pad_levels(values, sizes), sizes, *rest)
 
 
 def make(n=2, q=3, h=2, p=2, k=4, d=3, dtype=torch.float64, spread=6.0):
@@ -69,7 +69,7 @@ def test_far_outside_counts_as_nothing(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_half_and_near(backend, dtype):
     values, points, weights = make(dtype=torch.float32)
-    want = gather(values, SIZES, points, weights, "plain")
+    want = gather(values, SIZES, points, weights, "eager")
     found = gather(values.to(dtype), SIZES, points, weights.to(dtype), backend)
     assert found.dtype == dtype and (found.float() - want).abs().max() < 0.05 * want.abs().max()
 
@@ -82,7 +82,7 @@ def test_attending_in_few_passes_is_attending(dtype, bar, per_query, pictures):
     generator = torch.Generator().manual_seed(1)
     n, q, h, k, d = 2, 6, 2, 3, 4
     e = h * k * (2 + len(SIZES))
-    values = bordered(torch.randn(n, pictures, sum(a * b for a, b in SIZES), h, d, generator=generator), SIZES)
+    values = pad_levels(torch.randn(n, pictures, sum(a * b for a, b in SIZES), h, d, generator=generator), SIZES)
     order = torch.arange(pictures, 0, -1).repeat(n, q if per_query else 1, 1)
     order[0, 0] = 0  # nothing is seen there
     said, tables, sink = (torch.randn(*s, generator=generator) for s in ((n, q, e), (pictures + 1, e), (h, d)))
@@ -92,9 +92,11 @@ def test_attending_in_few_passes_is_attending(dtype, bar, per_query, pictures):
     def attend(dtype, way):
         halves = [t.to(dtype) for t in (values, said, tables, sink)]
         scales = [2.0, 1.0, 0.5]
-        return sampling.attend(halves[0], SIZES, scales, halves[1], halves[2], order, reference, halves[3], backend=way)
+        return sampling.mmfs_attention(
+            halves[0], SIZES, scales, halves[1], halves[2], order, reference, halves[3], backend=way
+        )
 
-    want, found = attend(torch.float32, "plain"), attend(dtype, "bag")
+    want, found = attend(torch.float32, "eager"), attend(dtype, "embedding_bag")
     assert found.dtype == dtype and (found.float() - want).abs().max() < bar * want.abs().max()
     said[1, 2] = float("nan")
-    assert attend(dtype, "bag")[0].isfinite().all()  # and the others are not harmed
+    assert attend(dtype, "embedding_bag")[0].isfinite().all()  # and the others are not harmed

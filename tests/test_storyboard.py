@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from comfy_mminterleaved import Picture
+from comfy_mminterleaved import ImageSegment
 from comfy_mminterleaved.errors import StoryError
 from comfy_mminterleaved.stories.images import encode_png
-from comfy_mminterleaved.stories.storyboard import load_storyboard
+from comfy_mminterleaved.stories.storyboard import Step, load_storyboard
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def write(tmp_path, pictures):
 
 
 def parts(story, pictures):
-    names = {p.key: name for p, name in zip(pictures, "abc")}
-    return [names[s.key] if isinstance(s, Picture) else s.text for s in story]
+    names = {p.digest: name for p, name in zip(pictures, "abc")}
+    return [names[s.digest] if isinstance(s, ImageSegment) else s.text for s in story]
 
 
 def own(*stories):
@@ -39,9 +39,9 @@ def test_own_format(write, pictures):
     )
     first, second, third = load_storyboard(write(board))
     assert parts(first.opening, pictures) == ["One.", "b"] and (first.title, first.seed) == ("Zoë", 5)
-    assert first.steps_after(first.opening) == (("write", "draw"),) * 2
-    assert second.steps_after(second.opening) == (("draw",), ("write", "draw"), ("write", "draw"))
-    assert third.opening.image_first and third.steps_after(third.opening) == (("draw", "write"),)
+    assert first.steps_after(first.opening) == ((Step.TEXT, Step.IMAGE),) * 2
+    assert second.steps_after(second.opening) == ((Step.IMAGE,), (Step.TEXT, Step.IMAGE), (Step.TEXT, Step.IMAGE))
+    assert third.opening.image_first and third.steps_after(third.opening) == ((Step.IMAGE, Step.TEXT),)
 
 
 def annotation(**changes):
@@ -59,10 +59,10 @@ def annotation(**changes):
 def test_the_references_format(write, pictures):
     plan = load_storyboard(write(annotation()))[0]
     assert parts(plan.opening, pictures) == ["a", "one", "two", "b", "three", "c"]
-    assert plan.steps == (("write", "draw"), ("write",)) and plan.panels == 1
+    assert plan.steps == ((Step.TEXT, Step.IMAGE), (Step.TEXT,)) and plan.panels == 1
     drawn = load_storyboard(write(annotation(generate_mode="generate_images", num_iter=2)))[0]
     assert parts(drawn.opening, pictures) == ["a", "one", "two", "b", "three"]
-    assert drawn.steps == (("draw", "write"),)
+    assert drawn.steps == ((Step.IMAGE, Step.TEXT),)
 
 
 def test_pictures_fill_their_places_in_the_order_listed(write, pictures):
@@ -73,7 +73,7 @@ def test_pictures_fill_their_places_in_the_order_listed(write, pictures):
 
 def test_the_picture_to_draw_need_not_exist(write, pictures):
     board = annotation(images=["art/a.png", "art/b.png", "nowhere.png"], generate_mode="generate_images", num_iter=1)
-    assert load_storyboard(write(board))[0].steps == (("draw",),)
+    assert load_storyboard(write(board))[0].steps == ((Step.IMAGE,),)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_the_picture_to_draw_need_not_exist(write, pictures):
         (own({"opening": "x", "seed": "a"}), "seed must be a whole number from 0 to .*, not 'a'"),
         (own({"opening": "x", "title": 3}), "title must be text, not 3"),
         (own({"opening": [{"picture": "../a.png"}]}), "Story 1 of 'board.json': .*'../a.png' must be named by a path"),
-        (own({"opening": [{"bild": "a.png"}]}), "Story 1 of 'board.json': Segment 1 .* must be a text or a picture"),
-        (own({"opening": 7}), "opening must be text or a list of texts and pictures, not 7"),
+        (own({"opening": [{"bild": "a.png"}]}), "Story 1 of 'board.json': Segment 1 .* must be a text or an image"),
+        (own({"opening": 7}), "opening must be text or a list of texts and images, not 7"),
         (own({"opening": "x", "panel": 3}), "settings that are not known: panel"),
         (own({"opening": "x", "seed": 2**64}), "seed must be a whole number from 0 to .*, not 18446744073709551616"),
         (own({"opening": "x", "seed": 10**40}), "one of over thirty digits"),
@@ -102,7 +102,7 @@ def test_the_picture_to_draw_need_not_exist(write, pictures):
         (own({"opening": "x", "picture_first": "no"}), "picture_first must be true or false, not 'no'"),
         ({**own({"opening": "x"}), "version": 2}, "has version 2; this release reads version 1"),
         ("[" * 100_000, "is not JSON in UTF-8"),
-        (own({"opening": [{"picture": "art/z.png"}]}), "no picture file"),
+        (own({"opening": [{"picture": "art/z.png"}]}), "no image file"),
         (annotation(images=["a"]), "has 1 images, 3 sentence_ixs and 3 image_first; they must agree"),
         (annotation(sentence_ixs=[0, 1, 3]), "a sentence_ix must be from 0 to 2, not 3"),
         (annotation(generate_mode="sing"), "generate_mode must be one of generate_images, generate_texts, not 'sing'"),

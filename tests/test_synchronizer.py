@@ -1,17 +1,18 @@
 import pytest
 import torch
 
-from comfy_mminterleaved.models.deform_attn import bordered, gather
-from comfy_mminterleaved.models.init_weights import initialize
-from comfy_mminterleaved.models.mmfs import Synchronizer
+from comfy_mminterleaved.models.deform_attn import ms_deform_attn
+from comfy_mminterleaved.models.deform_attn.bilinear import pad_levels
+from comfy_mminterleaved.models.init_weights import init_weights
+from comfy_mminterleaved.models.mmfs import MMFS
 
 CENTRE = torch.full((1, 2), 0.5, dtype=torch.float64)
 
 
 def make(levels=(8, 4), heads=4, points=3, width=16, query_width=12, base=4, dtype=torch.float64):
     torch.manual_seed(0)
-    module = Synchronizer(query_width, 10, width, query_width, levels, base, heads, points, max_pictures=12)
-    initialize(module)
+    module = MMFS(query_width, 10, width, query_width, levels, base, heads, points, max_num_image_per_seq=12)
+    init_weights(module)
     for parameter in module.parameters():  # no zeros: every path must count
         torch.nn.init.normal_(parameter, std=0.3)
     return module.to(dtype).requires_grad_(False)
@@ -28,19 +29,21 @@ def by_the_book(module, query, values, sizes, visible, reference):
     q, levels = query.shape[1], len(sizes)
     shown = visible.expand(n, q, p).long()
     relative = (shown.sum(-1, keepdim=True) + 1 - shown.cumsum(-1)) * shown
-    states = module.query_proj(query)[:, :, None] + module.relative_position(relative)
-    offsets = module.offsets(states).view(n, q, p, module.heads, 1, module.points, 2)
-    logits = module.logits(states).view(n, q, p, module.heads, levels, module.points + 1)
+    states = module.dynamic_offset_mask(query)[:, :, None] + module.query_relpos(relative)
+    offsets = module.sampling_offsets(states).view(n, q, p, module.n_heads, 1, module.n_points, 2)
+    logits = module.attention_weights(states).view(n, q, p, module.n_heads, levels, module.n_points + 1)
     logits = logits + (1 - shown.to(logits)).view(n, q, p, 1, 1, 1) * -10000
     logits[..., -1] = -torch.tensor(float(p * levels)).log()
-    weights = logits.permute(0, 1, 3, 2, 4, 5).flatten(3).softmax(-1).view(n, q, module.heads, p, levels, -1)
-    projected = module.value_proj(values).unflatten(-1, (module.heads, -1))
+    weights = logits.permute(0, 1, 3, 2, 4, 5).flatten(3).softmax(-1).view(n, q, module.n_heads, p, levels, -1)
+    projected = module.value_proj(values).unflatten(-1, (module.n_heads, -1))
     side = torch.tensor([(w, h) for h, w in sizes], dtype=query.dtype)
-    scale = torch.tensor(module.scales, dtype=query.dtype).view(-1, 1, 1)
+    scale = torch.tensor(module.scale_ratios, dtype=query.dtype).view(-1, 1, 1)
     place = reference.view(-1, 1, 1, 1, 1, 2) + offsets.transpose(2, 3) * scale / side.view(-1, 1, 2)
-    out = gather(bordered(projected, sizes), sizes, place * side.view(-1, 1, 2) - 0.5, weights[..., :-1], "plain")
-    sinks = weights[..., -1].sum((-1, -2)).unsqueeze(-1) * module.sink.view(module.heads, -1)
-    return module.out_proj(out + sinks.flatten(2))
+    out = ms_deform_attn(
+        pad_levels(projected, sizes), sizes, place * side.view(-1, 1, 2) - 0.5, weights[..., :-1], "eager"
+    )
+    sinks = weights[..., -1].sum((-1, -2)).unsqueeze(-1) * module.ignore_token.view(module.n_heads, -1)
+    return module.output_proj(out + sinks.flatten(2))
 
 
 @pytest.mark.parametrize("levels", [(8,), (8, 4), (8, 4, 2)])
@@ -55,8 +58,8 @@ def test_equals_the_definition(levels, heads, points, pictures, folded):
     reference = torch.rand(5, 2, dtype=torch.float64)
     want = by_the_book(module, query, values, sizes, visible, reference)
     if folded:
-        module.fold()
-    found = module(query, module.prepare(values, sizes), visible, reference)
+        module.fuse_projections()
+    found = module(query, module.project_images(values, sizes), visible, reference)
     assert torch.allclose(found, want, atol=1e-12)
 
 
@@ -64,12 +67,12 @@ def test_folding_takes_in_the_convolution_behind():
     module, sizes = make(), [(8, 8), (4, 4)]
     conv = torch.nn.Conv2d(12, 12, 1, dtype=torch.float64).requires_grad_(False)
     query, visible = torch.randn(2, 5, 12, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool)
-    prepared = module.prepare(features(3), sizes)
+    prepared = module.project_images(features(3), sizes)
     want = conv(module(query, prepared, visible, CENTRE).transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
-    module.fold(conv)
+    module.fuse_projections(conv)
     assert torch.allclose(module(query, prepared, visible, CENTRE), want, atol=1e-12)
-    assert module.folded and not hasattr(module, "query_proj")
-    module.fold(conv)  # once is enough
+    assert module.is_fused and not hasattr(module, "dynamic_offset_mask")
+    module.fuse_projections(conv)  # once is enough
     assert torch.allclose(module(query, prepared, visible, CENTRE), want, atol=1e-12)
 
 
@@ -80,27 +83,27 @@ def test_padding_with_masked_pictures_changes_nothing(pictures, padding):
     query = torch.randn(2, 5, 12, dtype=torch.float64)
     values = features(pictures)
     visible = torch.ones(2, pictures, dtype=torch.bool)
-    alone = module(query, module.prepare(values, sizes), visible, CENTRE)
+    alone = module(query, module.project_images(values, sizes), visible, CENTRE)
     padded = torch.cat([values, features(padding, seed=9)], 1), torch.cat([visible, torch.zeros(2, padding).bool()], 1)
-    assert torch.allclose(module(query, module.prepare(padded[0], sizes), padded[1], CENTRE), alone, atol=1e-12)
+    assert torch.allclose(module(query, module.project_images(padded[0], sizes), padded[1], CENTRE), alone, atol=1e-12)
 
 
 def test_without_pictures_it_is_the_sink():
     module, sizes = make(), [(8, 8), (4, 4)]
     query = torch.randn(2, 5, 12, dtype=torch.float64)
-    none = module(query, module.prepare(features(0), sizes), torch.zeros(2, 0).bool(), CENTRE)
-    masked = module(query, module.prepare(features(2), sizes), torch.zeros(2, 2).bool(), CENTRE)
+    none = module(query, module.project_images(features(0), sizes), torch.zeros(2, 0).bool(), CENTRE)
+    masked = module(query, module.project_images(features(2), sizes), torch.zeros(2, 2).bool(), CENTRE)
     assert torch.allclose(none, masked, atol=1e-12)
-    assert torch.allclose(none[0, 0], module.out_proj(module.sink.flatten()))
+    assert torch.allclose(none[0, 0], module.output_proj(module.ignore_token.flatten()))
 
 
 def test_relative_positions_count_from_the_newest_visible_picture():
     """The same two pictures, seen with a masked one before, between or behind them, are the newest and the second."""
     module, sizes, values = make(), [(8, 8), (4, 4)], features(3)
     query = torch.randn(2, 5, 12, dtype=torch.float64)
-    pair = module(query, module.prepare(values[:, [0, 2]], sizes), torch.ones(2, 2).bool(), CENTRE)
+    pair = module(query, module.project_images(values[:, [0, 2]], sizes), torch.ones(2, 2).bool(), CENTRE)
     visible = torch.tensor([[True, False, True]]).expand(2, -1)
-    assert torch.allclose(module(query, module.prepare(values, sizes), visible, CENTRE), pair, atol=1e-12)
+    assert torch.allclose(module(query, module.project_images(values, sizes), visible, CENTRE), pair, atol=1e-12)
 
 
 def test_gradients_against_finite_differences():
@@ -115,7 +118,7 @@ def test_gradients_against_finite_differences():
             self.module = module
 
         def forward(self, query, values):
-            return module(query, module.prepare(values, sizes), visible, CENTRE)
+            return module(query, module.project_images(values, sizes), visible, CENTRE)
 
     def run(query, values, *parameters):
         given = {f"module.{name}": p for name, p in zip(names, parameters)}

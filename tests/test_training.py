@@ -14,11 +14,14 @@ pytest.importorskip("resvg_py")
 pytest.importorskip("accelerate")
 from safetensors.torch import save_file
 
-from comfy_mminterleaved.checkpoints.load import BLOCKS, STARTER, read_blocks, read_tensors, save
-from comfy_mminterleaved.config import small
+from comfy_mminterleaved.checkpoints.load import read_state_dicts
+from comfy_mminterleaved.checkpoints.native import save
+from comfy_mminterleaved.checkpoints.tensors import read_tensors
+from comfy_mminterleaved.config import BLOCKS
 from comfy_mminterleaved.errors import CheckpointError, SettingError
-from comfy_mminterleaved.generation.image import encode_latents
-from comfy_mminterleaved.models.init_weights import new_blocks
+from comfy_mminterleaved.generation.latents import encode_latents
+from comfy_mminterleaved.models.build import init_modules
+from comfy_mminterleaved.presets import STARTER_DIR, tiny_config
 from comfy_mminterleaved.tokenizer import Tokenizer, byte_level
 from starter_training import __main__ as training
 from starter_training import loop, recipe, world
@@ -32,12 +35,12 @@ from starter_training.muon import Muon, is_matrix, orthogonalized
 
 @pytest.fixture(scope="module")
 def config():
-    return replace(small(), llm=replace(small().llm, context_length=4096))
+    return replace(tiny_config(), llm=replace(tiny_config().llm, max_position_embeddings=4096))
 
 
 @pytest.fixture(scope="module")
 def tokenizer(config):
-    return Tokenizer(byte_level(260), config.llm.tokens, 260)
+    return Tokenizer(byte_level(260), config.llm.special_tokens, 260)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def test_batches_are_the_same_for_the_same_seed(batches):
 
 
 def test_targets_are_the_next_tokens_but_never_a_picture_slot(batches, config):
-    t = config.llm.tokens
+    t = config.llm.special_tokens
     for seed in range(20):
         batch = batches.make(seed)
         learned = batch.targets != IGNORE
@@ -97,7 +100,7 @@ def test_targets_are_the_next_tokens_but_never_a_picture_slot(batches, config):
                 assert visible[start + 1 : (ids != t.pad).nonzero().max(), picture].all()
     single = batch_that(batches, draws=False)
     first = [int((row != IGNORE).nonzero()[0]) for row in single.targets]
-    assert min(first) > config.llm.slots + 5  # the prompt is given, the answer is learned
+    assert min(first) > config.llm.num_img_token + 5  # the prompt is given, the answer is learned
 
 
 def test_a_drawing_is_told_what_the_text_says_and_what_sites_cannot_find(book, batches):
@@ -153,9 +156,9 @@ def test_whom_a_text_names(book, config, tokenizer):
 
 
 def test_texts_and_drills_say_whom_every_word_is_about(book, config, tokenizer):
-    batches, soi = Batches(book, config, tokenizer, pictures=8), config.llm.tokens.soi
+    batches, soi = Batches(book, config, tokenizer, pictures=8), config.llm.special_tokens.soi
     texts = batches.texts(0, 6)
-    assert texts.ids.shape == texts.meant.shape and config.llm.tokens.image not in texts.ids
+    assert texts.ids.shape == texts.meant.shape and config.llm.special_tokens.image not in texts.ids
     for ids, meant in zip(texts.ids.tolist(), texts.meant.tolist()):
         ends = [i + 1 for i, id in enumerate(ids) if id == soi]
         cast = world.parse(tokenizer.decode(ids[1 : ends[0]])).names
@@ -174,7 +177,7 @@ def test_texts_and_drills_say_whom_every_word_is_about(book, config, tokenizer):
 
 def test_names_are_learned_from_drills(config, tokenizer, book):
     torch.manual_seed(0)
-    blocks = new_blocks(config)
+    blocks = init_modules(config)
     blocks["encoder"].requires_grad_(False)
     learner = LearnStories(blocks, config.scheduler, draws=False)
     drills = Batches(book, config, tokenizer, pictures=8).drills(0, 4)
@@ -193,31 +196,35 @@ def test_drawings_look_at_pictures_before_them_only():
     numbered = (torch.arange(3).view(3, 1) * 10 + torch.arange(5)).view(3, 5, 1, 1, 1).float()
     depths = set()
     for _ in range(50):
-        (maps,), shown = seen([numbered], look_back=3, at_random=True)
+        (maps,), shown = seen([numbered], num_context_images=3, at_random=True)
         depths.add(shown.shape[1])
         for drawing, (found, counts) in enumerate(zip(maps.flatten(1).tolist(), shown)):
             story, picture = drawing % 3, drawing // 3
             before = [story * 10 + p for p in range(max(0, picture - shown.shape[1]), picture)]
             assert [int(p) for p, count in zip(found, counts) if count] == before
-    assert depths == {1, 2, 3} and seen([numbered], look_back=3)[1].shape[1] == 3
+    assert depths == {1, 2, 3} and seen([numbered], num_context_images=3)[1].shape[1] == 3
 
 
-def test_each_drawing_has_its_own_visibility(untrained, pictures):
+def test_each_drawing_has_its_own_visibility(tiny_random, pictures):
     """R drawings of a row at once, each looking at other pictures, are those drawings one by one."""
     from comfy_mminterleaved import Story
 
-    story = untrained.encode(Story.of(*pictures[:3]))
-    maps, _ = untrained.looked_at([story], 3)
+    story = tiny_random.encode_images(Story.of(*pictures[:3]))
+    maps, _ = tiny_random.image.context_feature_maps([story], 3)
     visible = torch.tensor([[[True, False, False]], [[True, True, False]], [[False, True, True]]])
     x = torch.randn(3, 32, 16, 16, generator=torch.Generator().manual_seed(0))
-    together = untrained.decoder.site(0, x, untrained.decoder.prepare(maps, visible))
+    together = tiny_random.synchronizer.mmfs_module.add_residual(
+        0, x, tiny_random.synchronizer.mmfs_module.project_images(maps, visible)
+    )
     for i in range(3):
-        alone = untrained.decoder.site(0, x[i : i + 1], untrained.decoder.prepare(maps, visible[i]))
+        alone = tiny_random.synchronizer.mmfs_module.add_residual(
+            0, x[i : i + 1], tiny_random.synchronizer.mmfs_module.project_images(maps, visible[i])
+        )
         assert torch.allclose(together[i : i + 1], alone, atol=1e-5)
 
 
 def test_losses_reach_every_trained_parameter(batches, config):
-    blocks = new_blocks(config)
+    blocks = init_modules(config)
     for name, parameter in [pair for block in blocks.values() for pair in block.named_parameters()]:
         zero_at_first = ("gate", "gamma", "conv.weight", "offsets.weight", "weights.weight")  # nothing would pass
         if name.endswith(zero_at_first):
@@ -230,7 +237,7 @@ def test_losses_reach_every_trained_parameter(batches, config):
     whole = losses["text"] + 10 * losses["image"] + 0.2 * guides + losses["code"] + losses["sites"]
     assert losses["loss"].item() == pytest.approx(whole.item(), rel=1e-5)
     losses["loss"].backward()
-    fixed = ("position_map", "positions", "class_embedding")
+    fixed = ("pos_embed", "class_embedding")
     without = [
         f"{block}.{name}"
         for block in ("encoder", "llm", "synchronizer", "unet")
@@ -238,12 +245,12 @@ def test_losses_reach_every_trained_parameter(batches, config):
         if (p.grad is None or not p.grad.abs().sum() > 0) and not name.endswith(fixed)
     ]
     # The sinks' own logits are overwritten by a constant, as in the reference; keys' biases shift all logits alike.
-    without = [name for name in without if not name.endswith((".k.bias", "k_norm.bias"))]
+    without = [name for name in without if not name.endswith(("k_proj.bias", "key.bias", "k_norm.bias"))]
     assert not without
 
 
 def test_what_stands_still_is_not_guided(batches, config):
-    blocks = new_blocks(config)
+    blocks = init_modules(config)
     for name in ("encoder", "llm"):
         blocks[name].requires_grad_(False)
     learner = LearnStories(blocks, config.scheduler).train()
@@ -265,7 +272,7 @@ def test_only_what_is_to_be_drawn_is_kept_where_only_drawing_is_learned(book, co
 
 def test_a_vaes_decoder_learns_what_the_encoder_sees(config):
     torch.manual_seed(0)
-    blocks = new_blocks(config)
+    blocks = init_modules(config)
     blocks["encoder"].requires_grad_(False)
     learner = LearnDetail(blocks["vae"], blocks["encoder"])
     side = config.encoder.image_size
@@ -303,7 +310,7 @@ def test_what_is_decoded_badly_is_met_more_often(config, book):
 
 
 def test_some_pictures_are_read_as_they_would_be_drawn(config):
-    vae = new_blocks(config)["vae"]
+    vae = init_modules(config)["vae"]
     pictures, latents = torch.rand(40, 3, 64, 64), torch.randn(40, 4, 8, 8)
     torch.manual_seed(0)
     drawn = training.redrawn(vae, pictures, latents)
@@ -406,7 +413,7 @@ def test_what_matters_weighs_more_where_its_place_is_known():
         def forward(self, x, times, **_):
             return type("Found", (), {"sample": torch.zeros_like(x)})
 
-    noise = training.make_scheduler("ddpm", small().scheduler)
+    noise = training.make_scheduler("ddpm", tiny_config().scheduler)
     latents, emphasis = torch.zeros(400, 1, 2, 2), torch.tensor([[1.0, 0], [0, 0]]).expand(400, 1, 2, 2)
     states, negative = torch.zeros(400, 1, 8), torch.zeros(1, 1, 8)
 
@@ -422,10 +429,10 @@ def test_what_matters_weighs_more_where_its_place_is_known():
 def test_sites_learn_to_find_how_heroes_look(batches, config):
     """Maps that say it plainly: what is left to learn is to look."""
     torch.manual_seed(0)
-    blocks = new_blocks(config)
+    blocks = init_modules(config)
     for block in blocks.values():
         block.requires_grad_(False)
-    sites = {n: p for n, p in blocks["synchronizer"].named_parameters() if "site" in n and "positions" not in n}
+    sites = {n: p for n, p in blocks["synchronizer"].named_parameters() if "mmfs_module" in n and "pos_embed" not in n}
     for parameter in sites.values():
         parameter.requires_grad_(True)
     learner = LearnToLook(blocks, config.scheduler).eval()
@@ -436,9 +443,13 @@ def test_sites_learn_to_find_how_heroes_look(batches, config):
             shown = torch.cat(
                 [torch.nn.functional.one_hot(batch.shown.flatten(0, 1)[:, k], SIZES[k]) for k in LOOKS], 1
             ).float()
-            width = config.decoder.feature_width
+            width = config.synchronizer.mmfs.d_value
             values = torch.nn.functional.pad(shown, (0, max(0, width - shown.shape[1])))[:, :width, None, None]
-            return type("Found", (), {"maps": [values.expand(-1, -1, s, s) for s in config.decoder.levels]})
+            return type(
+                "Found",
+                (),
+                {"feature_maps": [values.expand(-1, -1, s, s) for s in config.synchronizer.mmfs.spatial_shapes]},
+            )
 
     learner.encoder = Says()
     optimizer = Muon(sites, 0.02, 0.0)
@@ -461,7 +472,7 @@ def test_sites_learn_to_find_how_heroes_look(batches, config):
 
 def test_a_unet_learns_to_draw_what_codes_say(config):
     torch.manual_seed(0)
-    blocks = new_blocks(config)
+    blocks = init_modules(config)
     velocity = {**config.scheduler, "prediction_type": "v_prediction"}
     learner = LearnToDraw(blocks["unet"], blocks["synchronizer"], velocity)
     optimizer = Muon(dict(blocks["unet"].named_parameters()), 3e-3, 0.0)
@@ -485,19 +496,19 @@ def test_a_unet_learns_to_draw_what_codes_say(config):
 
 
 def test_a_unet_is_told_of_looks_by_its_sites(config):
-    blocks = new_blocks(config)
+    blocks = init_modules(config)
     learner = LearnToDraw(blocks["unet"], blocks["synchronizer"], config.scheduler).eval()
     labels, latents = torch.zeros(2, len(HEADS), dtype=torch.long), torch.randn(2, 4, 8, 8)
-    sites = TaughtSites(config.decoder.site_widths)
-    x = torch.randn(2, config.decoder.site_widths[0], 4, 4)
-    assert torch.allclose(sites.site(0, x, sites.prepare(labels)) - x, sites.codes(labels)[0][:, :, None, None])
+    sites = TaughtSites(config.synchronizer.block_channels)
+    x = torch.randn(2, config.synchronizer.block_channels[0], 4, 4)
+    assert torch.allclose(sites.add_residual(0, x, sites.prepare(labels)) - x, sites.codes(labels)[0][:, :, None, None])
     losses = learner(latents, labels)
     assert set(losses) == {"loss", "told", "found"} and losses["told"] != losses["found"]
 
 
 def test_sites_err_where_the_states_know_better(config):
     torch.manual_seed(0)
-    blocks = new_blocks(config)
+    blocks = init_modules(config)
     learner = LearnToDraw(blocks["unet"], blocks["synchronizer"], config.scheduler)
     labels = torch.arange(400)[:, None].repeat(1, len(HEADS))
     alone = torch.arange(400)[:, None] < 200
@@ -607,7 +618,7 @@ def tiny_stage(**changes):
 
 
 def run_vae(folder, book, config, stage, minutes=None):
-    blocks = new_blocks(config, seed=1)
+    blocks = init_modules(config, seed=1)
     learner = LearnVAE(blocks["vae"])
     small_pictures = book.pictures(range(8))[:, :, ::4, ::4]
     done = train(
@@ -656,9 +667,9 @@ def test_a_stage_without_what_it_needs(tmp_path):
 
 
 def test_a_run_goes_on_from_a_checkpoint(tmp_path, capsys):
-    training.begin(tmp_path / "run", STARTER)
+    training.begin(tmp_path / "run", STARTER_DIR)
     config, blocks = training.load_run(tmp_path / "run", BLOCKS)
-    known, shipped = read_blocks(STARTER)
+    known, shipped = read_state_dicts(STARTER_DIR)
     assert config == known
     for name, tensors in shipped.items():
         found = blocks[name].state_dict()
@@ -666,7 +677,7 @@ def test_a_run_goes_on_from_a_checkpoint(tmp_path, capsys):
     thin, pictures = training.newest_thin_vae(tmp_path / "run", config), torch.rand(1, 3, 32, 32)
     assert torch.allclose(encode_latents(thin, pictures), encode_latents(blocks["vae"], pictures), atol=1e-5)
     training.export(tmp_path / "run")
-    exported = read_blocks(tmp_path / "run" / "model")[1]
+    exported = read_state_dicts(tmp_path / "run" / "model")[1]
     for name, tensors in shipped.items():
         assert all(torch.equal(exported[name][key], tensor) for key, tensor in tensors.items())
     assert training.main(["begin", "--out", str(tmp_path / "run")]) == 2
@@ -683,7 +694,7 @@ def test_options_of_no_use_are_named(tmp_path, capsys, command):
 
 
 def test_a_run_does_not_go_on_from_anothers_vae(tmp_path, config, tokenizer):
-    tensors = {name: block.state_dict() for name, block in new_blocks(config).items()}
+    tensors = {name: block.state_dict() for name, block in init_modules(config).items()}
     save(tmp_path / "model", config, tensors, tokenizer)
     with pytest.raises(CheckpointError, match="was not made by this training"):
         training.begin(tmp_path / "run", tmp_path / "model")
@@ -692,8 +703,8 @@ def test_a_run_does_not_go_on_from_anothers_vae(tmp_path, config, tokenizer):
 
 @pytest.mark.parametrize("last", ["language", "look", "joint"])
 def test_a_block_is_as_the_last_stage_left_it_whichever_that_was(tmp_path, last):
-    training.begin(tmp_path / "run", STARTER)
-    was = read_blocks(STARTER)[1]["synchronizer"]
+    training.begin(tmp_path / "run", STARTER_DIR)
+    was = read_state_dicts(STARTER_DIR)[1]["synchronizer"]
     for age, stage in enumerate(sorted(("language", "look", "joint"), key=lambda stage: stage != last)):
         path = tmp_path / "run" / stage / "synchronizer.safetensors"
         path.parent.mkdir(exist_ok=True)
@@ -704,20 +715,22 @@ def test_a_block_is_as_the_last_stage_left_it_whichever_that_was(tmp_path, last)
 
 
 def test_a_run_begins_with_the_mean_of_checkpoints(tmp_path, capsys):
-    training.begin(tmp_path / "one", STARTER)
+    training.begin(tmp_path / "one", STARTER_DIR)
     path = tmp_path / "one" / "language" / "llm.safetensors"
     save_file({key: tensor + 1 for key, tensor in read_tensors(path).items()}, path)
     training.export(tmp_path / "one")
     command = ["begin", "--model", "starter", "--model", str(tmp_path / "one" / "model")]
     assert training.main([*command, "--out", str(tmp_path / "mean")]) == 0
     found = {name: block.state_dict() for name, block in training.load_run(tmp_path / "mean", BLOCKS)[1].items()}
-    for name, tensors in read_blocks(STARTER)[1].items():
+    for name, tensors in read_state_dicts(STARTER_DIR)[1].items():
         for key, tensor in tensors.items():
             assert torch.allclose(found[name][key], tensor.float() + 0.5 * (name == "llm"), atol=2e-3)
 
 
 def test_there_is_no_mean_of_checkpoints_that_do_not_fit(tmp_path, capsys, config, tokenizer):
-    save(tmp_path / "tiny", config, {name: block.state_dict() for name, block in new_blocks(config).items()}, tokenizer)
+    save(
+        tmp_path / "tiny", config, {name: block.state_dict() for name, block in init_modules(config).items()}, tokenizer
+    )
     command = ["begin", "--model", "starter", "--model", str(tmp_path / "tiny"), "--out", str(tmp_path / "run")]
     assert training.main(command) == 2
     assert "has another config; a mean needs all of one config" in capsys.readouterr().err
@@ -725,7 +738,7 @@ def test_there_is_no_mean_of_checkpoints_that_do_not_fit(tmp_path, capsys, confi
 
 
 def test_the_starters_size_and_words():
-    from comfy_mminterleaved.checkpoints.load import build
+    from comfy_mminterleaved.models.build import build
 
     values = sum(p.numel() for block in build(recipe.starter()).values() for p in block.parameters())
     assert values * 2 <= 40e6  # in float16

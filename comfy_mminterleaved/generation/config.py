@@ -1,41 +1,141 @@
-"""How a model generates when it is told nothing else: generation_config.json, beside its weights."""
+"""Settings of generation: of text, of images, and a model's own (generation_config.json beside its weights)."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError, SettingError
-from .image import Drawing
-from .text import Sampling
 
-FILE = "generation_config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
 KEYS = {"text_generation", "image_generation", "image_first", "introduction"}
-# Field -> its name in files, which is transformers' or diffusers' where they have one.
-TEXT_NAMES = {
-    "max_new_tokens": "max_new_tokens",
-    "min_new_tokens": "min_new_tokens",
-    "sample": "do_sample",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "repetition_penalty": "repetition_penalty",
-    "beams": "num_beams",
-    "length_penalty": "length_penalty",
-    "only_text": "suppress_special_tokens",
-}
-IMAGE_NAMES = {
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "scheduler": "scheduler",
-    "size": "size",
-    "look_back": "num_context_images",
-    "strength": "mmfs_scale",
-    "start": "mmfs_start",
-    "end": "mmfs_end",
-    "denoise": "denoise",
-}
+
+OnToken = Callable[[int, list[int]], object]  # number of the text, its token ids so far; a true result ends that text
+OnStep = Callable[[int, int, Callable[[], object]], object]  # step from 1, number of steps, a cheap preview
+
+
+@dataclass(frozen=True)
+class TextGenerationConfig:
+    """How text is generated; the defaults are those of the reference's inference, the names transformers'.
+
+    Args:
+        max_new_tokens, min_new_tokens: Bounds of a text in tokens, the one that ends it included.
+        do_sample: Sample from the distribution; False takes the likeliest token.
+        top_k: 0 for all.
+        repetition_penalty: Over 1 makes tokens that the new text already has less likely.
+        num_beams: Over 1 searches with that many beams instead, without sampling; length_penalty over 0 favours long
+            texts.
+        suppress_special_tokens: Never choose a token that has no text (bos, pad, image); the reference allows them.
+        seed: Of the first text; the k-th text of a story has seed + k.
+    """
+
+    max_new_tokens: int = 90
+    min_new_tokens: int = 8
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 0.9
+    repetition_penalty: float = 1.3
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    suppress_special_tokens: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("max_new_tokens", 1, 10**6),
+            ("min_new_tokens", 0, 10**6),
+            ("temperature", 1e-3, 100.0),
+            ("top_k", 0, 10**9),
+            ("top_p", 1e-6, 1.0),
+            ("repetition_penalty", 1e-3, 10**6),
+            ("num_beams", 1, 64),
+            ("length_penalty", -100.0, 100.0),
+            ("seed", 0, 2**63 - 1),
+        ):
+            _check_range(name, getattr(self, name), low, high)
+
+    def with_seed_offset(self, offset: int) -> TextGenerationConfig:
+        return replace(self, seed=self.seed + offset)
+
+
+@dataclass(frozen=True)
+class ImageGenerationConfig:
+    """How images are drawn; the defaults are those of the reference's inference, the names diffusers'.
+
+    Args:
+        guidance_scale: Of classifier-free guidance; 1 for none.
+        scheduler: A name in `schedulers.SCHEDULERS` or a class of diffusers.
+        seed: Of the first image; the k-th image of a story has seed + k.
+        size: `(width, height)` in px; None for the size that the model was trained at.
+        num_context_images: How many of the previous images the U-Net attends to; None for the model's own number.
+        mmfs_scale: Scale of the U-Net's MMFS residuals, between the steps `mmfs_start` and `mmfs_end` (fractions).
+        denoise: With an initial image, how much of the noise schedule is run; 1 ignores it.
+    """
+
+    num_inference_steps: int = 30
+    guidance_scale: float = 7.5
+    scheduler: str = "ddpm"
+    seed: int = 0
+    size: tuple[int, int] | None = None
+    num_context_images: int | None = None
+    mmfs_scale: float = 1.0
+    mmfs_start: float = 0.0
+    mmfs_end: float = 1.0
+    denoise: float = 1.0
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("num_inference_steps", 1, 1000),
+            ("guidance_scale", 1.0, 100.0),
+            ("seed", 0, 2**63 - 1),
+            ("num_context_images", 0, 1000),
+            ("mmfs_scale", -10.0, 10.0),
+            ("mmfs_start", 0.0, 1.0),
+            ("mmfs_end", 0.0, 1.0),
+        ):
+            if getattr(self, name) is not None:
+                _check_range(name, getattr(self, name), low, high)
+        if not 0 < self.denoise <= 1:
+            raise SettingError(f"denoise must be over 0 and at most 1, not {self.denoise}.")
+
+    def with_seed_offset(self, offset: int) -> ImageGenerationConfig:
+        return replace(self, seed=self.seed + offset)
+
+
+def _check_range(name: str, value, low, high) -> None:
+    if not low <= value <= high:
+        label = value if not isinstance(value, int) or abs(value) < 10**30 else "a number of over thirty digits"
+        raise SettingError(f"{name} must be at least {low} and at most {high}, not {label}.")
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    """A generated text.
+
+    Args:
+        finish_reason: "eos", "image" (the model requests one), "length" or "cancelled".
+        score: Summed log-probability over length to the length penalty; of beam search only.
+    """
+
+    tokens: tuple[int, ...]
+    finish_reason: str
+    text: str = ""
+    score: float | None = None
+
+    @property
+    def requests_image(self) -> bool:
+        return self.finish_reason == "image"
+
+
+@dataclass(frozen=True)
+class RankedOption:
+    """An option and its summed log-probability after a story."""
+
+    text: str
+    log_prob: float
 
 
 @dataclass(frozen=True)
@@ -62,13 +162,13 @@ class GenerationConfig:
         introduction: How a character is introduced whom the opening shows but does not describe; None never does.
     """
 
-    text: Sampling = Sampling()
-    image: Drawing = Drawing()
+    text: TextGenerationConfig = TextGenerationConfig()
+    image: ImageGenerationConfig = ImageGenerationConfig()
     image_first: bool | None = None
-    introduction: Introduction | None = field(default=None)
+    introduction: Introduction | None = None
 
     @classmethod
-    def from_dict(cls, data: dict, label: str = FILE) -> GenerationConfig:
+    def from_dict(cls, data: dict, label: str = GENERATION_CONFIG_FILE) -> GenerationConfig:
         """Reads the content of a generation_config.json; raises CheckpointError."""
         unknown = sorted(set(data) - KEYS)
         if unknown:
@@ -82,7 +182,7 @@ class GenerationConfig:
             if introduction is not None:
                 values = {k: tuple(v) if isinstance(v, list) else v for k, v in introduction.items()}
                 introduction = Introduction(**values)
-            return cls(Sampling(**text), Drawing(**image), image_first, introduction)
+            return cls(TextGenerationConfig(**text), ImageGenerationConfig(**image), image_first, introduction)
         except (SettingError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{label}: {error}") from None
 
@@ -94,20 +194,31 @@ class GenerationConfig:
         return data
 
 
-def to_file(settings: Sampling | Drawing) -> dict:
-    """Settings as files name them, without the seed."""
-    names = TEXT_NAMES if isinstance(settings, Sampling) else IMAGE_NAMES
-    return {names[name]: getattr(settings, name) for name in names}
+def to_file(settings: TextGenerationConfig | ImageGenerationConfig) -> dict:
+    """Settings as files hold them, without the seed."""
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name != "seed"}
+
+
+# Names that stories saved before the first release have.
+OLD_TEXT_NAMES = {"sample": "do_sample", "beams": "num_beams", "only_text": "suppress_special_tokens"}
+OLD_IMAGE_NAMES = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "look_back": "num_context_images",
+    "strength": "mmfs_scale",
+    "start": "mmfs_start",
+    "end": "mmfs_end",
+}
 
 
 def text_settings(data) -> dict:
     """`Sampling` fields of settings from a file, under either name; raises SettingError."""
-    return _settings(data, TEXT_NAMES, "text_generation")
+    return _settings(data, TextGenerationConfig, OLD_TEXT_NAMES, "text_generation")
 
 
 def image_settings(data) -> dict:
     """`Drawing` fields of settings from a file, under either name; raises SettingError."""
-    values = _settings(data, IMAGE_NAMES, "image_generation")
+    values = _settings(data, ImageGenerationConfig, OLD_IMAGE_NAMES, "image_generation")
     if values.get("size") is not None:
         size = values["size"]
         if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(side) is int for side in size)):
@@ -116,21 +227,21 @@ def image_settings(data) -> dict:
     return values
 
 
-def _settings(data, names: dict[str, str], label: str) -> dict:
+def _settings(data, cls, old_names: dict[str, str], label: str) -> dict:
     if not isinstance(data, dict):
         raise SettingError(f"{label} must hold an object, not {data!r:.60}.")
-    fields = {file_name: name for name, file_name in names.items()} | {name: name for name in names}
-    unknown = sorted(set(data) - set(fields) - {"seed"})
+    data = {old_names.get(name, name): value for name, value in data.items() if name != "seed"}
+    unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)})
     if unknown:
         raise SettingError(f"{label} has settings that are not known: {', '.join(unknown)}.")
-    return {fields[name]: value for name, value in data.items() if name in fields}
+    return data
 
 
 def read_generation_config(folder: str | Path) -> GenerationConfig:
     """The GenerationConfig of a checkpoint folder; the reference's defaults if it has no file of its own."""
-    from ..checkpoints.load import read_json
+    from ..checkpoints.tensors import read_json
 
-    path = Path(folder) / FILE
+    path = Path(folder) / GENERATION_CONFIG_FILE
     data = read_json(path) if path.is_file() else {}
     if not set(data) & KEYS:  # none, or one that transformers wrote
         return GenerationConfig()

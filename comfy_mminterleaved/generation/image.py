@@ -1,270 +1,181 @@
-"""Headless diffusion: diffusers' U-Net, VAE and schedulers, with the synchronizer at the U-Net's sites.
-
-The U-Net is not changed: hooks on its up blocks replace, for the time of a drawing, what these are given.
-"""
+"""ImageGenerator: headless diffusion with diffusers' U-Net, VAE and schedulers, MMFS attached to the U-Net."""
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import torch
 from PIL import Image, ImageOps
 
+from ..config import Config
 from ..errors import SettingError
-from ..models.unet_synchronizer import Decoder, PreparedSites
-from ..stories.images import to_pil, to_pixels
-
-SCHEDULERS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "unipc": "UniPCMultistepScheduler",
-}
-
-OnStep = Callable[[int, int, Callable[[], torch.Tensor]], object]
+from ..models.unet_synchronizer import UNetImageValues, UNetSynchronizer
+from ..stories.images import to_pil, to_tensor
+from ..stories.story import ImageSegment, Story
+from .config import ImageGenerationConfig, OnStep
+from .latents import decode_latents, encode_latents, image_size_multiple, latents_to_rgb, vae_scale_factor
+from .schedulers import make_scheduler, step_kwargs
+from .unet_hooks import attach_mmfs
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """How pictures are drawn; the defaults are those of the reference's inference.
+class ImageGenerator:
+    """Draws images from LLM context and earlier images."""
 
-    steps: of the scheduler. guidance: classifier-free, 1 for none. scheduler: a name in SCHEDULERS or a class of
-    diffusers. seed: of the first picture; a story's k-th picture has seed + k. size: (width, height) in px, None for
-    the size the model was trained at. look_back: how many of the pictures before are looked at, None for as many as
-    the model is used to.
-    strength: of the synchronizer, between the steps `start` and `end` (fractions of the steps).
-    denoise: with a picture to start from, how much of the noising is done over; 1 forgets it.
-    """
+    def __init__(self, config: Config, synchronizer: UNetSynchronizer, unet, vae):
+        self.config, self.synchronizer, self.unet, self.vae = config, synchronizer, unet, vae
 
-    steps: int = 30
-    guidance: float = 7.5
-    scheduler: str = "ddpm"
-    seed: int = 0
-    size: tuple[int, int] | None = None
-    look_back: int | None = None
-    strength: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
-    denoise: float = 1.0
+    def check(self, config: ImageGenerationConfig):
+        """The scheduler and the size `(width, height)` of images to draw; raises SettingError."""
+        max_images = self.config.synchronizer.mmfs.max_num_image_per_seq - 1
+        if self.num_context_images(config) > max_images:
+            raise SettingError(
+                f"num_context_images must be at most {max_images} for this model, not {config.num_context_images}."
+            )
+        scheduler = make_scheduler(config.scheduler, self.config.scheduler, config.num_inference_steps)
+        return scheduler, self.check_image_size(config.size)
 
-    def __post_init__(self):
-        for name, low, high in (
-            ("steps", 1, 1000),
-            ("guidance", 1.0, 100.0),
-            ("seed", 0, 2**63 - 1),
-            ("look_back", 0, 1000),
-            ("strength", -10.0, 10.0),
-            ("start", 0.0, 1.0),
-            ("end", 0.0, 1.0),
-        ):
-            if getattr(self, name) is not None and not low <= getattr(self, name) <= high:
-                raise SettingError(f"{name} must be at least {low} and at most {high}, not {getattr(self, name)}.")
-        if not 0 < self.denoise <= 1:
-            raise SettingError(f"denoise must be over 0 and at most 1, not {self.denoise}.")
+    def num_context_images(self, config: ImageGenerationConfig) -> int:
+        default = self.config.synchronizer.num_context_images
+        return default if config.num_context_images is None else config.num_context_images
 
-    def plus(self, seed: int) -> Drawing:
-        """The same settings with `seed` added to their own."""
-        return replace(self, seed=self.seed + seed)
+    def check_image_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """A checked `(width, height)`, the model's own for None; raises SettingError."""
+        if size is None:
+            return (self.config.synchronizer.image_size,) * 2
+        unit = image_size_multiple(self.unet, self.vae)
+        if min(size) < unit or any(side % unit for side in size) or max(size) > 4096:
+            raise SettingError(f"The image size {size[0]} x {size[1]} must be in multiples of {unit} px, up to 4096.")
+        return tuple(size)
 
+    def context_feature_maps(self, stories: Sequence[Story], count: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Feature maps `(N, P, C, h, w)` and mask `(N, P)` of the last `count` images of encoded stories."""
+        images = [story.images[-count:] if count else () for story in stories]
+        longest = max(map(len, images))
+        c, sizes = self.config.synchronizer, self.config.encoder.feature_map_sizes
+        like = self.synchronizer.conditioner.neg_prompt_embeds
+        maps = [like.new_zeros(len(stories), longest, c.mmfs.d_value, size, size) for size in sizes]
+        mask = torch.zeros(len(stories), longest, dtype=torch.bool, device=like.device)
+        for i, row in enumerate(images):
+            mask[i, : len(row)] = True
+            for j, image in enumerate(row):
+                for level, feature_map in zip(maps, image.features.feature_maps):
+                    level[i, j] = feature_map
+        return maps, mask
 
-def make_scheduler(name: str, settings: dict, steps: int | None = None):
-    """A diffusers scheduler by short name or class name, over the noise schedule of `settings`.
+    @torch.no_grad()
+    def generate(
+        self,
+        stories: Sequence[Story],
+        context: Sequence[torch.Tensor],
+        config: ImageGenerationConfig,
+        num_outputs: int = 1,
+        init_images: Sequence[ImageSegment] | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 8,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[ImageSegment]]:
+        """Draws `num_outputs` images for each story; each as if it was alone.
 
-    Args:
-        steps: if given, so many are tried first, on a latent of a few values: classes that need other arguments, other
-            noise or more steps are found before anything is drawn.
-
-    Raises SettingError for a class that is not known or does not fit.
-    """
-    import diffusers
-
-    cls = getattr(diffusers, SCHEDULERS.get(name, name), None)
-    if not (inspect.isclass(cls) and issubclass(cls, diffusers.SchedulerMixin)):
-        raise SettingError(f"The scheduler {name!r} is not known; use {', '.join(SCHEDULERS)} or a class of diffusers.")
-    try:
-        scheduler = cls.from_config(settings)
-        _try(cls.from_config(settings), steps)
-    except Exception:  # whatever it is that a class of diffusers says, and of whatever type
-        tried, other = "", ""
-        if steps is not None:
-            tried, other = f" in {steps} step{'s' * (steps > 1)}", ", or another number of steps"
-        raise SettingError(
-            f"The scheduler {name!r} does not fit this model's noise{tried}; use {', '.join(SCHEDULERS)}{other}."
-        ) from None
-    return scheduler
-
-
-def _try(scheduler, steps: int | None) -> None:
-    """Goes through a drawing's steps with next to nothing to draw; raises what the scheduler raises."""
-    latents = torch.zeros(1, 1, 2, 2) * scheduler.init_noise_sigma
-    if steps is None:
-        return
-    scheduler.set_timesteps(steps)
-    chance = _chance(scheduler, torch.Generator())  # of its own, so that nobody else's goes on
-    for t in scheduler.timesteps:
-        latents = scheduler.step(scheduler.scale_model_input(latents, t), t, latents, **chance).prev_sample
-
-
-def _chance(scheduler, generators) -> dict:
-    """The argument by which a scheduler's step draws noise from generators, if it draws any."""
-    return {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-
-
-def picture_multiple(unet, vae) -> int:
-    """What both sides of a picture must be a multiple of, so that every skip has a whole size."""
-    return vae_factor(vae) * 2 ** (len(unet.config.block_out_channels) - 1)
-
-
-def vae_factor(vae) -> int:
-    widths = getattr(vae.config, "encoder_block_out_channels", None) or vae.config.block_out_channels
-    return 2 ** (len(widths) - 1)
-
-
-@contextlib.contextmanager
-def sites_attached(unet, decoder: Decoder, prepared: PreparedSites, strength: float = 1.0):
-    """Within it, the U-Net's mid output and skips pass through the sites; `active` on the yielded object switches it.
-
-    Raises SettingError if the U-Net has another number of skips than the decoder has sites for.
-    """
-    switch = _Switch()
-    counts = [len(block.resnets) for block in unet.up_blocks]
-    if sum(counts) != len(decoder.skip_sites):
-        raise SettingError(
-            f"The U-Net has {sum(counts)} skips, but the synchronizer has sites for {len(decoder.skip_sites)}."
-        )
-
-    def hook(index: int, first_skip: int):
-        def before_up_block(_, args, kwargs):
-            if not switch.active:
-                return None
-            kwargs = dict(kwargs)
-            if index == 0:  # what comes in is the mid output
-                kwargs["hidden_states"] = decoder.site(
-                    len(decoder.skip_sites), kwargs["hidden_states"], prepared, strength
-                )
-            skips = enumerate(kwargs["res_hidden_states_tuple"], first_skip)
-            kwargs["res_hidden_states_tuple"] = tuple(decoder.site(i, skip, prepared, strength) for i, skip in skips)
-            return args, kwargs
-
-        return before_up_block
-
-    handles, left = [], sum(counts)
-    for index, (block, count) in enumerate(zip(unet.up_blocks, counts)):
-        left -= count
-        handles.append(block.register_forward_pre_hook(hook(index, left), with_kwargs=True))
-    try:
-        yield switch
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@dataclass
-class _Switch:
-    active: bool = True
+        Args:
+            stories: Their images carry features.
+            context: LLM hidden states of each story (`TextGenerator.context_features`).
+            init_images: An image to start from for each story, with `config.denoise`.
+            on_step: Called with the step from 1, their number, and a function that returns a small preview.
+            batch_size: How many images share a pass of the U-Net; memory grows with it, results do not change.
+            seeds: Of each story's first image, instead of `config.seed` for all.
+        """
+        seeds = [config.seed] * len(stories) if seeds is None else seeds
+        scheduler, size = self.check(config)
+        prompt_embeds = self.synchronizer.conditioner.prompt_embeds(list(context))
+        jobs = [(i, seed + k) for i, seed in enumerate(seeds) for k in range(num_outputs)]
+        images = []
+        for start in range(0, len(jobs), batch_size):
+            rows, row_seeds = map(list, zip(*jobs[start : start + batch_size]))
+            maps, mask = self.context_feature_maps([stories[i] for i in rows], self.num_context_images(config))
+            pixels = denoise(
+                self.unet,
+                self.vae,
+                scheduler,
+                self.synchronizer,
+                prompt_embeds[rows],
+                self.synchronizer.mmfs_module.project_images(maps, mask),
+                config,
+                row_seeds,
+                size,
+                [init_images[i].pixels for i in rows] if init_images else None,
+                on_step,
+            )
+            images += [ImageSegment(image.cpu()) for image in pixels]
+        return [images[i : i + num_outputs] for i in range(0, len(images), num_outputs)]
 
 
 @torch.no_grad()
-def draw(
+def denoise(
     unet,
     vae,
     scheduler,
-    decoder: Decoder,
-    states,
-    prepared: PreparedSites,
-    settings: Drawing,
-    seeds: list[int],
+    synchronizer: UNetSynchronizer,
+    prompt_embeds,
+    image_values: UNetImageValues,
+    config: ImageGenerationConfig,
+    seeds: Sequence[int],
     size: tuple[int, int],
-    begin: list[torch.Tensor] | None = None,
+    init_images: Sequence[torch.Tensor] | None = None,
     on_step: OnStep | None = None,
 ) -> torch.Tensor:
-    """Denoises pictures.
+    """Runs the diffusion loop for N images.
 
     Args:
         unet, vae, scheduler: diffusers'.
-        states: (N, queries, width), from `Decoder.condition`.
-        prepared: from `Decoder.prepare`, N rows.
-        seeds: of each picture's noise, drawn on the CPU so that it does not depend on the device or the batch.
-        size: (width, height) in px.
-        begin: pictures (3, H, W) to start from, with `settings.denoise`.
-        on_step: called with the step, from 1, their number, and a function that gives cheap previews (N, 3, h, w).
+        prompt_embeds: `(N, num_queries, cross_attention_dim)`.
+        image_values: From `MMFSNet.project_images`, N rows.
+        seeds: Of each image's noise, drawn on the CPU so that it does not depend on the device or the batch.
+        size: `(width, height)` in px.
+        init_images: Images `(3, H, W)` to start from, with `config.denoise`.
 
     Returns:
-        (N, 3, height, width) float32 in [0, 1].
+        `(N, 3, height, width)` float32 in [0, 1].
     """
-    device, dtype, n = unet.device, unet.dtype, len(states)
-    guided = settings.guidance > 1
-    if guided:
-        states = torch.cat([decoder.negative.expand_as(states), states])
-    states = states.to(device, dtype)
+    device, dtype, n = unet.device, unet.dtype, len(prompt_embeds)
+    do_guidance = config.guidance_scale > 1
+    if do_guidance:
+        negative_prompt_embeds = synchronizer.conditioner.neg_prompt_embeds.expand_as(prompt_embeds)
+        prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+    prompt_embeds = prompt_embeds.to(device, dtype)
     generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
 
-    scheduler.set_timesteps(settings.steps, device=device)
+    scheduler.set_timesteps(config.num_inference_steps, device=device)
     timesteps = scheduler.timesteps
-    factor = vae_factor(vae)
+    factor = vae_scale_factor(vae)
     shape = (unet.config.in_channels, size[1] // factor, size[0] // factor)
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, dtype)
-    if begin is None:
+    if init_images is None:
         latents = noise * scheduler.init_noise_sigma
     else:
-        skipped = settings.steps - max(1, round(settings.steps * settings.denoise))
+        skipped = config.num_inference_steps - max(1, round(config.num_inference_steps * config.denoise))
         timesteps = timesteps[skipped * scheduler.order :]
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(skipped * scheduler.order)
-        known = encode_latents(vae, torch.stack([_fit(picture, size) for picture in begin])).to(device, dtype)
-        latents = scheduler.add_noise(known, noise, timesteps[:1].repeat(n))
+        clean = encode_latents(vae, torch.stack([_resize(image, size) for image in init_images])).to(device, dtype)
+        latents = scheduler.add_noise(clean, noise, timesteps[:1].repeat(n))
 
-    chance = _chance(scheduler, generators)
-    with sites_attached(unet, decoder, prepared, settings.strength) as sites:
+    kwargs = step_kwargs(scheduler, generators)
+    with attach_mmfs(unet, synchronizer.mmfs_module, image_values, config.mmfs_scale) as mmfs:
         for step, t in enumerate(timesteps):
-            sites.active = settings.strength != 0 and settings.start <= step / len(timesteps) < settings.end
-            x = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, t)
-            predicted = unet(x, t, encoder_hidden_states=states, return_dict=False)[0]
-            if guided:
-                negative, positive = predicted.chunk(2)
-                predicted = negative + settings.guidance * (positive - negative)
-            result = scheduler.step(predicted, t, latents, **chance)
+            mmfs.value = config.mmfs_scale != 0 and config.mmfs_start <= step / len(timesteps) < config.mmfs_end
+            x = scheduler.scale_model_input(torch.cat([latents, latents]) if do_guidance else latents, t)
+            pred = unet(x, t, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+            if do_guidance:
+                negative, positive = pred.chunk(2)
+                pred = negative + config.guidance_scale * (positive - negative)
+            result = scheduler.step(pred, t, latents, **kwargs)
             latents = result.prev_sample
             if on_step is not None:
                 clean = getattr(result, "pred_original_sample", None)
-                on_step(step + 1, len(timesteps), lambda x=latents if clean is None else clean: preview(vae, x))
+                on_step(step + 1, len(timesteps), lambda x=latents if clean is None else clean: latents_to_rgb(vae, x))
     return decode_latents(vae, latents)
 
 
-def encode_latents(vae, pictures) -> torch.Tensor:
-    """(N, 3, H, W) in [0, 1] -> latents as the U-Net takes them."""
-    encoded = vae.encode(pictures.to(vae.device, vae.dtype) * 2 - 1)
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    return latents * vae.config.scaling_factor
-
-
-def decode_latents(vae, latents) -> torch.Tensor:
-    """The inverse: (N, 3, H, W) float32 in [0, 1]."""
-    pictures = vae.decode((latents / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample
-    return (pictures / 2 + 0.5).clamp(0, 1).float()
-
-
-def _fit(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The middle of a picture in another size."""
-    return to_pixels(ImageOps.fit(to_pil(picture), size, Image.Resampling.LANCZOS))
-
-
-@torch.no_grad()
-def preview(vae, latents) -> torch.Tensor:
-    """Latents -> small pictures (N, 3, h, w) in [0, 1], one pixel a latent, by a linear map.
-
-    The map is fitted to the VAE once, on a picture of colour patches, and kept with it: no table of any one VAE.
-    """
-    fitted = getattr(vae, "_preview_map", None)
-    if fitted is None:
-        colours = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
-        patches = colours.repeat_interleave(vae_factor(vae), 1).repeat_interleave(vae_factor(vae), 2)
-        known = encode_latents(vae, patches.unsqueeze(0))[0].flatten(1).T.float().cpu()
-        known = torch.cat([known, torch.ones(len(known), 1)], dim=1)
-        fitted = vae._preview_map = torch.linalg.lstsq(known, colours.flatten(1).T).solution
-    weight, bias = fitted[:-1].to(latents.device), fitted[-1].to(latents.device)
-    return (latents.float().movedim(1, -1) @ weight + bias).movedim(-1, 1).clamp(0, 1)
+def _resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The middle of an image in another size."""
+    return to_tensor(ImageOps.fit(to_pil(image), size, Image.Resampling.LANCZOS))

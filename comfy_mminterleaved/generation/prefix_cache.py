@@ -1,4 +1,4 @@
-"""Reading stories with the LLM: what was read is kept, and a prefix is never read twice."""
+"""Prefill: runs the LLM on stories and caches the result, so that a shared prefix is never computed twice."""
 
 from __future__ import annotations
 
@@ -6,139 +6,159 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..models.llama_mmfs import KVCache, Pictures, StoryLLM
-from ..stories.story import TokenLayout
+from ..models.llama_mmfs import KVCache, LlamaImageValues, LlamaMMFS
+from .tokens import StoryTokens
 
 
 @dataclass
-class Reading:
-    """What the LLM holds of a batch of stories.
+class PrefixCache:
+    """KV cache of a batch of tokenized stories, with the state needed to extend it. `extend` works in place.
 
-    ids: the tokens read, a list a story. keys: the keys of the pictures among them. seen: which of these the next
-    token sees. hidden: the final hidden states (L, width), a tensor a story. `feed` extends it in place.
+    Args:
+        input_ids: Cached tokens, a list per story.
+        image_digests: Of the images among them, with the encoder that made their features.
+        visible_images: Images that the next token may attend to.
+        hidden_states: Final hidden states `(L, hidden_size)`, a tensor per story.
+        num_cached_tokens: Tokens taken over from an earlier cache.
     """
 
-    ids: list[list[int]]
-    keys: list[list[str]]
-    seen: list[list[bool]]
-    hidden: list[torch.Tensor]
-    cache: KVCache
-    pictures: Pictures
-    reused: int = 0
+    input_ids: list[list[int]]
+    image_digests: list[list[str]]
+    visible_images: list[list[bool]]
+    hidden_states: list[torch.Tensor]
+    kv_cache: KVCache
+    image_values: LlamaImageValues | None
+    num_cached_tokens: int = 0
 
-    def fork(self, rows: list[int]) -> Reading:
-        """An independent Reading whose story i is this one's story rows[i]."""
-        return Reading(
-            *([list(column[i]) for i in rows] for column in (self.ids, self.keys, self.seen)),
-            hidden=[self.hidden[i] for i in rows],
-            cache=self.cache.rows(rows),
-            pictures=self.pictures.rows(rows),
+    def fork(self, rows: list[int]) -> PrefixCache:
+        """An independent cache whose story i is this one's story rows[i]."""
+        columns = self.input_ids, self.image_digests, self.visible_images
+        return PrefixCache(
+            *([list(column[i]) for i in rows] for column in columns),
+            hidden_states=[self.hidden_states[i] for i in rows],
+            kv_cache=self.kv_cache.select_rows(rows),
+            image_values=self.image_values.select_rows(rows),
         )
 
-    def shared(self, layout: TokenLayout, slots: int) -> int:
-        """How many tokens a layout has in common with the story read, from its start; 0 for a batch of several."""
-        return _shared(layout, self.ids[0], self.keys[0], slots)[0] if len(self.ids) == 1 else 0
+    def common_prefix_length(self, tokens: StoryTokens, num_img_token: int) -> int:
+        """How many tokens a story shares with the cached one from the start; 0 for a batch of several."""
+        if len(self.input_ids) != 1:
+            return 0
+        return _common_prefix(tokens, self.input_ids[0], self.image_digests[0], num_img_token)[0]
 
     def truncate(self, length: int) -> None:
-        """Lets the one story read be shared up to its first `length` tokens at most."""
-        self.ids[0] = self.ids[0][:length]
+        """Lets at most the first `length` tokens of the one cached story be shared."""
+        self.input_ids[0] = self.input_ids[0][:length]
 
-    def last_hidden(self) -> torch.Tensor:
-        """(N, width), of the last token of each story."""
-        return torch.stack([h[-1] for h in self.hidden])
+    def last_hidden_state(self) -> torch.Tensor:
+        """`(N, hidden_size)`, of the last token of each story."""
+        return torch.stack([h[-1] for h in self.hidden_states])
 
     @torch.no_grad()
-    def feed(self, llm: StoryLLM, tokens: list[list[int]]) -> list[torch.Tensor]:
-        """Reads text tokens behind each story; returns their hidden states (len(tokens[i]), width)."""
-        device = llm.device
-        longest, counts = max(map(len, tokens)), [len(t) for t in tokens]
-        ids = torch.tensor([t + [llm.config.tokens.pad] * (longest - len(t)) for t in tokens], device=device)
-        visible = torch.zeros(len(tokens), self.pictures.count, dtype=torch.bool)
-        for row, seen in zip(visible, self.seen):
-            row[: len(seen)] = torch.tensor(seen, dtype=torch.bool)
-        visible = visible.to(device)[:, None].expand(-1, longest, -1)
-        hidden = llm(llm.embed(ids), self.pictures, visible, self.cache, counts)
-        found = [h[:count] for h, count in zip(hidden, counts)]
-        for i, new in enumerate(found):  # hidden first: an interrupt in between leaves no id without its state
-            self.hidden[i] = torch.cat([self.hidden[i], new])
-            self.ids[i] += tokens[i]
-        return found
+    def extend(self, llm: LlamaMMFS, new_ids: list[list[int]]) -> list[torch.Tensor]:
+        """Appends text tokens to each story; returns their hidden states `(len(new_ids[i]), hidden_size)`."""
+        device, pad = llm.device, llm.config.special_tokens.pad
+        longest, counts = max(map(len, new_ids)), [len(ids) for ids in new_ids]
+        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in new_ids], device=device)
+        image_mask = torch.zeros(len(new_ids), self.image_values.num_images, dtype=torch.bool)
+        for row, visible in zip(image_mask, self.visible_images):
+            row[: len(visible)] = torch.tensor(visible, dtype=torch.bool)
+        image_mask = image_mask.to(device)[:, None].expand(-1, longest, -1)
+        out = llm(llm.embed_inputs(input_ids), self.image_values, image_mask, self.kv_cache, counts)
+        new_states = [h[:count] for h, count in zip(out, counts)]
+        for i, states in enumerate(new_states):  # states first: an interrupt in between leaves no id without its state
+            self.hidden_states[i] = torch.cat([self.hidden_states[i], states])
+            self.input_ids[i] += new_ids[i]
+        return new_states
 
 
-def _shared(layout: TokenLayout, ids: list[int], keys: list[str], slots: int) -> tuple[int, int]:
-    """How many tokens and pictures of a layout a story read before has in common from its start."""
-    tokens = next((i for i, (a, b) in enumerate(zip(layout.ids, ids)) if a != b), min(len(layout), len(ids)))
-    for i, (picture, end) in enumerate(zip(layout.pictures, layout.picture_ends)):
-        if end - slots >= tokens:
-            return tokens, i
-        if i >= len(keys) or picture.key != keys[i]:
-            return min(tokens, end - slots), i
-    return tokens, len(layout.pictures)
+def _digest(image) -> str:
+    """Identifies an image and its features: those of another encoder give other states."""
+    return f"{image.digest} {image.features.encoder_id if image.features is not None else ''}"
+
+
+def _common_prefix(tokens: StoryTokens, input_ids: list[int], digests: list[str], num_img_token: int):
+    """How many tokens and images a story shares with a cached one from the start."""
+    pairs = zip(tokens.input_ids, input_ids)
+    length = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(input_ids)))
+    for i, (image, end) in enumerate(zip(tokens.images, tokens.image_ends)):
+        if end - num_img_token >= length:
+            return length, i
+        if i >= len(digests) or _digest(image) != digests[i]:
+            return min(length, end - num_img_token), i
+    return length, len(tokens.images)
 
 
 @torch.no_grad()
-def read(llm: StoryLLM, layouts: list[TokenLayout], before: Reading | None = None) -> Reading:
-    """Reads stories whose pictures carry features.
+def prefill(llm: LlamaMMFS, batch: list[StoryTokens], cached: PrefixCache | None = None) -> PrefixCache:
+    """Runs the LLM on stories whose images carry features.
 
     Args:
-        layouts: at least one.
-        before: an earlier reading; what its stories share with these, row by row, is taken over. It is used up.
-
-    Returns:
-        A Reading; its `reused` counts the tokens taken over.
+        batch: At least one story.
+        cached: An earlier cache; what its stories share with these, row by row, is taken over. It is used up.
     """
-    c, n = llm.config, len(layouts)
-    device, dtype = llm.device, llm.soi.dtype
-    if before is None or len(before.ids) != n:
-        nothing = [torch.zeros(0, c.width, device=device, dtype=dtype)] * n
-        before = Reading([[]] * n, [[]] * n, [[]] * n, nothing, KVCache(n), None)
-    shared = [_shared(layout, ids, keys, c.slots) for layout, ids, keys in zip(layouts, before.ids, before.keys)]
-    starts = [tokens for tokens, _ in shared]
+    c, n = llm.config, len(batch)
+    device, dtype = llm.device, llm.soi_token.dtype
+    if cached is None or len(cached.input_ids) != n:
+        empty = [torch.zeros(0, c.hidden_size, device=device, dtype=dtype)] * n
+        cached = PrefixCache([[]] * n, [[]] * n, [[]] * n, empty, KVCache(n), None)
+    shared = [
+        _common_prefix(tokens, ids, digests, c.num_img_token)
+        for tokens, ids, digests in zip(batch, cached.input_ids, cached.image_digests)
+    ]
+    starts = [length for length, _ in shared]
 
-    pictures = _pictures(llm, layouts, before.pictures, [kept for _, kept in shared])
-    cache = before.cache
-    cache.lengths = list(starts)
-    hidden = [h[:start] for h, start in zip(before.hidden, starts)]
-    counts = [len(layout) - start for layout, start in zip(layouts, starts)]
+    image_values = _project_images(llm, batch, cached.image_values, [images for _, images in shared])
+    kv_cache = cached.kv_cache
+    kv_cache.lengths = list(starts)
+    hidden_states = [h[:start] for h, start in zip(cached.hidden_states, starts)]
+    counts = [len(tokens) - start for tokens, start in zip(batch, starts)]
     longest = max(counts)
     if longest:
-        ids = torch.full((n, longest), c.tokens.pad)
-        visible = torch.zeros(n, longest, pictures.count, dtype=torch.bool)
-        tokens = []
-        for i, (layout, start, count) in enumerate(zip(layouts, starts, counts)):
-            ids[i, :count] = torch.tensor(layout.ids[start:])
-            visible[i, :count, : len(layout.pictures)] = layout.visible(c, start)
-            for picture, end in zip(layout.pictures, layout.picture_ends):
-                if end > start:  # of a picture read in part, the slots that are left
-                    tokens.append(picture.features.tokens[max(0, start - (end - c.slots)) :].to(device, dtype))
-        x = llm.embed(ids.to(device), torch.cat(tokens) if tokens else None)
-        found = llm(x, pictures, visible.to(device), cache, counts)
-        hidden = [torch.cat([old, new[:count]]) for old, new, count in zip(hidden, found, counts)]
-    seen = [layout.visible(c, len(layout) - 1)[0].tolist() for layout in layouts]
-    keys = [[picture.key for picture in layout.pictures] for layout in layouts]
-    return Reading([list(layout.ids) for layout in layouts], keys, seen, hidden, cache, pictures, sum(starts))
+        input_ids = torch.full((n, longest), c.special_tokens.pad)
+        image_mask = torch.zeros(n, longest, image_values.num_images, dtype=torch.bool)
+        visual_tokens = []
+        for i, (tokens, start, count) in enumerate(zip(batch, starts, counts)):
+            input_ids[i, :count] = torch.tensor(tokens.input_ids[start:])
+            image_mask[i, :count, : len(tokens.images)] = tokens.image_mask(c, start)
+            for image, end in zip(tokens.images, tokens.image_ends):
+                if end > start:  # of an image that was cached in part, the remaining tokens
+                    first = max(0, start - (end - c.num_img_token))
+                    visual_tokens.append(image.features.visual_tokens[first:].to(device, dtype))
+        x = llm.embed_inputs(input_ids.to(device), torch.cat(visual_tokens) if visual_tokens else None)
+        out = llm(x, image_values, image_mask.to(device), kv_cache, counts)
+        hidden_states = [torch.cat([old, new[:count]]) for old, new, count in zip(hidden_states, out, counts)]
+    return PrefixCache(
+        [list(tokens.input_ids) for tokens in batch],
+        [[_digest(image) for image in tokens.images] for tokens in batch],
+        [tokens.image_mask(c, len(tokens) - 1)[0].tolist() for tokens in batch],
+        hidden_states,
+        kv_cache,
+        image_values,
+        sum(starts),
+    )
 
 
-def _pictures(llm: StoryLLM, layouts, before: Pictures | None, kept: list[int]) -> Pictures:
-    """The stories' pictures for the synchronizer layers; the first kept[i] of each are taken from `before`."""
-    device, dtype = llm.device, llm.soi.dtype
-    n, most = len(layouts), max(len(layout.pictures) for layout in layouts)
-    new = [p.features.maps for layout, k in zip(layouts, kept) for p in layout.pictures[k:]]
-    if not new and before is not None and before.count == most:
-        return before
+def _project_images(llm: LlamaMMFS, batch, cached: LlamaImageValues | None, kept: list[int]) -> LlamaImageValues:
+    """The stories' images, projected for every MMFS layer; the first kept[i] of each are taken from `cached`."""
+    device, dtype = llm.device, llm.soi_token.dtype
+    n, num_images = len(batch), max(len(tokens.images) for tokens in batch)
+    new = [image.features.feature_maps for tokens, k in zip(batch, kept) for image in tokens.images[k:]]
+    if not new and cached is not None and cached.num_images == num_images:
+        return cached
     if new:
-        fresh = llm.prepare([torch.stack(level).unsqueeze(0).to(device, dtype) for level in zip(*new)])
+        projected = llm.project_images([torch.stack(level).unsqueeze(0).to(device, dtype) for level in zip(*new)])
     else:
-        fresh = llm.prepare_none(1)
+        projected = llm.no_images(1)
     layers = []
-    for i, layer in enumerate(fresh.layers):
-        values = layer.values.new_zeros(n, most, *layer.values.shape[2:])
-        taken = 0
-        for row, (layout, k) in enumerate(zip(layouts, kept)):
+    for i, layer in enumerate(projected.layers):
+        value = layer.value.new_zeros(n, num_images, *layer.value.shape[2:])
+        offset = 0
+        for row, (tokens, k) in enumerate(zip(batch, kept)):
             if k:
-                values[row, :k] = before.layers[i].values[row, :k]
-            count = len(layout.pictures) - k
-            values[row, k : k + count] = layer.values[0, taken : taken + count]
-            taken += count
-        layers.append(replace(layer, values=values))
-    return Pictures(tuple(layers))
+                value[row, :k] = cached.layers[i].value[row, :k]
+            count = len(tokens.images) - k
+            value[row, k : k + count] = layer.value[0, offset : offset + count]
+            offset += count
+        layers.append(replace(layer, value=value))
+    return LlamaImageValues(tuple(layers))

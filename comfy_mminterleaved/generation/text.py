@@ -1,235 +1,293 @@
-"""The next-token loop: sampling, beams, and how likely given options are."""
+"""TextGenerator: text and context features from interleaved stories, with a single LLM and a prefix cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from ..errors import SettingError
-from ..models.llama_mmfs import StoryLLM
-from .prefix_cache import Reading
-
-OnToken = Callable[[int, list[int]], object]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How text is chosen; the defaults are those of the reference's inference.
-
-    max_new_tokens, min_new_tokens: bounds of a text in tokens, the one that stops it counted in.
-    sample: draw at random; False takes the likeliest token.
-    temperature, top_k (0 for all), top_p: of the distribution drawn from.
-    repetition_penalty: over 1 makes what the new text has already less likely.
-    beams: over 1 searches with that many beams instead, without chance; length_penalty over 0 favours long texts.
-    only_text: never choose a token that has no text (bos, pad, image); the reference leaves them in.
-    seed: of the first text; a story's k-th text has seed + k.
-    """
-
-    max_new_tokens: int = 90
-    min_new_tokens: int = 8
-    sample: bool = True
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 0.9
-    repetition_penalty: float = 1.3
-    beams: int = 1
-    length_penalty: float = 1.0
-    only_text: bool = True
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, low, high in (
-            ("max_new_tokens", 1, None),
-            ("min_new_tokens", 0, None),
-            ("temperature", 1e-3, None),
-            ("top_k", 0, None),
-            ("top_p", 1e-6, 1.0),
-            ("repetition_penalty", 1e-3, None),
-            ("beams", 1, 64),
-            ("seed", 0, 2**63 - 1),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= (high if high is not None else 1e9):
-                top = f" and at most {high}" if high is not None else ""
-                raise SettingError(f"{name} must be at least {low}{top}, not {value}.")
-
-    def plus(self, seed: int) -> Sampling:
-        """The same settings with `seed` added to their own."""
-        return replace(self, seed=self.seed + seed)
+from ..config import Config
+from ..errors import SettingError, StoryError, StoryTooLongError
+from ..models.llama_mmfs import LlamaMMFS
+from ..stories.story import ImageSegment, Story, TextSegment
+from ..stories.storyboard import Step
+from .config import GeneratedText, GenerationConfig, RankedOption, TextGenerationConfig
+from .decoding import generate, score_options
+from .prefix_cache import PrefixCache, prefill
+from .tokens import StoryTokens, require_tokenizer, tokenize_story
+from .vqa import introduce, prompted
 
 
-@dataclass(frozen=True)
-class Written:
-    """A text as it was written.
+class TextGenerator:
+    """Generates text and context features from interleaved stories with a single LLM.
 
-    stopped_by: 'end', 'picture' (the model asks for one), 'length', or 'callback'.
-    score: summed log-probability, by length to the length penalty; of beam search only.
-    """
-
-    tokens: tuple[int, ...]
-    stopped_by: str
-    text: str = ""
-    score: float | None = None
-
-    @property
-    def wants_picture(self) -> bool:
-        return self.stopped_by == "picture"
-
-
-def _stops(llm: StoryLLM) -> dict[int, str]:
-    return {llm.config.tokens.eos: "end", llm.config.tokens.soi: "picture"}
-
-
-def _processors(llm: StoryLLM, s: Sampling, warp: bool):
-    """What is done to logits (or log-probabilities) before choosing, as transformers orders it."""
-    from transformers.generation import logits_process as lp
-
-    tokens = llm.config.tokens
-    stops = list(_stops(llm))
-    without_text = [tokens.bos, tokens.pad, tokens.image]
-    chain = [lp.RepetitionPenaltyLogitsProcessor(float(s.repetition_penalty))] if s.repetition_penalty != 1 else []
-    warpers = []
-    if warp and s.temperature != 1:
-        warpers.append(lp.TemperatureLogitsWarper(float(s.temperature)))
-    if warp and s.top_k:
-        warpers.append(lp.TopKLogitsWarper(min(s.top_k, llm.config.vocab_size)))
-    if warp and s.top_p < 1:
-        warpers.append(lp.TopPLogitsWarper(float(s.top_p)))
-
-    def process(ids, scores):
-        """ids (N, 1 + new): bos, then what is new; scores (N, vocabulary)."""
-        for step in chain:
-            scores = step(ids, scores)
-        banned = without_text if s.only_text else []
-        if ids.shape[1] < s.min_new_tokens:
-            banned = banned + stops
-        if banned:
-            scores = scores.clone()
-            scores[:, banned] = float("-inf")
-        for step in warpers:
-            scores = step(ids, scores)
-        return scores
-
-    return process
-
-
-def write(
-    llm: StoryLLM, reading: Reading, sampling: Sampling, count: int = 1, on_token: OnToken | None = None
-) -> list[list[Written]]:
-    """Continues stories with text: `count` texts for each story of `reading`.
-
-    With one text a story `reading` is extended by what was written; else it stays as it was.
+    Caches the most recent stories, so extending one costs only its new tokens. Images must already carry
+    `ImageFeatures`.
 
     Args:
-        on_token: called with the number of the text (count * story + k) and its tokens so far; returning a true value
-            ends that text.
+        known_words: The words that a model of a small world was taught, in lower case; None for an open vocabulary.
+        generation_config: The model's own defaults.
     """
-    if count < 1:
-        raise SettingError(f"The number of texts must be at least 1, not {count}.")
-    if sampling.beams > 1:
-        return [_beam_search(llm, reading.fork([i]), sampling, count, i, on_token) for i in range(len(reading.ids))]
-    rows = [i for i in range(len(reading.ids)) for _ in range(count)]
-    texts = _choose_tokens(llm, reading if count == 1 else reading.fork(rows), sampling, count, on_token)
-    return [texts[i : i + count] for i in range(0, len(texts), count)]
 
+    def __init__(
+        self,
+        llm: LlamaMMFS,
+        config: Config,
+        tokenizer=None,
+        known_words: frozenset[str] | None = None,
+        generation_config: GenerationConfig = GenerationConfig(),
+    ):
+        self.llm, self.config, self.tokenizer = llm, config, tokenizer
+        self.known_words, self.generation_config = known_words, generation_config
+        self.cache: PrefixCache | None = None
+        self._decoded: dict[tuple[int, ...], str] = {}
 
-@torch.no_grad()
-def _choose_tokens(llm: StoryLLM, reading: Reading, s: Sampling, count: int, on_token) -> list[Written]:
-    stops, process = _stops(llm), _processors(llm, s, warp=s.sample)
-    n = len(reading.ids)
-    generators = [torch.Generator().manual_seed((s.seed + i % count) % 2**63) for i in range(n)]
-    texts: list[list[int]] = [[] for _ in range(n)]
-    ends: list[str | None] = [None] * n
-    history = torch.full((n, 1), llm.config.tokens.bos)
-    hidden = reading.last_hidden()
-    for step in range(s.max_new_tokens):
-        scores = process(history, llm.logits(hidden).float().cpu())
-        if s.sample:
-            chosen = [torch.multinomial(row.softmax(-1), 1, generator=g).item() for row, g in zip(scores, generators)]
+    def clear_cache(self) -> None:
+        """Frees the cache of the most recent stories."""
+        self.cache = None
+
+    def find_unknown_words(self, story: Story) -> list[str]:
+        """Words of a story that the model was not taught, each once; none for a model of open vocabulary."""
+        if self.known_words is None:
+            return []
+        words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", story.text)
+        return list(dict.fromkeys(word for word in words if word.lower() not in self.known_words))
+
+    # ---- tokens ----
+
+    def tokenize(self, story: Story) -> StoryTokens:
+        """The story as token ids. Ids that another vocabulary gave to a text are ignored."""
+        segments = (self._checked(s) if isinstance(s, TextSegment) and s.token_ids else s for s in story.segments)
+        return tokenize_story(replace(story, segments=tuple(segments)), self.tokenizer, self.config.llm)
+
+    def _checked(self, text: TextSegment) -> TextSegment:
+        """The text, without its ids if they are not this tokenizer's for it."""
+        if self.tokenizer is None or not text.text:
+            return text
+        if text.token_ids not in self._decoded:
+            is_known = max(text.token_ids) < self.tokenizer.vocab_size
+            self._decoded[text.token_ids] = self.decode(text.token_ids) if is_known else ""
+        return text if self._decoded[text.token_ids] == text.text else TextSegment(text.text)
+
+    def decode(self, token_ids) -> str:
+        return self.tokenizer.decode(token_ids).strip() if self.tokenizer is not None else ""
+
+    def truncate_to_context(
+        self,
+        story: Story,
+        reserve_tokens: int,
+        drop_oldest: bool = False,
+        label: str = "The story",
+        reserve_images: int = 0,
+    ) -> Story:
+        """The story if it leaves `reserve_tokens` of the LLM's context free, else without its oldest panels.
+
+        Raises:
+            StoryTooLongError: If `drop_oldest` is off, or nothing that is left fits.
+        """
+        c = self.config.llm
+        max_images = c.mmfs.max_num_image_per_seq - 1  # row 0 of the table stands for an image that is not visible
+        while True:
+            length, num_images = len(self.tokenize(story)), len(story.images) + reserve_images
+            excess = length + reserve_tokens - c.max_position_embeddings
+            if excess <= 0 and num_images <= max_images:
+                return story
+            if not drop_oldest or len(story) <= 1:
+                if num_images > max_images:
+                    fault = (
+                        f"has {num_images} images, {num_images - max_images} more than the {max_images} that the LLM "
+                        "can tell apart"
+                    )
+                else:
+                    fault = (
+                        f"needs {length + reserve_tokens} tokens ({length} to read and up to {reserve_tokens} to come),"
+                        f" {excess} more than the LLM's context of {c.max_position_embeddings}"
+                    )
+                raise StoryTooLongError(
+                    f"{label} {fault}; make it shorter, or let its oldest panels be dropped "
+                    "(drop_oldest, on the command line --drop-oldest-panels)."
+                )
+            story = story.drop_oldest_panel()
+
+    def check_context_length(
+        self, story: Story, plan, config: TextGenerationConfig | None = None, drop_oldest: bool = False
+    ) -> None:
+        """Raises StoryTooLongError if the LLM cannot hold a story that is extended as planned."""
+        config = config or self.generation_config.text
+        steps = [step for panel in plan for step in panel]
+        for step in steps:
+            if not isinstance(step, (TextSegment, Step)):
+                raise SettingError(f"A step must be Step.TEXT, Step.IMAGE or a TextSegment, not {step!r}.")
+        num_images = steps.count(Step.IMAGE)
+        lengths = [len(self.tokenize(Story((text,)))) for text in steps if isinstance(text, TextSegment)]
+        reserve = steps.count(Step.TEXT) * config.max_new_tokens + sum(lengths)
+        reserve += num_images * (self.config.llm.num_img_token + 1)
+        if drop_oldest:  # each step makes its own room; one alone must fit
+            reserve, num_images = max(config.max_new_tokens, *lengths, 0), 0
+        self.truncate_to_context(story, reserve, drop_oldest, f"A story with {len(plan)} more panels", num_images)
+
+    # ---- prefill ----
+
+    def prefill(self, story: Story, on_segment: Callable[[int, int], object] | None = None) -> None:
+        """Runs the LLM on a story ahead of its use, segment by segment, and caches the result.
+
+        The pieces are always the same: a given text at once, a generated text token by token, an image after its
+        start-of-image token. So a story that is resumed has the same states, to the bit, as one that never stopped.
+
+        Args:
+            on_segment: Called with the number of cached segments and of all; if it raises, what is cached is kept.
+        """
+        self._require_features(story)
+        num_img_token, tokens = self.config.llm.num_img_token, self.tokenize(story)
+        starts = (0, *tokens.segment_ends)
+        pieces = [_pieces(*item) for item in zip(story.segments, starts, tokens.segment_ends)]
+        cached = 0 if self.cache is None else self.cache.common_prefix_length(tokens, num_img_token)
+        cached = max((end for ends in pieces for end in ends if end <= cached), default=0)
+        if cached:
+            self.cache.truncate(cached)
         else:
-            chosen = scores.argmax(-1).tolist()
-        history = torch.cat([history, torch.tensor(chosen)[:, None]], dim=1)
-        for i, token in enumerate(chosen):
-            if ends[i] is None and token in stops:
-                ends[i] = stops[token]
-            elif ends[i] is None:
-                texts[i].append(token)
-                if on_token is not None and on_token(i, texts[i]):
-                    ends[i] = "callback"
-        if all(ends) or step == s.max_new_tokens - 1:
-            break
-        found = reading.feed(llm, [[token] if end is None else [] for token, end in zip(chosen, ends)])
-        hidden = torch.stack([new[-1] if len(new) else old for new, old in zip(found, hidden)])
-    return [Written(tuple(t), end or "length") for t, end in zip(texts, ends)]
+            self.cache = None
+        for count, ends in enumerate(pieces, 1):
+            for end in ends:
+                if end > cached:
+                    self._prefill([tokens.prefix(end, num_img_token)])
+            if on_segment is not None:
+                on_segment(count, len(story))
+
+    def _prefill(self, batch: list[StoryTokens]) -> PrefixCache:
+        cached, self.cache = self.cache, None  # after an error the old cache is in no known state
+        self.cache = prefill(self.llm, batch, cached)
+        return self.cache
+
+    def _prefill_stories(self, stories: Sequence[Story]) -> None:
+        """One story is prefilled in its pieces; several are prefilled together, when they are used."""
+        for story in stories:
+            self._require_features(story)
+        if len(stories) == 1:
+            self.prefill(stories[0])
+
+    @staticmethod
+    def _require_features(story: Story) -> None:
+        if any(image.features is None for image in story.images):
+            raise StoryError("An image of the story has no features; encode it first.")
+
+    # ---- generation ----
+
+    def generate(
+        self,
+        stories: Sequence[Story],
+        config: TextGenerationConfig | None = None,
+        num_outputs: int = 1,
+        on_token: Callable[[int, str], object] | None = None,
+        drop_oldest: bool = False,
+    ) -> list[list[GeneratedText]]:
+        """Continues each story with `num_outputs` texts, up to where the model ends them or requests an image.
+
+        Args:
+            config: None for the model's own (`generation_config`).
+            on_token: Called with the number of the text (num_outputs * story + k) and the text so far; a true result
+                ends that text.
+        """
+        config = config or self.generation_config.text
+        stories = [self.truncate_to_context(story, config.max_new_tokens, drop_oldest) for story in stories]
+        self._prefill_stories(stories)
+        cache = self._prefill([self.tokenize(story) for story in stories])
+        callback = on_token and (lambda i, ids: on_token(i, self.decode(ids)))
+        texts = generate(self.llm, cache, config, num_outputs, callback)
+        return [[replace(text, text=self.decode(text.tokens)) for text in row] for row in texts]
+
+    def generate_text(
+        self,
+        story: Story,
+        config: TextGenerationConfig | None = None,
+        on_token: Callable[[str], object] | None = None,
+        drop_oldest: bool = False,
+    ) -> GeneratedText:
+        """Continues one story with text (see `generate`)."""
+        return self.generate([story], config, 1, on_token and (lambda _, text: on_token(text)), drop_oldest)[0][0]
+
+    def context_features(self, stories: Sequence[Story]) -> list[torch.Tensor]:
+        """Returns the hidden states `(L, hidden_size)` of each story, up to and including a start-of-image token."""
+        self._prefill_stories(stories)
+        soi = self.config.llm.special_tokens.soi
+        batch = [self.tokenize(story) for story in stories]
+        batch = [replace(tokens, input_ids=(*tokens.input_ids, soi)) for tokens in batch]
+        return list(self._prefill(batch).hidden_states)
+
+    def score(self, story: Story, options: Sequence[str | list[int]]) -> list[float]:
+        """Summed log-probability of each option after a story, in the order given."""
+        if not options:
+            raise StoryError("There are no options to score; give at least one.")
+        tokenizer = self.tokenizer
+        encoded = [
+            require_tokenizer(tokenizer).encode(o, after_text=True) if isinstance(o, str) else list(o) for o in options
+        ]
+        if not all(encoded):
+            raise StoryError("An option must not be empty.")
+        story = self.truncate_to_context(story, max(map(len, encoded)))
+        self._prefill_stories([story])
+        return score_options(self.llm, self._prefill([self.tokenize(story)]), encoded)
+
+    # ---- questions ----
+
+    def answer(
+        self,
+        story: Story,
+        question: str,
+        config: TextGenerationConfig | None = None,
+        prompt: str | None = None,
+        on_token=None,
+    ) -> GeneratedText:
+        """Answers a question about a story's images; `prompt` has {story} and {question}, None is the model's own."""
+        return self.generate_text(self._question(story, question, prompt), config or ANSWER_CONFIG, on_token)
+
+    def _question(self, story: Story, question: str, prompt: str | None) -> Story:
+        if not question.strip():
+            raise StoryError("A question must not be empty.")
+        return prompted(prompt or self.config.prompts["ask"], story, question=question.strip())
+
+    def caption(
+        self, story: Story, config: TextGenerationConfig | None = None, num_outputs: int = 1, prompt: str | None = None
+    ) -> list[GeneratedText]:
+        """`num_outputs` captions of a story's last image; by default by the reference's five beams."""
+        if not story.images:
+            raise StoryError("There is no image to caption; add one to the story.")
+        config = config or replace(CAPTION_CONFIG, num_beams=max(5, num_outputs))
+        return self.generate([prompted(prompt or self.config.prompts["caption"], story)], config, num_outputs)[0]
+
+    def rank(
+        self, story: Story, options: Sequence[str], question: str = "", prompt: str | None = None
+    ) -> list[RankedOption]:
+        """Ranks options, likeliest first, as the next text of a story, or as answers to a question about it."""
+        story = self._question(story, question, prompt) if question.strip() else story
+        ranked = [RankedOption(text, log_prob) for text, log_prob in zip(options, self.score(story, options))]
+        return sorted(ranked, key=lambda option: -option.log_prob)
+
+    # ---- openings ----
+
+    def resolve_image_first(self, story: Story, image_first: bool | None = None) -> bool:
+        """Whether panels have their image before their text: as asked, else as the story says, as the model's stories
+        have it, or as the opening does."""
+        for choice in (image_first, story.image_first, self.generation_config.image_first):
+            if choice is not None:
+                return choice
+        return story.opens_image_first
+
+    def introduce(self, story: Story) -> Story:
+        """The story with a text that says who is in its only image, if nothing in it does (`vqa.introduce`)."""
+        return introduce(self, story)
 
 
-@torch.no_grad()
-def _beam_search(llm: StoryLLM, reading: Reading, s: Sampling, count: int, story: int, on_token) -> list[Written]:
-    """Beam search as transformers 4.31 does it, which recorded the golden data; `reading` holds one story."""
-    if count > s.beams:
-        raise SettingError(f"With {s.beams} beams at most {s.beams} texts can be returned, not {count}.")
-    stops, process = _stops(llm), _processors(llm, s, warp=False)
-    device = llm.device
-    reading = reading.fork([0] * s.beams)
-    ids = torch.full((s.beams, 1), llm.config.tokens.bos)
-    totals = torch.full((s.beams,), -1e9)
-    totals[0] = 0.0  # all beams are the same at first: only one may branch
-    finished: list[tuple[float, tuple[int, ...], str]] = []
-
-    def keep(tokens, total: float, end: str):
-        # Lengths count the bos, as in the version that recorded the golden data.
-        finished.append((total / (len(tokens) + 1) ** s.length_penalty, tuple(tokens), end))
-        finished.sort(key=lambda hypothesis: hypothesis[0])
-        del finished[: -s.beams]
-
-    hidden, done = reading.last_hidden(), False
-    for step in range(s.max_new_tokens):
-        scores = process(ids, llm.logits(hidden).float().cpu().log_softmax(-1)) + totals[:, None]
-        best, index = scores.flatten().topk(min((1 + len(stops)) * s.beams, scores.numel()))
-        beams: list[tuple[float, int, int]] = []
-        for rank, (total, at) in enumerate(zip(best.tolist(), index.tolist())):
-            origin, token = divmod(at, scores.shape[1])
-            if token in stops:
-                if rank < s.beams:
-                    keep(ids[origin, 1:].tolist(), total, stops[token])
-            else:
-                beams.append((total, origin, token))
-            if len(beams) == s.beams:
-                break
-        attainable = best[0].item() / (step + 2) ** s.length_penalty  # bos, and the token being added
-        origins = [origin for _, origin, _ in beams]
-        totals = torch.tensor([total for total, _, _ in beams])
-        ids = torch.cat([ids[origins], torch.tensor([[token] for *_, token in beams])], dim=1)
-        if len(finished) == s.beams and finished[0][0] >= attainable:
-            done = True
-        if on_token is not None and on_token(story * count, ids[0, 1:].tolist()):
-            finished = [(float("-inf"), tuple(ids[0, 1:].tolist()), "callback")]
-            done = True
-        if done or step == s.max_new_tokens - 1:
-            break
-        reading = reading.fork(origins)
-        hidden = torch.cat(reading.feed(llm, [[token] for *_, token in beams])).to(device)
-    if not done:
-        for total, row in zip(totals.tolist(), ids):
-            keep(row[1:].tolist(), total, "length")
-    best_first = reversed(finished[-count:])
-    return [Written(tokens, end, score=score) for score, tokens, end in best_first]
+ANSWER_CONFIG = TextGenerationConfig(max_new_tokens=30, min_new_tokens=1, do_sample=False, repetition_penalty=1.0)
+CAPTION_CONFIG = TextGenerationConfig(max_new_tokens=30, min_new_tokens=8, repetition_penalty=1.0, num_beams=5)
 
 
-@torch.no_grad()
-def score(llm: StoryLLM, reading: Reading, options: list[list[int]], rows_at_once: int = 16) -> list[float]:
-    """Summed log-probability of each option's tokens behind the one story of `reading`, which stays as it was."""
-    if any(not option for option in options):
-        raise SettingError("An option to score must not be empty.")
-    first = llm.logits(reading.last_hidden()).float().log_softmax(-1)[0]
-    scores = []
-    for start in range(0, len(options), rows_at_once):
-        batch = options[start : start + rows_at_once]
-        fork = reading.fork([0] * len(batch))
-        for option, hidden in zip(batch, fork.feed(llm, batch)):
-            rest = llm.logits(hidden[:-1]).float().log_softmax(-1)
-            tokens = torch.tensor(option, device=first.device)
-            scores.append((first[tokens[0]] + rest.gather(1, tokens[1:, None]).sum()).item())
-    return scores
+def _pieces(segment: TextSegment | ImageSegment, start: int, end: int) -> list[int]:
+    """Where the pieces of a segment end in which it is prefilled; none if it was joined to the one before."""
+    if start == end:
+        return []
+    if isinstance(segment, ImageSegment):
+        return [max(start, 1) + 1, end]
+    return [end] if segment.token_ids is None else list(range(start + 1, end + 1))

@@ -20,27 +20,27 @@ def attention(q, k, v, mask=None, causal=False):
     Returns:
         (N, H, Q, D).
     """
-    if mask is None and packs(q):
-        return _xformers(q, k, v, causal)
+    if mask is None and supports_varlen(q):
+        return _xformers_attention(q, k, v, causal)
     if causal and k.shape[2] != q.shape[2]:  # PyTorch's own flag counts from the first key
-        mask, causal = lower_right(q, k), False
+        mask, causal = causal_lower_right(q, k), False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.shape[1] != q.shape[1]
     )
 
 
-def lower_right(q, k):
+def causal_lower_right(q, k):
     """The mask of `causal`: bool (Q, K)."""
     queries, keys = q.shape[2], k.shape[2]
     return torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
 
 
-def packs(x) -> bool:
+def supports_varlen(x) -> bool:
     """Whether xFormers serves tensors like this one: then rows of several lengths are packed rather than padded."""
     return _XFORMERS and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
 
 
-def packed_attention(q, k, v, lengths: list[int]):
+def varlen_attention(q, k, v, lengths: list[int]):
     """`attention` of rows whose keys have several lengths, one after the other, with no padding between.
 
     Args:
@@ -51,7 +51,7 @@ def packed_attention(q, k, v, lengths: list[int]):
         (N, H, Q, D).
     """
     n, h, queries, d = q.shape
-    if not packs(q):
+    if not supports_varlen(q):
         keys, values = (t.transpose(0, 1).split(lengths, dim=1) for t in (k, v))
         return torch.cat([attention(q[i : i + 1], keys[i][None], values[i][None]) for i in range(n)])
     from xformers.ops import memory_efficient_attention
@@ -59,11 +59,11 @@ def packed_attention(q, k, v, lengths: list[int]):
 
     bias = BlockDiagonalMask.from_seqlens([queries] * n, lengths)
     packed = q.transpose(1, 2).reshape(1, n * queries, h, d)
-    found = memory_efficient_attention(packed, k.unsqueeze(0), v.unsqueeze(0), attn_bias=bias)
-    return found.view(n, queries, h, d).transpose(1, 2)
+    out = memory_efficient_attention(packed, k.unsqueeze(0), v.unsqueeze(0), attn_bias=bias)
+    return out.view(n, queries, h, d).transpose(1, 2)
 
 
-def _xformers(q, k, v, causal):
+def _xformers_attention(q, k, v, causal):
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import LowerTriangularFromBottomRightMask, LowerTriangularMask
 

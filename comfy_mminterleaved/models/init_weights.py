@@ -3,40 +3,18 @@
 import torch
 from torch import nn
 
-from ..config import Config
-from .llama_mmfs import GatedSynchronizer, StoryLLM
-from .mmfs import Synchronizer
-from .perceiver import Resampler
-from .pos_embed import sincos_2d
-from .unet_synchronizer import Decoder, Site
-from .visual_tokenizer import CLIP_MEAN, CLIP_STD, DeformableAttention, Encoder, Injector
-
-
-def new_blocks(config: Config, seed: int = 0) -> dict[str, nn.Module]:
-    """All blocks of a config, on the CPU in float32, with fresh weights.
-
-    Gates, the injectors' gammas and the sites' last convolutions start at zero: a synchronizer adds nothing before it
-    is trained (`zero_module`, `init_values=0.`).
-    """
-    from ..checkpoints.load import diffusers_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        blocks = {
-            "encoder": Encoder(config.encoder),
-            "llm": StoryLLM(config.llm),
-            "synchronizer": Decoder(config.decoder),
-            "unet": diffusers_model(config.unet),
-            "vae": diffusers_model(config.vae),
-        }
-        for name in ("encoder", "llm", "synchronizer"):
-            initialize(blocks[name])
-    return blocks
+from .llama_mmfs import LlamaMMFS, LlamaMMFSAttention
+from .mmfs import MMFS
+from .perceiver import PerceiverResampler
+from .pos_embed import get_2d_sincos_pos_embed
+from .unet_synchronizer import ContextConditioner, MMFSBlock
+from .visual_tokenizer import CLIP_MEAN, CLIP_STD, VisualTokenizer
+from .vit_adapter import CLIPVisionAdapter, Injector, MSDeformAttn
 
 
 @torch.no_grad()
-def initialize(block: nn.Module, std: float = 0.02) -> None:
-    """Fills a block's parameters in place; layers first, then what the blocks say of themselves."""
+def init_weights(block: nn.Module, std: float = 0.02) -> None:
+    """Fills a block's parameters in place: layers first, then what each module defines itself."""
     for part in block.modules():
         if isinstance(part, (nn.LayerNorm, nn.RMSNorm)):
             part.reset_parameters()
@@ -44,32 +22,33 @@ def initialize(block: nn.Module, std: float = 0.02) -> None:
             nn.init.normal_(part.weight, std=std)
             if getattr(part, "bias", None) is not None:
                 nn.init.zeros_(part.bias)
-            if (
-                isinstance(part, nn.Conv2d) and part.groups == 1
-            ):  # ReLU follows in the stem, as in any convolutional net
+            if isinstance(part, nn.Conv2d) and part.groups == 1:  # ReLU follows in the stem
                 nn.init.kaiming_normal_(part.weight)
     for part in block.modules():
-        if isinstance(part, (Synchronizer, DeformableAttention)):
+        if isinstance(part, (MMFS, MSDeformAttn)):
             part.reset_parameters()
     for part in block.modules():
-        if isinstance(part, Resampler):
+        if isinstance(part, PerceiverResampler):
             nn.init.normal_(part.queries, std=std)
         elif isinstance(part, Injector):
             nn.init.zeros_(part.gamma)
-        elif isinstance(part, GatedSynchronizer):
+        elif isinstance(part, LlamaMMFSAttention):
             nn.init.zeros_(part.gate)
-        elif isinstance(part, Site):
-            nn.init.uniform_(part.mmfs.offsets.bias, -1.0, 1.0)
-            part.positions.copy_(sincos_2d(part.positions.shape[1], int(part.positions.shape[0] ** 0.5)))
+        elif isinstance(part, MMFSBlock):
+            nn.init.uniform_(part.mmfs.sampling_offsets.bias, -1.0, 1.0)
+            grid, channels = int(part.pos_embed.shape[0] ** 0.5), part.pos_embed.shape[1]
+            part.pos_embed.copy_(get_2d_sincos_pos_embed(channels, grid))
             nn.init.zeros_(part.conv.weight)
-        elif isinstance(part, Encoder):
-            part.mean.copy_(torch.tensor(CLIP_MEAN).view(1, 3, 1, 1))
-            part.std.copy_(torch.tensor(CLIP_STD).view(1, 3, 1, 1))
-            part.position_map.copy_(sincos_2d(part.config.width, part.config.position_grid, with_class=True))
-            nn.init.normal_(part.class_embedding, std=std)
-            nn.init.normal_(part.position_embedding.weight, std=std)
-            nn.init.zeros_(part.level_embedding)
-        elif isinstance(part, StoryLLM):
-            nn.init.zeros_(part.soi)
-        elif isinstance(part, Decoder):
-            nn.init.normal_(part.negative, std=std)
+        elif isinstance(part, VisualTokenizer):
+            c = part.config
+            part.clip_mean.copy_(torch.tensor(CLIP_MEAN).view(1, 3, 1, 1))
+            part.clip_std.copy_(torch.tensor(CLIP_STD).view(1, 3, 1, 1))
+            part.pos_embed.copy_(get_2d_sincos_pos_embed(c.hidden_size, c.pos_embed_grid, cls_token=True))
+        elif isinstance(part, CLIPVisionAdapter):
+            nn.init.normal_(part.embeddings.class_embedding, std=std)
+            nn.init.normal_(part.embeddings.position_embedding.weight, std=std)
+            nn.init.zeros_(part.adapter_level_embed)
+        elif isinstance(part, LlamaMMFS):
+            nn.init.zeros_(part.soi_token)
+        elif isinstance(part, ContextConditioner):
+            nn.init.normal_(part.neg_prompt_embeds, std=std)

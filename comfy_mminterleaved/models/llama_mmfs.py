@@ -1,4 +1,4 @@
-"""Llama with gated synchronizers between self-attention and feed-forward (`modeling_llama_mmfs`, `TextDecoder`)."""
+"""Llama with gated MMFS between self-attention and feed-forward (`modeling_llama_mmfs`, `TextDecoder`)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from ..config import LLMConfig
+from ..config import LlamaMMFSConfig
 from .attention import attention as default_attention
-from .mmfs import PreparedPictures, Synchronizer
+from .mmfs import MMFS, MMFSValues
 
 _STEP = 128  # the cache grows by whole steps, so that a token rarely moves it
 
@@ -18,7 +18,7 @@ _STEP = 128  # the cache grows by whole steps, so that a token rarely moves it
 class KVCache:
     """Keys and values of a batch of token sequences, each with its own length.
 
-    lengths: how many tokens of each row are valid; what lies behind is to be overwritten.
+    `lengths` has the number of valid tokens of each row; what is stored beyond them gets overwritten.
     """
 
     def __init__(self, rows: int):
@@ -50,7 +50,7 @@ class KVCache:
             return [(slice(None), self.lengths[0])]
         return list(enumerate(self.lengths))
 
-    def rows(self, index: list[int]) -> KVCache:
+    def select_rows(self, index: list[int]) -> KVCache:
         """A cache whose row i is this one's row index[i]."""
         other = KVCache(len(index))
         other.lengths = [self.lengths[i] for i in index]
@@ -60,208 +60,224 @@ class KVCache:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The pictures of a batch of stories as the synchronizer layers read them; padded to the same number."""
+class LlamaImageValues:
+    """Images of a batch of stories, projected for every MMFS layer and padded to the same number."""
 
-    layers: tuple[PreparedPictures, ...]
+    layers: tuple[MMFSValues, ...]
 
     @property
-    def count(self) -> int:
-        return self.layers[0].count if self.layers else 0
+    def num_images(self) -> int:
+        return self.layers[0].num_images if self.layers else 0
 
-    def rows(self, index: list[int]) -> Pictures:
-        return Pictures(tuple(replace(layer, values=layer.values[index]) for layer in self.layers))
+    def select_rows(self, index: list[int]) -> LlamaImageValues:
+        return LlamaImageValues(tuple(replace(layer, value=layer.value[index]) for layer in self.layers))
 
 
-class Attention(nn.Module):
-    def __init__(self, c: LLMConfig, operations, attention):
+class LlamaAttention(nn.Module):
+    def __init__(self, c: LlamaMMFSConfig, operations, attention):
         super().__init__()
-        head = c.width // c.heads
-        self.heads, self.kv_heads, self.attend = c.heads, c.kv_heads, attention
-        self.q_proj = operations.Linear(c.width, c.heads * head, bias=False)
-        self.k_proj = operations.Linear(c.width, c.kv_heads * head, bias=False)
-        self.v_proj = operations.Linear(c.width, c.kv_heads * head, bias=False)
-        self.o_proj = operations.Linear(c.heads * head, c.width, bias=False)
+        head = c.hidden_size // c.num_attention_heads
+        self.num_heads, self.num_key_value_heads = c.num_attention_heads, c.num_key_value_heads
+        self.attention_fn = attention
+        self.q_proj = operations.Linear(c.hidden_size, c.num_attention_heads * head, bias=False)
+        self.k_proj = operations.Linear(c.hidden_size, c.num_key_value_heads * head, bias=False)
+        self.v_proj = operations.Linear(c.hidden_size, c.num_key_value_heads * head, bias=False)
+        self.o_proj = operations.Linear(c.num_attention_heads * head, c.hidden_size, bias=False)
 
-    def project(self, x, cos, sin):
-        """Queries, keys and values (N, heads, L, D), turned to their positions."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k = self.k_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+    def project_qkv(self, x, cos, sin):
+        """Queries, keys and values `(N, heads, L, D)` with rotary positions."""
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k = self.k_proj(x).unflatten(-1, (self.num_key_value_heads, -1)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.num_key_value_heads, -1)).transpose(1, 2)
+        return apply_rotary_emb(q, cos, sin), apply_rotary_emb(k, cos, sin), v
 
 
-def rotate(x, cos, sin):
-    """Rotary positions on (N, H, L, D), halves paired as in Llama."""
+def apply_rotary_emb(x, cos, sin):
+    """Applies rotary positions to `(N, H, L, D)`, halves paired as in Llama."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 
 
-class MLP(nn.Module):
-    def __init__(self, c: LLMConfig, operations):
+class LlamaMLP(nn.Module):
+    def __init__(self, c: LlamaMMFSConfig, operations):
         super().__init__()
-        self.gate_proj = operations.Linear(c.width, c.ffn_width, bias=False)
-        self.up_proj = operations.Linear(c.width, c.ffn_width, bias=False)
-        self.down_proj = operations.Linear(c.ffn_width, c.width, bias=False)
+        self.gate_proj = operations.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = operations.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = operations.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class GatedSynchronizer(nn.Module):
-    """h -> tanh(gate) * MMFS(norm(h), norm(features)), reference point at the centre (`LlamaMMFSAttention`)."""
+class LlamaMMFSAttention(nn.Module):
+    """h -> tanh(gate) * MMFS(norm1(h), norm2(features)), reference point at the center (`LlamaMMFSAttention`)."""
 
-    def __init__(self, c: LLMConfig, operations):
+    def __init__(self, c: LlamaMMFSConfig, operations):
         super().__init__()
+        m = c.mmfs
         self.gate = nn.Parameter(torch.zeros(1))
-        self.norm = operations.RMSNorm(c.width, eps=c.eps)
-        self.feature_norm = operations.RMSNorm(c.feature_width, eps=c.eps)
-        self.mmfs = Synchronizer(
-            c.width,
-            c.feature_width,
-            c.sync_width,
-            c.width,
-            c.sync_levels,
-            c.sync_base,
-            c.sync_heads,
-            c.sync_points,
-            c.max_pictures,
+        self.norm1 = operations.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.norm2 = operations.RMSNorm(m.d_value, eps=c.rms_norm_eps)
+        self.attn = MMFS(
+            c.hidden_size,
+            m.d_value,
+            m.d_model,
+            c.hidden_size,
+            m.spatial_shapes,
+            m.base_spatial_shape,
+            m.n_heads,
+            m.n_points,
+            m.max_num_image_per_seq,
             operations,
         )
 
-    def prepare(self, features, sizes) -> PreparedPictures:
-        return self.mmfs.prepare(self.feature_norm(features), sizes)
+    def project_images(self, features, spatial_shapes) -> MMFSValues:
+        return self.attn.project_images(self.norm2(features), spatial_shapes)
 
-    def forward(self, x, pictures: PreparedPictures, visible):
-        centre = x.new_full((1, 2), 0.5, dtype=torch.float32)
-        return self.gate.to(x).tanh() * self.mmfs(self.norm(x), pictures, visible, centre)
+    def forward(self, x, image_values: MMFSValues, image_mask):
+        center = x.new_full((1, 2), 0.5, dtype=torch.float32)
+        return self.gate.to(x).tanh() * self.attn(self.norm1(x), image_values, image_mask, center)
 
 
-class Layer(nn.Module):
-    def __init__(self, c: LLMConfig, synchronized: bool, operations, attention):
+class LlamaDecoderLayer(nn.Module):
+    def __init__(self, c: LlamaMMFSConfig, has_cross_attention: bool, operations, attention):
         super().__init__()
-        self.input_layernorm = operations.RMSNorm(c.width, eps=c.eps)
-        self.self_attn = Attention(c, operations, attention)
-        self.synchronizer = GatedSynchronizer(c, operations) if synchronized else None
-        self.post_attention_layernorm = operations.RMSNorm(c.width, eps=c.eps)
-        self.mlp = MLP(c, operations)
+        self.input_layernorm = operations.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.self_attn = LlamaAttention(c, operations, attention)
+        self.llama_cross_attn = LlamaMMFSAttention(c, operations) if has_cross_attention else None
+        self.post_attention_layernorm = operations.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.mlp = LlamaMLP(c, operations)
 
-    def project(self, x, cos, sin):
-        """What attention compares: see `Attention.project`."""
-        return self.self_attn.project(self.input_layernorm(x), cos, sin)
+    def project_qkv(self, x, cos, sin):
+        """See `LlamaAttention.project_qkv`."""
+        return self.self_attn.project_qkv(self.input_layernorm(x), cos, sin)
 
-    def attended(self, x, found):
-        """x, with what attention found (N, heads, L, D)."""
-        return x + self.self_attn.o_proj(found.transpose(1, 2).flatten(2))
+    def add_attention(self, x, out):
+        """Adds the output of attention, `(N, heads, L, D)`, to the residual stream."""
+        return x + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))
 
-    def think(self, x):
-        """x, with what the feed-forward net makes of it."""
+    def feed_forward(self, x):
+        """Applies the feed-forward sublayer with its residual."""
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class StoryLLM(nn.Module):
+class LlamaMMFS(nn.Module):
     """The multi-modal language model: embeddings in, hidden states and next-token logits out."""
 
-    def __init__(self, c: LLMConfig, operations=nn, attention=default_attention):
+    def __init__(self, c: LlamaMMFSConfig, operations=nn, attention=default_attention):
         super().__init__()
         self.config, self._device, self._compiled = c, None, ()
-        self.embed_tokens = operations.Embedding(c.vocab_size, c.width)
-        self.soi = nn.Parameter(torch.zeros(1, c.width))
-        self.layers = nn.ModuleList(Layer(c, i % c.sync_every == 0, operations, attention) for i in range(c.layers))
-        self.norm = operations.RMSNorm(c.width, eps=c.eps)
-        self.head = operations.Linear(c.width, c.vocab_size)
-        self.head_new = operations.Linear(c.width, c.new_tokens)
+        self.embed_tokens = operations.Embedding(c.vocab_size, c.hidden_size)
+        self.soi_token = nn.Parameter(torch.zeros(1, c.hidden_size))
+        self.layers = nn.ModuleList(
+            LlamaDecoderLayer(c, i % c.mmfs.cross_attention_frequency == 0, operations, attention)
+            for i in range(c.num_hidden_layers)
+        )
+        self.norm = operations.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.head = operations.Linear(c.hidden_size, c.vocab_size)
+        self.head_new = operations.Linear(c.hidden_size, c.num_added_tokens)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; a host that keeps part of the weights elsewhere says so by setting it."""
-        return self._device or self.soi.device
+        """Where it computes; a host that keeps part of the weights elsewhere sets it."""
+        return self._device or self.soi_token.device
 
     @device.setter
     def device(self, device) -> None:
         self._device = device
 
-    def compile_step(self, **options) -> None:
-        """Has `torch.compile` fuse what lies around attention and synchronizers when one token is read at a time.
+    def compile_decode_step(self, **options) -> None:
+        """Compiles what surrounds attention and MMFS in the step of a single token; all layers share it.
 
-        All layers share what is compiled. Longer pieces are read as before, for each length would be compiled anew.
+        Longer inputs run uncompiled, because every length would be compiled anew.
 
         Args:
             options: `torch.compile`'s.
         """
         self._compiled = tuple(
             SimpleNamespace(
-                **{name: torch.compile(getattr(layer, name), **options) for name in ("project", "attended", "think")}
+                **{
+                    name: torch.compile(getattr(layer, name), **options)
+                    for name in ("project_qkv", "add_attention", "feed_forward")
+                }
             )
             for layer in self.layers
         )
 
-    def embed(self, ids, tokens=None) -> torch.Tensor:
-        """Embeds token ids, with visual tokens in the picture slots.
+    def embed_inputs(self, ids, tokens=None) -> torch.Tensor:
+        """Embeds token ids, with visual tokens at the image tokens.
 
         Args:
-            ids: int64 (N, L).
-            tokens: (pictures * slots, width), in the order of the slots in `ids`; None when there are none.
+            ids: int64 `(N, L)`.
+            tokens: `(images * num_img_token, hidden_size)`, in the order of the image tokens in `ids`; None if there
+                are none.
         """
-        special = self.config.tokens
+        special = self.config.special_tokens
         x = self.embed_tokens(ids)
-        x = x + (ids == special.soi).unsqueeze(-1) * self.soi.to(x)
+        x = x + (ids == special.soi).unsqueeze(-1) * self.soi_token.to(x)
         if tokens is not None:
             x = x.masked_scatter((ids == special.image).unsqueeze(-1), tokens.to(x))
         return x
 
-    def select_maps(self, maps) -> list[torch.Tensor]:
-        """Of the encoder's maps, those that the synchronizer layers read."""
-        return [m for m in maps if m.shape[-1] in self.config.sync_levels]
+    def select_levels(self, maps) -> list[torch.Tensor]:
+        """The feature maps that the MMFS layers attend to."""
+        return [m for m in maps if m.shape[-1] in self.config.mmfs.spatial_shapes]
 
-    def prepare(self, maps) -> Pictures:
-        """Pictures for all synchronizer layers.
+    def project_images(self, maps) -> LlamaImageValues:
+        """Projects images for all MMFS layers.
 
         Args:
-            maps: the encoder's maps, each (N, P, C, h, w).
+            maps: The encoder's feature maps, each `(N, P, C, h, w)`.
         """
-        maps = self.select_maps(maps)
+        maps = self.select_levels(maps)
         sizes = [tuple(m.shape[-2:]) for m in maps]
         features = torch.cat([m.flatten(3).transpose(2, 3) for m in maps], dim=2)  # (N, P, S, C)
-        layers = [layer.synchronizer for layer in self.layers if layer.synchronizer is not None]
-        return Pictures(tuple(s.prepare(features.to(dtype=self.soi.dtype), sizes) for s in layers))
+        layers = [layer.llama_cross_attn for layer in self.layers if layer.llama_cross_attn is not None]
+        return LlamaImageValues(tuple(s.project_images(features.to(dtype=self.soi_token.dtype), sizes) for s in layers))
 
-    def forward(self, x, pictures: Pictures | None = None, visible=None, cache: KVCache | None = None, counts=None):
-        """Reads embeddings.
+    def forward(
+        self,
+        x,
+        image_values: LlamaImageValues | None = None,
+        image_mask=None,
+        cache: KVCache | None = None,
+        counts=None,
+    ):
+        """Runs the decoder on embeddings.
 
         Args:
-            x: (N, L, width), each row behind what `cache` holds of it.
-            pictures: from `prepare`; None reads as if none was visible.
-            visible: bool (N, L, P), which pictures a position sees.
-            cache: extended in place.
-            counts: how many of the L are valid in each row, from the left; None means all.
+            x: `(N, L, hidden_size)`; each row continues what `cache` holds of it.
+            image_values: From `project_images`; None means no images.
+            image_mask: bool `(N, L, P)`, the images that each position may attend to.
+            cache: Extended in place.
+            counts: How many of the L are valid in each row, from the left; None means all.
 
         Returns:
-            (N, L, width), after the final norm.
+            `(N, L, hidden_size)`, after the final norm.
         """
         n, length, _ = x.shape
         starts = cache.lengths if cache is not None else [0] * n
         positions = torch.tensor(starts, device=x.device)[:, None] + torch.arange(length, device=x.device)
-        rotary = self._rotary(positions, x.dtype)
-        level = len(set(starts)) == 1  # else rows have keys behind their end, which a mask must hide
-        causal, mask = level and length > 1, None
-        if not level:
+        rotary = self.rotary_emb(positions, x.dtype)
+        is_even = len(set(starts)) == 1  # else rows have keys beyond their end, which a mask must hide
+        causal, mask = is_even and length > 1, None
+        if not is_even:
             keys = torch.arange(max(starts) + length, device=x.device)
             mask = (keys <= positions[:, :, None])[:, None]  # (N, 1, L, K)
-        if pictures is None:
-            pictures = self.prepare_none(n)
-            visible = torch.ones(n, length, 0, dtype=torch.bool, device=x.device)
+        if image_values is None:
+            image_values = self.no_images(n)
+            image_mask = torch.ones(n, length, 0, dtype=torch.bool, device=x.device)
 
-        prepared = iter(pictures.layers)
+        values = iter(image_values.layers)
         parts = self._compiled if length == 1 and self._compiled else self.layers
         for i, (layer, part) in enumerate(zip(self.layers, parts)):
-            q, k, v = part.project(x, *rotary)
+            q, k, v = part.project_qkv(x, *rotary)
             if cache is not None:
                 k, v = cache.update(i, k, v)
-            x = part.attended(x, layer.self_attn.attend(q, k, v, mask=mask, causal=causal))
-            if layer.synchronizer is not None:
-                x = x + layer.synchronizer(x, next(prepared), visible)
-            x = part.think(x)
+            x = part.add_attention(x, layer.self_attn.attention_fn(q, k, v, mask=mask, causal=causal))
+            if layer.llama_cross_attn is not None:
+                x = x + layer.llama_cross_attn(x, next(values), image_mask)
+            x = part.feed_forward(x)
         if cache is not None:
             cache.lengths = [start + count for start, count in zip(starts, counts or [length] * n)]
         return self.norm(x)
@@ -269,20 +285,20 @@ class StoryLLM(nn.Module):
     def logits(self, hidden) -> torch.Tensor:
         """Next-token logits (..., vocab_size)."""
         old, new = self.head(hidden), self.head_new(hidden)
-        split = self.config.vocab_size - self.config.new_tokens
+        split = self.config.vocab_size - self.config.num_added_tokens
         return torch.cat([old[..., :split], old[..., split:] + new], dim=-1)
 
-    def _rotary(self, positions, dtype):
-        head = self.config.width // self.config.heads
+    def rotary_emb(self, positions, dtype):
+        head = self.config.hidden_size // self.config.num_attention_heads
         frequency = 1.0 / self.config.rope_theta ** (torch.arange(0, head, 2, device=positions.device).float() / head)
         angle = (positions[..., None] * frequency).repeat(1, 1, 2).unsqueeze(1)  # (N, 1, L, D)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
-    def prepare_none(self, n: int) -> Pictures:
-        """`prepare` for n stories without any picture."""
-        return self.prepare(
+    def no_images(self, n: int) -> LlamaImageValues:
+        """`project_images` for n stories without images."""
+        return self.project_images(
             [
-                torch.zeros(n, 0, self.config.feature_width, side, side, device=self.device, dtype=self.soi.dtype)
-                for side in self.config.sync_levels
+                torch.zeros(n, 0, self.config.mmfs.d_value, side, side, device=self.device, dtype=self.soi_token.dtype)
+                for side in self.config.mmfs.spatial_shapes
             ]
         )

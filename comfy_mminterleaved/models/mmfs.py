@@ -1,7 +1,7 @@
-"""MMFS, the multi-image multi-scale feature synchronizer (paper 3.2; the reference's `MMFS`).
+"""MMFS, the Multi-image Multi-scale Feature Synchronizer (paper, section 3.2; the reference's `MMFS`).
 
-Deformable attention from a query to the feature maps of several pictures. Whatever depends on the pictures alone is
-made once by `prepare`; the call then costs what depends on the query.
+Deformable attention from a query to the feature maps of several images. Whatever depends on the images alone is
+computed once by `project_images`; a call then costs only what depends on the query.
 """
 
 from __future__ import annotations
@@ -11,151 +11,164 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .deform_attn import attend, bordered
+from .deform_attn import mmfs_attention, pad_levels
 
 
 @dataclass(frozen=True)
-class PreparedPictures:
-    """Pictures as one synchronizer reads them.
-
-    values: (N, P, H, S', D), with borders (`sampling.bordered`). sizes: the levels' (h, w), without.
-    """
-
-    values: torch.Tensor
-    sizes: tuple[tuple[int, int], ...]
-
-    @property
-    def count(self) -> int:
-        return self.values.shape[1]
-
-
-class Synchronizer(nn.Module):
-    """MMFS, in one of two forms that compute the same.
-
-    As in checkpoints: a projection of the query plus a relative position, and offsets and logits linear in their sum.
-    To run it, `fold` makes one small matrix of all that is linear in the query, and a table of what positions add.
+class MMFSValues:
+    """Projected feature maps of several images.
 
     Args:
-        query_width, feature_width, out_width: channels of the query, the features and the result.
-        value_width: channels of the values, all heads together.
-        levels: nominal side of each level's map; with `base` it scales the offsets of that level.
-        base: the side at which an offset of 1 is one cell.
-        max_pictures: rows of the table of relative positions; row 0 stands for 'not visible'.
+        value: `(N, P, H, S', D)`, from `pad_levels`.
+        spatial_shapes: `(h, w)` of each level, without borders.
+    """
+
+    value: torch.Tensor
+    spatial_shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def num_images(self) -> int:
+        return self.value.shape[1]
+
+
+class MMFS(nn.Module):
+    """Deformable attention over several images, with relative image positions and an ignore token.
+
+    As in checkpoints, the query is projected, a relative position is added, and offsets and logits are linear in the
+    sum. `fuse_projections` replaces all of it by one matrix and a table, which compute the same.
+
+    Args:
+        d_query, d_value, d_out: Channels of the query, the feature maps and the output.
+        d_model: Channels of the values, all heads together.
+        spatial_shapes: Nominal side of each level's map; divided by `base_spatial_shape` it scales the level's offsets.
+        max_num_image_per_seq: Rows of the table of relative positions; row 0 stands for 'not visible'.
     """
 
     def __init__(
         self,
-        query_width,
-        feature_width,
-        value_width,
-        out_width,
-        levels,
-        base,
-        heads=16,
-        points=8,
-        max_pictures=50,
+        d_query,
+        d_value,
+        d_model,
+        d_out,
+        spatial_shapes,
+        base_spatial_shape,
+        n_heads=16,
+        n_points=8,
+        max_num_image_per_seq=50,
         operations=nn,
     ):
         super().__init__()
-        self.heads, self.points, self.operations = heads, points, operations
-        self.scales = tuple(level / base for level in levels)
-        self.query_proj = operations.Linear(query_width, query_width)
-        self.relative_position = operations.Embedding(max_pictures, query_width)
-        self.offsets = operations.Linear(query_width, heads * points * 2)
-        # One more logit a level stands for the sink; its value is never used (see `forward`).
-        self.logits = operations.Linear(query_width, heads * len(levels) * (points + 1))
-        self.sink = nn.Parameter(torch.zeros(1, 1, 1, value_width))
-        self.value_proj = operations.Linear(feature_width, value_width)
-        self.out_proj = operations.Linear(value_width, out_width)
+        self.n_heads, self.n_points, self.operations = n_heads, n_points, operations
+        self.scale_ratios = tuple(level / base_spatial_shape for level in spatial_shapes)
+        self.dynamic_offset_mask = operations.Linear(d_query, d_query)
+        self.query_relpos = operations.Embedding(max_num_image_per_seq, d_query)
+        self.sampling_offsets = operations.Linear(d_query, n_heads * n_points * 2)
+        # The reference has one more logit per level, for the ignore token, and never uses its value.
+        self.attention_weights = operations.Linear(d_query, n_heads * len(spatial_shapes) * (n_points + 1))
+        self.ignore_token = nn.Parameter(torch.zeros(1, 1, 1, d_model))
+        self.value_proj = operations.Linear(d_value, d_model)
+        self.output_proj = operations.Linear(d_model, d_out)
 
     def reset_parameters(self, offset_range: float = 3.0):
-        """Offsets spread over +-`offset_range` cells whatever the query, biases zero (`_reset_parameters`)."""
-        nn.init.zeros_(self.offsets.weight)
-        nn.init.uniform_(self.offsets.bias, -offset_range, offset_range)
-        nn.init.zeros_(self.logits.bias)
-        nn.init.zeros_(self.query_proj.bias)
-        nn.init.zeros_(self.sink)
-        nn.init.trunc_normal_(self.relative_position.weight, std=0.02)
-        for projection in (self.value_proj, self.out_proj):
+        """Initializes offsets to within +-`offset_range` cells whatever the query (`_reset_parameters`)."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        nn.init.uniform_(self.sampling_offsets.bias, -offset_range, offset_range)
+        nn.init.zeros_(self.attention_weights.bias)
+        nn.init.zeros_(self.dynamic_offset_mask.bias)
+        nn.init.zeros_(self.ignore_token)
+        nn.init.trunc_normal_(self.query_relpos.weight, std=0.02)
+        for projection in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
     @torch.no_grad()
-    def fold(self, after: nn.Conv2d | None = None) -> None:
-        """Takes, for good, the form for running; `after` is a 1 x 1 convolution that follows, and is taken in too."""
-        if self.folded:
+    def fuse_projections(self, following: nn.Conv2d | None = None) -> None:
+        """Fuses the projections for inference, in place; a 1 x 1 convolution that follows is fused into the output."""
+        if self.is_fused:
             return
-        weight, bias, tables = self._linear_in_query()
-        self.from_query = _linear(self.operations, weight, bias)
-        self.tables = nn.Parameter(tables, requires_grad=False)
-        del self.query_proj, self.relative_position, self.offsets, self.logits
-        if after is not None:
-            precise = torch.promote_types(after.weight.dtype, torch.float32)
-            last = after.weight.to(precise).flatten(1)  # (C, C)
-            bias = last @ self.out_proj.bias.to(precise) + after.bias.to(precise)
-            weight = last @ self.out_proj.weight.to(precise)
-            self.out_proj = _linear(self.operations, weight.to(after.weight), bias.to(after.weight))
+        weight, bias, relpos_table = self._fused_weights()
+        self.fused_query_proj = _linear(self.operations, weight, bias)
+        self.relpos_table = nn.Parameter(relpos_table, requires_grad=False)
+        del self.dynamic_offset_mask, self.query_relpos, self.sampling_offsets, self.attention_weights
+        if following is not None:
+            compute_dtype = torch.promote_types(following.weight.dtype, torch.float32)
+            last = following.weight.to(compute_dtype).flatten(1)  # (C, C)
+            bias = last @ self.output_proj.bias.to(compute_dtype) + following.bias.to(compute_dtype)
+            weight = last @ self.output_proj.weight.to(compute_dtype)
+            self.output_proj = _linear(self.operations, weight.to(following.weight), bias.to(following.weight))
 
     @property
-    def folded(self) -> bool:
-        return hasattr(self, "from_query")
+    def is_fused(self) -> bool:
+        return hasattr(self, "fused_query_proj")
 
-    def _linear_in_query(self):
-        """(E, query_width), (E,), (max_pictures, E): offsets and logits of a query, and what each position adds."""
-        dtype = self.offsets.weight.dtype
-        precise = torch.promote_types(dtype, torch.float32)
-        # Of each level's points + 1 logits the last is never used.
-        logits = (self.logits.weight, self.logits.bias)
-        used = [t.unflatten(0, (-1, self.points + 1))[:, :-1].flatten(0, 1) for t in logits]
-        heads = torch.cat([self.offsets.weight, used[0]]).to(precise)
-        bias = torch.cat([self.offsets.bias, used[1]]).to(precise)
-        bias = bias + heads @ self.query_proj.bias.to(precise)
-        tables = self.relative_position.weight.to(precise) @ heads.T
-        return (heads @ self.query_proj.weight.to(precise)).to(dtype), bias.to(dtype), tables.to(dtype)
+    def _fused_weights(self):
+        """Weight `(E, d_query)`, bias `(E,)` and relative position table `(max_num_image_per_seq, E)` of the query."""
+        dtype = self.sampling_offsets.weight.dtype
+        compute_dtype = torch.promote_types(dtype, torch.float32)
+        logits = (self.attention_weights.weight, self.attention_weights.bias)
+        kept = [t.unflatten(0, (-1, self.n_points + 1))[:, :-1].flatten(0, 1) for t in logits]
+        terms = torch.cat([self.sampling_offsets.weight, kept[0]]).to(compute_dtype)
+        bias = torch.cat([self.sampling_offsets.bias, kept[1]]).to(compute_dtype)
+        bias = bias + terms @ self.dynamic_offset_mask.bias.to(compute_dtype)
+        relpos_table = self.query_relpos.weight.to(compute_dtype) @ terms.T
+        return (
+            (terms @ self.dynamic_offset_mask.weight.to(compute_dtype)).to(dtype),
+            bias.to(dtype),
+            relpos_table.to(dtype),
+        )
 
-    def prepare(self, features: torch.Tensor, sizes) -> PreparedPictures:
-        """Projects the values of pictures, once for all queries.
+    def project_images(self, features: torch.Tensor, spatial_shapes) -> MMFSValues:
+        """Projects feature maps to values. Independent of the query, so call it once per story.
 
         Args:
-            features: (N, P, S, feature_width), normed; the levels' cells one after the other.
-            sizes: the levels' (h, w).
+            features: `(N, P, S, d_value)`, normed; the cells of all levels, one level after the other.
+            spatial_shapes: `(h, w)` of each level.
         """
-        values = self.value_proj(features).unflatten(-1, (self.heads, -1))
-        return PreparedPictures(bordered(values, sizes), tuple(map(tuple, sizes)))
+        value = self.value_proj(features).unflatten(-1, (self.n_heads, -1))
+        return MMFSValues(pad_levels(value, spatial_shapes), tuple(map(tuple, spatial_shapes)))
 
-    def forward(self, query, pictures: PreparedPictures, visible, reference) -> torch.Tensor:
-        """What the query finds in the pictures it may see.
+    def forward(self, query, values: MMFSValues, image_mask, reference_points) -> torch.Tensor:
+        """Attends from each query to the images that it may see.
 
         Args:
-            query: (N, Q, query_width), normed.
-            pictures: from `prepare`, oldest first.
-            visible: bool (N, P) or (N, Q, P).
-            reference: (Q, 2) or (1, 2), x and y in [0, 1], where the offsets start.
+            query: `(N, Q, d_query)`, normed.
+            values: From `project_images`, oldest image first.
+            image_mask: bool `(N, P)` or `(N, Q, P)`.
+            reference_points: `(Q, 2)` or `(1, 2)`, x and y in [0, 1].
 
         Returns:
-            (N, Q, out_width).
+            `(N, Q, d_out)`.
         """
         n, q, _ = query.shape
-        sink = self.sink.to(query).view(self.heads, -1)
-        if not pictures.count:  # the sinks have all the weight
-            return self.out_proj(sink.flatten()).expand(n, q, -1)
-        if self.folded:
-            said, tables = self.from_query(query), self.tables.to(query)
+        ignore_token = self.ignore_token.to(query).view(self.n_heads, -1)
+        if not values.num_images:  # the ignore token has all the weight
+            return self.output_proj(ignore_token.flatten()).expand(n, q, -1)
+        if self.is_fused:
+            query_terms, relpos_table = self.fused_query_proj(query), self.relpos_table.to(query)
         else:
-            weight, bias, tables = self._linear_in_query()
-            said = nn.functional.linear(query, weight, bias)
-        visible = visible.unsqueeze(1) if visible.ndim == 2 else visible  # (N, 1 or Q, P)
-        shown = visible.long()
-        newest_first = (shown.sum(-1, keepdim=True) + 1 - shown.cumsum(-1)) * shown  # 1 is the newest, 0 not visible
-        found = attend(pictures.values, pictures.sizes, self.scales, said, tables, newest_first, reference, sink)
-        return self.out_proj(found)
+            weight, bias, relpos_table = self._fused_weights()
+            query_terms = nn.functional.linear(query, weight, bias)
+        image_mask = image_mask.unsqueeze(1) if image_mask.ndim == 2 else image_mask  # (N, 1 or Q, P)
+        mask = image_mask.long()
+        image_relpos = (mask.sum(-1, keepdim=True) + 1 - mask.cumsum(-1)) * mask  # 1 is the newest, 0 not visible
+        out = mmfs_attention(
+            values.value,
+            values.spatial_shapes,
+            self.scale_ratios,
+            query_terms,
+            relpos_table,
+            image_relpos,
+            reference_points,
+            ignore_token,
+        )
+        return self.output_proj(out)
 
 
-def fold(block: nn.Module) -> nn.Module:
-    """Brings all synchronizers of a block into their form for running, in place; returns the block."""
-    for part in list(block.modules()):
-        if hasattr(part, "fold"):
-            part.fold()
+def fuse_mmfs(block: nn.Module) -> nn.Module:
+    """Fuses the projections of every MMFS in a block, in place; returns the block."""
+    for part in list(block.modules()):  # diffusers' attention has a method of that name too, hence the check
+        if isinstance(part, MMFS) or isinstance(getattr(part, "mmfs", None), MMFS):
+            part.fuse_projections()
     return block
 
 

@@ -1,86 +1,107 @@
-"""The Perceiver that encoder and decoder share: learned queries read a sequence (`PerceiverResampler`)."""
+"""Perceiver resampler (BLIP-2's Q-Former without text): learned queries attend to a sequence (`PerceiverResampler`)."""
 
 import torch
 from torch import nn
 
-from ..config import ResamplerConfig
+from ..config import PerceiverConfig
 from .attention import attention as default_attention
-from .attention import packed_attention, packs
+from .attention import supports_varlen, varlen_attention
 
 
-class Attention(nn.Module):
-    """Attention with a post-norm residual, as BERT's; optionally LayerNorm on each head's q and k."""
+class PerceiverSelfAttention(nn.Module):
+    """Query, key and value projections, as BERT names them; optionally LayerNorm on each head's query and key."""
 
-    def __init__(self, c: ResamplerConfig, key_width: int, operations, attention):
+    def __init__(self, c: PerceiverConfig, key_dim: int, operations):
         super().__init__()
-        self.heads, self.attend = c.heads, attention
-        self.q = operations.Linear(c.width, c.width)
-        self.k = operations.Linear(key_width, c.width)
-        self.v = operations.Linear(key_width, c.width)
-        if c.qk_norm:
-            self.q_norm = operations.LayerNorm(c.width // c.heads, eps=c.eps)
-            self.k_norm = operations.LayerNorm(c.width // c.heads, eps=c.eps)
+        head_dim = c.hidden_size // c.num_attention_heads
+        self.query = operations.Linear(c.hidden_size, c.hidden_size)
+        self.key = operations.Linear(key_dim, c.hidden_size)
+        self.value = operations.Linear(key_dim, c.hidden_size)
+        if c.qk_normalization:
+            self.q_norm = operations.LayerNorm(head_dim, eps=c.layer_norm_eps)
+            self.k_norm = operations.LayerNorm(head_dim, eps=c.layer_norm_eps)
         else:
             self.q_norm = self.k_norm = nn.Identity()
-        self.out = operations.Linear(c.width, c.width)
-        self.norm = operations.LayerNorm(c.width, eps=c.eps)
+
+
+class PerceiverAttention(nn.Module):
+    """Multi-head attention with a post-norm residual."""
+
+    def __init__(self, c: PerceiverConfig, key_dim: int, operations, attention):
+        super().__init__()
+        self.num_heads, self.attention_fn = c.num_attention_heads, attention
+        self.attention = PerceiverSelfAttention(c, key_dim, operations)
+        self.output = nn.ModuleDict(
+            {
+                "dense": operations.Linear(c.hidden_size, c.hidden_size),
+                "LayerNorm": operations.LayerNorm(c.hidden_size, eps=c.layer_norm_eps),
+            }
+        )
 
     def forward(self, x, context, mask=None, lengths=None):
-        """`context`: (N, L, key_width), or with `lengths` packed, (sum of lengths, key_width)."""
+        """`context`: `(N, L, key_dim)`, or with `lengths` packed, `(sum of lengths, key_dim)`."""
+        inner = self.attention
         q, k, v = (
-            proj(source).unflatten(-1, (self.heads, -1))
-            for proj, source in ((self.q, x), (self.k, context), (self.v, context))
+            proj(source).unflatten(-1, (self.num_heads, -1))
+            for proj, source in ((inner.query, x), (inner.key, context), (inner.value, context))
         )
-        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k)
+        q, k = inner.q_norm(q).transpose(1, 2), inner.k_norm(k)
         if lengths is not None:
-            found = packed_attention(q, k, v, lengths)
+            out = varlen_attention(q, k, v, lengths)
         else:
-            found = self.attend(q, k.transpose(1, 2), v.transpose(1, 2), mask=mask)
-        return self.norm(x + self.out(found.transpose(1, 2).flatten(2)))
+            out = self.attention_fn(q, k.transpose(1, 2), v.transpose(1, 2), mask=mask)
+        return self.output["LayerNorm"](x + self.output["dense"](out.transpose(1, 2).flatten(2)))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, c: ResamplerConfig, operations):
+class PerceiverMLP(nn.Module):
+    """Feed-forward sublayer with a post-norm residual."""
+
+    def __init__(self, c: PerceiverConfig, operations):
         super().__init__()
-        self.fc1 = operations.Linear(c.width, c.ffn_width)
-        self.fc2 = operations.Linear(c.ffn_width, c.width)
-        self.norm = operations.LayerNorm(c.width, eps=c.eps)
+        self.fc1 = operations.Linear(c.hidden_size, c.intermediate_size)
+        self.fc2 = operations.Linear(c.intermediate_size, c.hidden_size)
+        self.norm = operations.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
     def forward(self, x):
         return self.norm(x + self.fc2(nn.functional.gelu(self.fc1(x))))
 
 
-class Layer(nn.Module):
-    def __init__(self, c: ResamplerConfig, crosses: bool, operations, attention):
+class PerceiverLayer(nn.Module):
+    """Self-attention, cross-attention in some layers, feed-forward."""
+
+    def __init__(self, c: PerceiverConfig, has_cross_attention: bool, operations, attention):
         super().__init__()
-        self.attention = Attention(c, c.width, operations, attention)
-        self.cross_attention = Attention(c, c.encoder_width, operations, attention) if crosses else None
-        self.ffn = FeedForward(c, operations)
+        self.attention = PerceiverAttention(c, c.hidden_size, operations, attention)
+        self.crossattention = (
+            PerceiverAttention(c, c.encoder_hidden_size, operations, attention) if has_cross_attention else None
+        )
+        self.mlp = PerceiverMLP(c, operations)
 
     def forward(self, x, context, mask, lengths):
         x = self.attention(x, x)
-        if self.cross_attention is not None:
-            x = self.cross_attention(x, context, mask, lengths)
-        return self.ffn(x)
+        if self.crossattention is not None:
+            x = self.crossattention(x, context, mask, lengths)
+        return self.mlp(x)
 
 
-class Resampler(nn.Module):
-    """(N, L, encoder_width) -> (N, queries, width)."""
+class PerceiverResampler(nn.Module):
+    """`(N, L, encoder_hidden_size)` -> `(N, num_queries, hidden_size)`."""
 
-    def __init__(self, c: ResamplerConfig, operations=nn, attention=default_attention):
+    def __init__(self, c: PerceiverConfig, operations=nn, attention=default_attention):
         super().__init__()
-        self.attend = attention
-        self.queries = nn.Parameter(torch.zeros(1, c.queries, c.width))
-        self.norm = operations.LayerNorm(c.width, eps=c.eps)
+        self.attention_fn = attention
+        self.queries = nn.Parameter(torch.zeros(1, c.num_queries, c.hidden_size))
+        self.layernorm = operations.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.layers = nn.ModuleList(
-            Layer(c, i % c.cross_attention_every == 0, operations, attention) for i in range(c.layers)
+            PerceiverLayer(c, i % c.cross_attention_frequency == 0, operations, attention)
+            for i in range(c.num_hidden_layers)
         )
 
     def forward(self, context, mask=None):
-        """`mask`: bool (N, L), True where the context is to be read; None reads all."""
-        x = self.norm(self.queries.to(context)).expand(context.shape[0], -1, -1)
+        """`mask`: bool `(N, L)`, True where the context is valid; None means everywhere."""
+        x = self.layernorm(self.queries.to(context)).expand(context.shape[0], -1, -1)
         lengths = None
-        if mask is not None and self.attend is default_attention and packs(context):
+        if mask is not None and self.attention_fn is default_attention and supports_varlen(context):
             lengths = mask.sum(-1).tolist()
             context, mask = context[mask], None
         mask = None if mask is None else mask[:, None, None, :]

@@ -1,7 +1,7 @@
-"""From the LLM's hidden states to a diffusion U-Net: conditioning, and the synchronizer at its sites.
+"""From the LLM's hidden states to a diffusion U-Net: conditioning, and MMFS at its skips (`ImageDecoder`, `MMFSNet`).
 
-There is no U-Net in here: whoever runs one reads `condition` and `negative` and calls the sites (`ImageDecoder`,
-`MMFSNet`). A site is a skip of the U-Net, numbered in the order the skips are made, or, last, its mid output.
+There is no U-Net in here. Whoever runs one takes `prompt_embeds` and `neg_prompt_embeds`, and adds the MMFS blocks'
+residuals. A block belongs to a skip of the U-Net, numbered in the order the skips are made, or, last, to its middle.
 """
 
 from __future__ import annotations
@@ -11,94 +11,90 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..config import DecoderConfig
+from ..config import SynchronizerConfig
 from .attention import attention as default_attention
-from .mmfs import PreparedPictures, Synchronizer
-from .perceiver import Resampler
-from .pos_embed import resize_positions, sincos_1d
-from .visual_tokenizer import cell_centres
+from .mmfs import MMFS, MMFSValues
+from .perceiver import PerceiverResampler
+from .pos_embed import get_1d_sincos_pos_embed, interpolate_pos_embed
+from .vit_adapter import get_reference_points
 
 
 @dataclass(frozen=True)
-class PreparedSites:
-    """Pictures as every site reads them, for all steps of a drawing, and which of them each drawing looks at.
+class UNetImageValues:
+    """Context images, projected for every MMFS block; made once for all steps of a drawing.
 
-    visible: bool (N, P), or (R, N, P) for R drawings of each row that look at different ones. maps: for each site and
-    size of its skip, positions and reference points, made when first met.
+    Args:
+        blocks: Of each MMFS block.
+        image_mask: bool `(N, P)`, or `(R, N, P)` for R drawings of each row that attend to different images.
+        pos_cache: Positions and reference points by block and size of its skip, filled on first use.
     """
 
-    sites: tuple[PreparedPictures, ...]
-    visible: torch.Tensor
-    maps: dict = field(default_factory=dict)
+    blocks: tuple[MMFSValues, ...]
+    image_mask: torch.Tensor
+    pos_cache: dict = field(default_factory=dict)
 
 
-class Site(nn.Module):
+class MMFSBlock(nn.Module):
     """x -> Conv1x1(MMFS(LayerNorm(x) + positions, LayerNorm(features))) (`MMFSBlock`)."""
 
-    def __init__(self, c: DecoderConfig, width: int, base: int, operations):
+    def __init__(self, c: SynchronizerConfig, channels: int, base_shape: int, operations):
         super().__init__()
-        self.query_norm = operations.LayerNorm(width, eps=1e-6)
-        self.feature_norm = operations.LayerNorm(c.feature_width, eps=1e-6)
-        self.positions = nn.Parameter(torch.zeros(c.position_grid**2, width), requires_grad=False)  # sine-cosine
-        self.mmfs = Synchronizer(
-            width,
-            c.feature_width,
-            c.sync_width,
-            width,
-            c.levels,
-            base,
-            c.sync_heads,
-            c.sync_points,
-            c.max_pictures,
+        m = c.mmfs
+        self.query_norm = operations.LayerNorm(channels, eps=1e-6)
+        self.feat_norm = operations.LayerNorm(m.d_value, eps=1e-6)
+        self.pos_embed = nn.Parameter(torch.zeros(c.pos_embed_grid**2, channels), requires_grad=False)  # sine-cosine
+        self.mmfs = MMFS(
+            channels,
+            m.d_value,
+            m.d_model,
+            channels,
+            m.spatial_shapes,
+            base_shape,
+            m.n_heads,
+            m.n_points,
+            m.max_num_image_per_seq,
             operations,
         )
-        self.conv = operations.Conv2d(width, width, 1)
+        self.conv = operations.Conv2d(channels, channels, 1)
 
-    def fold(self) -> None:
-        """Takes the form for running: the convolution becomes part of the synchronizer's last projection."""
-        if not self.mmfs.folded:
-            self.mmfs.fold(self.conv)
+    def fuse_projections(self) -> None:
+        """Fuses the convolution into the output projection of MMFS, in place."""
+        if not self.mmfs.is_fused:
+            self.mmfs.fuse_projections(self.conv)
             self.conv = nn.Identity()
 
-    def forward(self, x, pictures: PreparedPictures, visible, positions, reference):
-        """x (R * N, C, h, w), R drawings (or halves of guidance) for each of N rows of pictures -> the same shape."""
-        n = visible.shape[-2]
+    def forward(self, x, values: MMFSValues, image_mask, positions, reference_points):
+        """x `(R * N, C, h, w)`, R drawings (or halves of guidance) for each of N rows of images -> the same shape."""
+        n = image_mask.shape[-2]
         rows, c, h, w = x.shape
         groups = rows // n
         query = self.query_norm(x.flatten(2).transpose(1, 2)) + positions
         # All groups' queries against one copy of the values.
         query = query.view(groups, n, h * w, c).transpose(0, 1).flatten(1, 2)
-        if visible.ndim == 3:
-            visible = visible.transpose(0, 1).repeat_interleave(h * w, dim=1)  # (N, R * h * w, P)
-        found = self.mmfs(query, pictures, visible, reference.repeat(groups, 1))
-        found = found.view(n, groups, h * w, c).transpose(0, 1).reshape(rows, h * w, c)
-        return self.conv(found.transpose(1, 2).reshape(rows, c, h, w))
+        if image_mask.ndim == 3:
+            image_mask = image_mask.transpose(0, 1).repeat_interleave(h * w, dim=1)  # (N, R * h * w, P)
+        out = self.mmfs(query, values, image_mask, reference_points.repeat(groups, 1))
+        out = out.view(n, groups, h * w, c).transpose(0, 1).reshape(rows, h * w, c)
+        return self.conv(out.transpose(1, 2).reshape(rows, c, h, w))
 
 
-class Decoder(nn.Module):
-    """The trained parts between LLM and U-Net; `sites` has one synchronizer a skip, and last the mid output's."""
+class ContextConditioner(nn.Module):
+    """LLM hidden states -> cross-attention inputs of the U-Net."""
 
-    def __init__(self, c: DecoderConfig, operations=nn, attention=default_attention):
+    def __init__(self, c: SynchronizerConfig, operations, attention):
         super().__init__()
-        self.config = c
-        self.context_proj = operations.Linear(c.llm_width, c.llm_width)
-        self.resampler = Resampler(c.resampler, operations, attention)
-        self.negative = nn.Parameter(torch.zeros(1, c.resampler.queries, c.resampler.width))
-        *skips, mid = (Site(c, width, grid, operations) for width, grid in zip(c.site_widths, c.site_grids))
-        self.skip_sites, self.mid_site = nn.ModuleList(skips), mid
+        self.context_feat_proj = operations.Linear(c.llm_hidden_size, c.llm_hidden_size)
+        self.perceiver_resampler = PerceiverResampler(c.perceiver, operations, attention)
+        self.neg_prompt_embeds = nn.Parameter(torch.zeros(1, c.perceiver.num_queries, c.perceiver.hidden_size))
 
-    @property
-    def sites(self) -> list[Site]:
-        return [*self.skip_sites, self.mid_site]
-
-    def context(self, contexts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the Perceiver reads: newest token first, projected, with positions.
+    def pack_context(self, contexts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Newest token first, projected, with positions.
 
         Args:
-            contexts: for each picture to draw, hidden states (L, llm_width) up to its start-of-image token.
+            contexts: For each image to draw, hidden states `(L, llm_hidden_size)` up to its start-of-image token.
 
         Returns:
-            (N, longest L, llm_width), and its mask: bool (N, longest L).
+            `(N, longest L, llm_hidden_size)`, and its mask: bool `(N, longest L)`.
         """
         longest = max(len(c) for c in contexts)
         x = contexts[0].new_zeros(len(contexts), longest, contexts[0].shape[-1])
@@ -106,32 +102,57 @@ class Decoder(nn.Module):
         for i, c in enumerate(contexts):
             x[i, : len(c)] = c.flip(0)
             mask[i, : len(c)] = True
-        return self.context_proj(x) + sincos_1d(x.shape[-1], range(longest)).to(x), mask
+        return self.context_feat_proj(x) + get_1d_sincos_pos_embed(x.shape[-1], range(longest)).to(x), mask
 
-    def condition(self, contexts: list[torch.Tensor]) -> torch.Tensor:
-        """Cross-attention states (N, queries, width) for pictures to draw after `contexts` (see `context`)."""
-        return self.resampler(*self.context(contexts))
+    def prompt_embeds(self, contexts: list[torch.Tensor]) -> torch.Tensor:
+        """`(N, num_queries, cross_attention_dim)` for images to draw after `contexts` (see `pack_context`)."""
+        return self.perceiver_resampler(*self.pack_context(contexts))
 
-    def prepare(self, maps, visible) -> PreparedSites:
-        """Pictures for all sites, once for all steps.
+
+class MMFSNet(nn.Module):
+    """One MMFS block per skip of the U-Net, and one for its middle block."""
+
+    def __init__(self, c: SynchronizerConfig, operations):
+        super().__init__()
+        self.spatial_shapes = c.mmfs.spatial_shapes
+        *skips, mid = (MMFSBlock(c, n, base, operations) for n, base in zip(c.block_channels, c.block_base_shapes))
+        self.mmfs_down_blocks, self.mmfs_mid_block = nn.ModuleList(skips), mid
+
+    @property
+    def blocks(self) -> list[MMFSBlock]:
+        return [*self.mmfs_down_blocks, self.mmfs_mid_block]
+
+    def project_images(self, maps, image_mask, dtype: torch.dtype | None = None) -> UNetImageValues:
+        """Projects context images for all blocks, once for all steps.
 
         Args:
-            maps: the encoder's maps, each (N, P, C, h, w), oldest picture first; P may be 0. Those of the sites' levels
-                are read.
-            visible: bool (N, P), or (R, N, P).
+            maps: The encoder's feature maps, each `(N, P, C, h, w)`, oldest image first; P may be 0.
+            image_mask: bool `(N, P)`, or `(R, N, P)`.
+            dtype: The U-Net's, where the host casts weights to that of activations; None for the weights' own.
         """
-        maps = [m for m in maps if m.shape[-1] in self.config.levels]
-        sizes = [tuple(m.shape[-2:]) for m in maps]
-        features = torch.cat([m.flatten(3).transpose(2, 3) for m in maps], dim=2).to(self.negative.dtype)
-        return PreparedSites(
-            tuple(site.mmfs.prepare(site.feature_norm(features), sizes) for site in self.sites), visible
+        maps = [m for m in maps if m.shape[-1] in self.spatial_shapes]
+        shapes = [tuple(m.shape[-2:]) for m in maps]
+        features = torch.cat([m.flatten(3).transpose(2, 3) for m in maps], dim=2)
+        features = features.to(dtype or self.mmfs_mid_block.pos_embed.dtype)
+        return UNetImageValues(
+            tuple(block.mmfs.project_images(block.feat_norm(features), shapes) for block in self.blocks), image_mask
         )
 
-    def site(self, index: int, x, prepared: PreparedSites, strength: float = 1.0):
-        """x + strength * what site `index` finds, for a skip or mid output x (R * N, C, h, w)."""
+    def add_residual(self, index: int, x, values: UNetImageValues, scale: float = 1.0):
+        """x + scale * MMFS of block `index`, for a skip or the middle block's output x `(R * N, C, h, w)`."""
         size = tuple(x.shape[-2:])
-        if (index, size) not in prepared.maps:
-            positions = resize_positions(self.sites[index].positions, size).to(x)
-            prepared.maps[index, size] = positions, cell_centres(size).to(x.device)
-        site = self.sites[index]
-        return x + strength * site(x, prepared.sites[index], prepared.visible, *prepared.maps[index, size])
+        block = self.blocks[index]
+        if (index, size) not in values.pos_cache:
+            positions = interpolate_pos_embed(block.pos_embed, size).to(x)
+            values.pos_cache[index, size] = positions, get_reference_points(size).to(x.device)
+        return x + scale * block(x, values.blocks[index], values.image_mask, *values.pos_cache[index, size])
+
+
+class UNetSynchronizer(nn.Module):
+    """The trained parts between LLM and U-Net."""
+
+    def __init__(self, c: SynchronizerConfig, operations=nn, attention=default_attention):
+        super().__init__()
+        self.config = c
+        self.conditioner = ContextConditioner(c, operations, attention)
+        self.mmfs_module = MMFSNet(c, operations)

@@ -1,4 +1,4 @@
-"""Pictures in and out: any image -> RGB floats, and the encoder's preprocessing, equal to the reference's."""
+"""Images in and out: any image -> RGB floats, files and data URLs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import PictureError
+from ..errors import ImageError
 
 MAX_PIXELS = 64_000_000  # 8000 x 8000: decoded it is 768 MB of float32
 MIN_SIDE = 8
@@ -36,11 +36,11 @@ class ImageFile:
     suffix: str
 
 
-def read_picture(path: str | Path) -> torch.Tensor:
-    """Reads an image file as RGB float32 (3, H, W) in [0, 1]; raises PictureError.
+def read_image(path: str | Path) -> torch.Tensor:
+    """Reads an image file as RGB float32 (3, H, W) in [0, 1]; raises ImageError.
 
     Transparent pixels are laid on white; 16-bit, CMYK and embedded colour profiles are converted to sRGB; the camera's
-    rotation is applied. Of a still format with more than one picture the first is read. An animation is refused: which
+    rotation is applied. Of a still format with more than one image the first is read. An animation is refused: which
     of its frames is meant would be a guess.
     """
     return read_image_file(path)[0]
@@ -50,12 +50,12 @@ def read_image_file(path: str | Path) -> tuple[torch.Tensor, ImageFile | None]:
     """`read_picture`, and the file's bytes if its format is one of SUFFIXES."""
     path = Path(path)
     if not _is_file(path):
-        raise PictureError(f"There is no picture file {str(path)!r}.")
+        raise ImageError(f"There is no image file {str(path)!r}.")
     name = repr(str(path))
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise PictureError(f"The picture {name} cannot be read: {error.strerror or error}.") from None
+        raise ImageError(f"The image {name} cannot be read: {error.strerror or error}.") from None
     pixels, kind = _decode(data, name)
     return pixels, ImageFile(data, SUFFIXES[kind]) if kind in SUFFIXES else None
 
@@ -67,12 +67,12 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def decode_url(url: str) -> torch.Tensor:
+def decode_data_url(url: str) -> torch.Tensor:
     """RGB float32 (3, H, W) from a data: URL."""
     try:
         data = base64.b64decode(url.partition(",")[2], validate=True)
     except ValueError:  # binascii's own error is one
-        raise PictureError("A picture's data URL is not valid base64.") from None
+        raise ImageError("An image's data URL is not valid base64.") from None
     return _decode(data, "in the data URL")[0]
 
 
@@ -82,23 +82,21 @@ def _decode(data: bytes, name: str) -> tuple[torch.Tensor, str | None]:
         with _open(data, name) as image:
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format in ANIMATIONS:
-                raise PictureError(
-                    f"The picture {name} is an animation of {frames} frames; save the one you want as a PNG."
+                raise ImageError(
+                    f"The image {name} is an animation of {frames} frames; save the one you want as a PNG."
                 )
             _check_size(*image.size, name)
             image.load()
-            return to_pixels(_to_srgb(ImageOps.exif_transpose(image), image.info.get("icc_profile"))), image.format
-    except PictureError:
+            return to_tensor(_to_srgb(ImageOps.exif_transpose(image), image.info.get("icc_profile"))), image.format
+    except ImageError:
         raise
     except Image.DecompressionBombError:
-        raise PictureError(
-            f"The picture {name} is too large; at most {MAX_PIXELS // 10**6} megapixels are read."
-        ) from None
+        raise ImageError(f"The image {name} is too large; at most {MAX_PIXELS // 10**6} megapixels are read.") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, TypeError, struct.error) as error:
         reason = str(error).rstrip(".") or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "it is no image in a format that Pillow knows"
-        raise PictureError(f"The picture {name} cannot be read: {reason}.") from None
+        raise ImageError(f"The image {name} cannot be read: {reason}.") from None
 
 
 def _open(data: bytes, name: str) -> Image.Image:
@@ -108,8 +106,8 @@ def _open(data: bytes, name: str) -> Image.Image:
     try:
         import pillow_heif
     except ImportError:
-        raise PictureError(
-            f"The picture {name} is a HEIC file; install pillow-heif to read it, or save it as JPEG or PNG."
+        raise ImageError(
+            f"The image {name} is a HEIC file; install pillow-heif to read it, or save it as JPEG or PNG."
         ) from None
     return pillow_heif.open_heif(io.BytesIO(data)).to_pillow()
 
@@ -134,8 +132,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image
 
 
-def to_pixels(source) -> torch.Tensor:
-    """Any picture in memory as RGB float32 (3, H, W) in [0, 1]; raises PictureError.
+def to_tensor(source) -> torch.Tensor:
+    """Any image in memory as RGB float32 (3, H, W) in [0, 1]; raises ImageError.
 
     Takes a PIL image of any mode; a numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); a torch tensor of these
     shapes, or with channels first: uint8, uint16, bool, or floats within [0, 1].
@@ -144,13 +142,13 @@ def to_pixels(source) -> torch.Tensor:
         return _from_pil(source)
     if isinstance(source, np.ndarray):
         if source.dtype not in _ARRAY_TYPES:
-            raise PictureError(f"A picture array must be of uint8, uint16, bool or floats, not {source.dtype}.")
+            raise ImageError(f"An image array must be of uint8, uint16, bool or floats, not {source.dtype}.")
         source = torch.from_numpy(np.ascontiguousarray(source))
     if not isinstance(source, torch.Tensor):
-        raise PictureError(f"A picture must be a PIL image, a numpy array or a tensor, not {type(source).__name__}.")
+        raise ImageError(f"An image must be a PIL image, a numpy array or a tensor, not {type(source).__name__}.")
 
     if not (source.is_floating_point() or source.dtype in (torch.uint8, torch.uint16, torch.bool)):
-        raise PictureError(f"A picture tensor must be of uint8, uint16, bool or floats, not {source.dtype}.")
+        raise ImageError(f"An image tensor must be of uint8, uint16, bool or floats, not {source.dtype}.")
     pixels = source.detach().cpu()
     shape = tuple(pixels.shape)
     if pixels.ndim == 4 and shape[0] == 1:
@@ -160,11 +158,11 @@ def to_pixels(source) -> torch.Tensor:
     elif pixels.ndim == 3 and pixels.shape[0] not in (1, 3, 4):
         pixels = pixels.permute(2, 0, 1)
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3, 4):
-        raise PictureError(f"A picture array must be (H, W), (H, W, channels) or (channels, H, W), not {shape}.")
+        raise ImageError(f"An image array must be (H, W), (H, W, channels) or (channels, H, W), not {shape}.")
     if pixels.is_floating_point():
         low, high = pixels.float().aminmax() if pixels.numel() else (torch.zeros(()), torch.ones(()))
         if not (low >= -1e-3 and high <= 1 + 1e-3):
-            raise PictureError(f"A picture of floats must be within [0, 1]; this one has {low:.3g} to {high:.3g}.")
+            raise ImageError(f"An image of floats must be within [0, 1]; this one has {low:.3g} to {high:.3g}.")
         pixels = pixels.float().clamp(0, 1)
     elif pixels.dtype == torch.bool:
         pixels = pixels.float()
@@ -184,7 +182,7 @@ def _from_pil(image: Image.Image) -> torch.Tensor:
     if image.mode in ("I", "F"):
         array = np.asarray(image).astype(np.float32)
         if not np.isfinite(array).all():
-            raise PictureError("The picture has values that are not numbers (NaN or infinite).")
+            raise ImageError("The image has values that are not numbers (NaN or infinite).")
         top = 65535 if array.max(initial=0) > 255 else 255 if array.max(initial=0) > 1 or image.mode == "I" else 1
         return torch.from_numpy(np.clip(array / top, 0, 1)).expand(3, -1, -1).contiguous()
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
@@ -197,11 +195,11 @@ def _from_pil(image: Image.Image) -> torch.Tensor:
 def _check_size(width: int, height: int, name: str) -> None:
     size = f"{width} x {height} px"
     if min(width, height) < MIN_SIDE:
-        raise PictureError(f"The picture {name} is {size}; each side must have at least {MIN_SIDE} px.")
+        raise ImageError(f"The image {name} is {size}; each side must have at least {MIN_SIDE} px.")
     if width * height > MAX_PIXELS:
-        raise PictureError(f"The picture {name} is {size}; at most {MAX_PIXELS // 10**6} megapixels are read.")
+        raise ImageError(f"The image {name} is {size}; at most {MAX_PIXELS // 10**6} megapixels are read.")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise PictureError(f"The picture {name} is {size}; its sides must not differ by more than {MAX_ASPECT} times.")
+        raise ImageError(f"The image {name} is {size}; its sides must not differ by more than {MAX_ASPECT} times.")
 
 
 def to_bytes(pixels: torch.Tensor) -> np.ndarray:
@@ -220,7 +218,7 @@ def encode_png(pixels: torch.Tensor, info=None) -> bytes:
     return buffer.getvalue()
 
 
-def encode_url(pixels: torch.Tensor) -> str:
+def encode_data_url(pixels: torch.Tensor) -> str:
     """A data: URL of a PNG."""
     return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode("ascii")
 
@@ -229,24 +227,8 @@ def encode_page_url(pixels: torch.Tensor) -> str:
     """A data: URL for a page, of at most PAGE_SIDE px a side: a PNG of drawings, a JPEG of what is larger."""
     image = to_pil(pixels)
     if max(image.size) <= 768:
-        return encode_url(pixels)
+        return encode_data_url(pixels)
     image.thumbnail((PAGE_SIDE, PAGE_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85, progressive=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def preprocess(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """The encoder's view of a picture: (3, H, W) -> (3, size, size), the centre of it (`center_crop_arr`).
-
-    Halved by a box filter while at least twice the size, then bicubic, in 8 bits as the reference does.
-    """
-    image = to_pil(pixels)
-    while min(image.size) >= 2 * size:
-        image = image.resize(tuple(x // 2 for x in image.size), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize(tuple(round(x * scale) for x in image.size), Image.Resampling.BICUBIC)
-    array = np.array(image)
-    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
-    array = array[top : top + size, left : left + size]
-    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1).float() / 255

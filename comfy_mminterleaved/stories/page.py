@@ -1,4 +1,4 @@
-"""A story as files: numbered pictures, story.json, and story.html, one page that holds everything."""
+"""A story as files: numbered images, story.json, and story.html, one page that holds everything."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import StoryError
-from ..files import write_bytes, write_json
+from ..files import atomic_write, write_json
 from .images import encode_png
-from .story import Picture, Story
+from .story import ImageSegment, Story
 
 METADATA_KEY = "mm-interleaved"
 
@@ -36,49 +36,49 @@ def save_story(
 ) -> list[Path]:
     """Writes a story into a folder that is there; each file appears whole or not at all. Raises OutputError.
 
-    A picture that came from a file keeps its bytes; others become PNGs that carry their panel's text and the settings.
+    An image that came from a file keeps its bytes; others become PNGs that carry their panel's text and the settings.
     One that the folder holds already is not written again.
 
     Args:
-        folder: a story saved there before is replaced, pictures and all.
-        settings: JSON-ready; kept in story.json and in the pictures' metadata.
+        folder: A story saved there before is replaced, images and all.
+        settings: JSON-ready; Kept in story.json and in the images' metadata.
         metadata: more text chunks for every PNG that is made, by keyword.
 
     Returns:
         The files: 01.png, 02.png, ..., story.json, story.html.
     """
     folder = Path(folder)
-    old = _saved_pictures(folder)
+    old = _saved_images(folder)
     names, states = [], {}
-    for number, panel in enumerate((p for p in story.panels() if p.picture is not None), 1):
-        picture = panel.picture
-        name = f"{number:02d}{picture.file.suffix if picture.file else '.png'}"
-        about = {"picture": name, "panel": number, "text": panel.text, "title": title, "settings": settings or {}}
+    for number, panel in enumerate((p for p in story.panels() if p.image is not None), 1):
+        image = panel.image
+        name = f"{number:02d}{image.file.suffix if image.file else '.png'}"
+        about = {"image": name, "panel": number, "text": panel.text, "title": title, "settings": settings or {}}
         data = json.dumps(about, ensure_ascii=False)
-        state = hashlib.blake2b(f"{picture.key} {data} {metadata}".encode(), digest_size=16).hexdigest()
+        state = hashlib.blake2b(f"{image.digest} {data} {metadata}".encode(), digest_size=16).hexdigest()
         if old.get(name) != state or not (folder / name).is_file():
-            write_bytes(folder / name, picture.file.data if picture.file else _png(picture, data, metadata))
+            atomic_write(folder / name, image.file.data if image.file else _png(image, data, metadata))
         names.append(name)
         states[name] = state
     data = {**story.to_json(names), "title": title, "settings": settings or {}, "saved": states}
     write_json(folder / "story.json", data)
-    write_bytes(folder / "story.html", page(story, title).encode("utf-8"))
+    atomic_write(folder / "story.html", render_page(story, title).encode("utf-8"))
     for name in set(old) - set(names):
         with contextlib.suppress(OSError):
             (folder / name).unlink()
     return [*(folder / name for name in names), folder / "story.json", folder / "story.html"]
 
 
-def _png(picture: Picture, data: str, metadata: dict | None) -> bytes:
+def _png(image: ImageSegment, data: str, metadata: dict | None) -> bytes:
     info = PngInfo()
     info.add_itxt(METADATA_KEY, data)
     for keyword, text in (metadata or {}).items():
         info.add_text(keyword, text)
-    return encode_png(picture.pixels, info)
+    return encode_png(image.pixels, info)
 
 
-def _saved_pictures(folder: Path) -> dict[str, str]:
-    """The numbered pictures of a story saved in a folder before, and the state that each was saved in."""
+def _saved_images(folder: Path) -> dict[str, str]:
+    """The numbered images of a story saved in a folder before, and the state that each was saved in."""
     try:
         data = json.loads((folder / "story.json").read_text(encoding="utf-8"))
         names = [segment.get("image", segment.get("picture")) for segment in data["segments"]]
@@ -97,7 +97,7 @@ def has_book(folder: Path) -> bool:
 
 
 def load_story(path: str | Path) -> Story:
-    """Reads a story.json, or the folder of one, with the pictures beside it."""
+    """Reads a story.json, or the folder of one, with the images beside it."""
     return load_book(path).story
 
 
@@ -145,29 +145,30 @@ def language_of(text: str) -> str:
     return _LANGUAGES.get(scripts.most_common(1)[0][0], "und") if scripts else "en"
 
 
-def page(story: Story, title: str = "") -> str:
-    """The story as one HTML page, pictures inside: a book on a screen, a phone, and on paper."""
+def render_page(story: Story, title: str = "") -> str:
+    """The story as one HTML page, images inside: a book on a screen, a phone, and on paper."""
     panels = story.panels()
     title = title or _title(next((panel.text for panel in panels if panel.text), ""))
-    sheets = []
+    pages = []
     for number, panel in enumerate(panels, 1):
-        picture = ""
-        if panel.picture is not None:
-            width, height = panel.picture.size
-            alt = html.escape(panel.text or f"Picture {number}", quote=True)
-            picture = f'<img src="{panel.picture.page_url}" width="{width}" height="{height}" alt="{alt}">'
+        image = ""
+        if panel.image is not None:
+            width, height = panel.image.size
+            alt = html.escape(panel.text or f"Image {number}", quote=True)
+            image = f'<img src="{panel.image.page_url}" width="{width}" height="{height}" alt="{alt}">'
         text = "".join(f'<p dir="auto">{html.escape(p)}</p>' for p in panel.text.split("\n") if p.strip())
-        kind = "sheet" if picture else "sheet words"
-        sheets.append(f'<section class="{kind}">{picture}<div class="text">{text}</div><span>{number}</span></section>')
+        kind = "sheet" if image else "sheet words"
+        pages.append(f'<section class="{kind}">{image}<div class="text">{text}</div><span>{number}</span></section>')
     language = language_of(story.text)
     parts = {
         "title": html.escape(title),
-        "sheets": "\n".join(sheets),
+        "pages": "\n".join(pages),
         "language": language,
         "initials": "initials" if language in _WITH_INITIALS else "",
     }
     # In one pass: texts stay as they are.
-    return re.sub(r"\{\{(title|sheets|language|initials)\}\}", lambda match: parts[match[1]], _PAGE)
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(title|pages|language|initials)\}\}", lambda match: parts[match[1]], template)
 
 
 def _title(text: str, longest: int = 60) -> str:
@@ -175,52 +176,3 @@ def _title(text: str, longest: int = 60) -> str:
     if len(sentence) > longest:
         sentence = sentence[:longest].rsplit(" ", 1)[0] + "\N{HORIZONTAL ELLIPSIS}"
     return sentence or "A story"
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="{{language}}">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{title}}</title>
-<style>
-  :root { --ink: #2c2622; --paper: #fffdf7; --desk: #e9e1d3; --rule: #c8b89c; }
-  * { box-sizing: border-box; }
-  body { margin: 0; background: var(--desk); color: var(--ink); font: 1.25rem/1.65 Georgia, "Iowan Old Style",
-         "Palatino Linotype", "Noto Serif", serif; }
-  main { max-width: 44rem; margin: 0 auto; padding: 3rem 1rem 4rem; }
-  h1 { font-size: clamp(1.7rem, 6vw, 2.7rem); line-height: 1.2; font-weight: normal; text-align: center;
-       text-wrap: balance; margin: 0 auto 2.5rem; padding-bottom: 1.2rem; overflow-wrap: anywhere; }
-  h1::after { content: ""; display: block; width: 5rem; margin: 1.2rem auto 0; border-top: 2px solid var(--rule); }
-  .sheet { background: var(--paper); margin: 0 0 2.5rem; padding: clamp(1rem, 4vw, 2.5rem); border-radius: 3px;
-           box-shadow: 0 1px 2px rgb(60 40 20 / .25), 0 10px 30px rgb(60 40 20 / .13); position: relative; }
-  .sheet img { display: block; width: 100%; max-width: 34rem; height: auto; margin: 0 auto; border-radius: 2px;
-               box-shadow: 0 0 0 1px rgb(60 40 20 / .15); }
-  .text { display: flow-root; max-width: 32rem; margin: 1.4rem auto .6rem; overflow-wrap: anywhere; }
-  .words .text { margin-top: .4rem; }
-  .text:empty { margin: 0; }
-  p { margin: 0 0 .6em; text-wrap: pretty; }
-  .initials section:first-of-type p:first-child::first-letter { font-size: 3.1em; line-height: .82;
-               float: inline-start; padding-block-start: .08em; padding-inline-end: .09em; color: #8a4b2a; }
-  .sheet > span { display: block; text-align: center; font-size: .85rem; color: #8d7f6d; }
-  @media print {
-    @page { margin: 14mm; }
-    body { background: none; font-size: 20pt; }
-    main { max-width: none; padding: 0; }
-    h1 { margin-bottom: 6mm; }
-    .sheet { box-shadow: none; padding: 0; margin: 0; break-inside: avoid; background: none; }
-    .sheet + .sheet { break-before: page; }
-    .sheet img { width: 100%; max-width: 100%; max-height: 74vh; object-fit: contain; box-shadow: none; }
-    section:first-of-type img { max-height: 62vh; }
-    .text { max-width: none; }
-  }
-</style>
-</head>
-<body>
-<main class="{{initials}}">
-<h1 dir="auto">{{title}}</h1>
-{{sheets}}
-</main>
-</body>
-</html>
-"""

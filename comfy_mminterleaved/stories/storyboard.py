@@ -1,23 +1,31 @@
-"""Storyboard files: stories to make, in this project's format or the reference's annotation format."""
+"""Storyboard files: stories to generate, in this project's format or the reference's annotation format."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
-from ..errors import PictureError, StoryError
-from .story import Picture, Story, Text, read_named
-
-MODES = {"generate_images": "draw", "generate_texts": "write"}
-
+from ..errors import ImageError, StoryError
+from .story import ImageSegment, Story, TextSegment, open_named_image
 
 MAX_PANELS = 1000
 
 
+class Step(str, Enum):
+    """What a step of a plan generates."""
+
+    TEXT = "text"
+    IMAGE = "image"
+
+
+GENERATE_MODES = {"generate_images": Step.IMAGE, "generate_texts": Step.TEXT}
+
+
 @dataclass(frozen=True)
-class Plan:
-    """One story to make.
+class StoryPlan:
+    """One story to generate.
 
     Args:
         opening: What it opens with; its `image_first` is what the file asks for, if it does.
@@ -31,27 +39,27 @@ class Plan:
     title: str = ""
     seed: int = 0
     script: tuple[str | None, ...] = ()
-    steps: tuple[tuple[str | Text, ...], ...] | None = None
+    steps: tuple[tuple[Step | TextSegment, ...], ...] | None = None
 
-    def steps_after(self, opening: Story) -> tuple[tuple[str | Text, ...], ...]:
+    def steps_after(self, opening: Story) -> tuple[tuple[Step | TextSegment, ...], ...]:
         """The steps of each panel behind `opening`, which is this plan's as the model arranged and introduced it."""
         return plan_panels(opening, self.panels, self.script) if self.steps is None else self.steps
 
 
-def load_storyboard(path: str | Path) -> list[Plan]:
-    """Reads a storyboard; pictures are files below its folder. Raises StoryError, PictureError.
+def load_storyboard(path: str | Path) -> list[StoryPlan]:
+    """Reads a storyboard; images are files below its folder. Raises StoryError, ImageError.
 
     This project's format:
 
         {"format": "mm-interleaved-storyboard", "version": 1, "stories": [
-            {"title": "Mia", "opening": [{"text": "..."}, {"picture": "mia.png"}], "panels": 4,
+            {"title": "Mia", "opening": [{"text": "..."}, {"image": "mia.png"}], "panels": 4,
              "image_first": false, "seed": 1}]}
 
     `panels` is their number, or a list of their texts: {"text": "..."} or a string; {} where the model writes it.
     `image_first` may be left away: then it is as the model's stories are.
 
     The reference's: a list of {sentences, images, sentence_ixs, image_first, generate_mode, num_iter}. With the mode
-    generate_images its last picture stands for the one to draw and is not read.
+    generate_images its last image stands for the one to generate and is not read.
     """
     path = Path(path)
     try:
@@ -84,7 +92,7 @@ def load_storyboard(path: str | Path) -> list[Plan]:
     return plans
 
 
-def _own(entry: dict, folder: Path, name: str) -> Plan:
+def _own(entry: dict, folder: Path, name: str) -> StoryPlan:
     unknown = sorted(set(entry) - {"title", "opening", "panels", "image_first", "picture_first", "seed"})
     if unknown:
         raise StoryError(f"{name} has settings that are not known: {', '.join(unknown)}.")
@@ -92,12 +100,12 @@ def _own(entry: dict, folder: Path, name: str) -> Plan:
     if isinstance(opening, str):
         opening = [{"text": opening}]
     if not isinstance(opening, list):
-        raise StoryError(f"{name}: opening must be text or a list of texts and pictures, not {opening!r:.60}.")
+        raise StoryError(f"{name}: opening must be text or a list of texts and images, not {opening!r:.60}.")
     panels, script = _panels(entry.get("panels", 3), f"{name}: panels")
-    key = "image_first" if "image_first" in entry else "picture_first"
-    image_first = entry.get(key)
+    digest = "image_first" if "image_first" in entry else "picture_first"
+    image_first = entry.get(digest)
     if not isinstance(image_first, bool | None):
-        raise StoryError(f"{name}: {key} must be true or false, not {image_first!r:.60}.")
+        raise StoryError(f"{name}: {digest} must be true or false, not {image_first!r:.60}.")
     title = entry.get("title", "")
     if not isinstance(title, str):
         raise StoryError(f"{name}: title must be text, not {title!r:.60}.")
@@ -105,9 +113,9 @@ def _own(entry: dict, folder: Path, name: str) -> Plan:
     try:
         data = {"format": "mm-interleaved-story", "image_first": image_first, "segments": opening}
         story = Story.from_json(data, folder)
-    except (StoryError, PictureError) as error:
+    except (StoryError, ImageError) as error:
         raise type(error)(f"{name}: {error}") from None
-    return Plan(story, panels, title, seed, script)
+    return StoryPlan(story, panels, title, seed, script)
 
 
 def _panels(value, name: str) -> tuple[int, tuple[str | None, ...]]:
@@ -125,26 +133,26 @@ def _panels(value, name: str) -> tuple[int, tuple[str | None, ...]]:
     return len(script), tuple(script)
 
 
-def plan_panels(story: Story, panels: int, script=()) -> tuple[tuple[str | Text, ...], ...]:
+def plan_panels(story: Story, panels: int, script=()) -> tuple[tuple[Step | TextSegment, ...], ...]:
     """The steps of `panels` more panels in the story's own order.
 
-    Text that a text-first story ends with is the next panel's, as is all of a story without pictures; an image-first
-    story that ends with a picture first gets the text of that.
+    Text that a text-first story ends with is the next panel's, as is all of a story without images; an image-first
+    story that ends with an image first gets the text of that.
 
     Args:
         script: texts of the panels that have theirs already, None for the others.
     """
-    texts = [Text(text) if text else "write" for text in script] + ["write"] * (panels - len(script))
+    texts = [TextSegment(text) if text else Step.TEXT for text in script] + [Step.TEXT] * (panels - len(script))
     if story.image_first if story.image_first is not None else story.opens_image_first:
-        steps = [("draw", text) for text in texts]
-        if story.segments and isinstance(story.segments[-1], Picture):
-            return (("write",), *steps)
-        if story.segments and not story.pictures and texts[0] == "write":
-            steps[0] = ("draw",)
+        steps = [(Step.IMAGE, text) for text in texts]
+        if story.segments and isinstance(story.segments[-1], ImageSegment):
+            return ((Step.TEXT,), *steps)
+        if story.segments and not story.images and texts[0] == Step.TEXT:
+            steps[0] = (Step.IMAGE,)
         return tuple(steps)
-    steps = [(text, "draw") for text in texts]
-    if steps[0][0] == "write" and story.segments and isinstance(story.segments[-1], Text):
-        steps[0] = ("draw",)
+    steps = [(text, Step.IMAGE) for text in texts]
+    if steps[0][0] == Step.TEXT and story.segments and isinstance(story.segments[-1], TextSegment):
+        steps[0] = (Step.IMAGE,)
     return tuple(steps)
 
 
@@ -153,18 +161,18 @@ def panel_seeds(story: Story, plan) -> list[int]:
 
     So panels that are added later have the seeds that they would have had in a story told at once.
     """
-    count, seeds = len(story.pictures), []
+    count, seeds = len(story.images), []
     for steps in plan:
-        draws = "draw" in steps
+        draws = Step.IMAGE in steps
         seeds.append(count if draws or not story.is_image_first else max(count - 1, 0))
         count += draws
     return seeds
 
 
-def _annotation(entry: dict, folder: Path, name: str) -> Plan:
+def _annotation(entry: dict, folder: Path, name: str) -> StoryPlan:
     """As `load_annt_data` of the reference's inference.py places them."""
     sentences, images, places, firsts = (
-        entry.get(key) for key in ("sentences", "images", "sentence_ixs", "image_first")
+        entry.get(digest) for digest in ("sentences", "images", "sentence_ixs", "image_first")
     )
     if not all(isinstance(v, list) for v in (sentences, images, places, firsts)):
         raise StoryError(f"{name} must have the lists sentences, images, sentence_ixs and image_first.")
@@ -176,32 +184,32 @@ def _annotation(entry: dict, folder: Path, name: str) -> Plan:
     if not all(isinstance(v, str) for v in sentences + images):
         raise StoryError(f"{name}: sentences and images must hold texts.")
     mode = entry.get("generate_mode", "generate_texts")
-    if mode not in MODES:
-        raise StoryError(f"{name}: generate_mode must be one of {', '.join(MODES)}, not {mode!r}.")
+    if mode not in GENERATE_MODES:
+        raise StoryError(f"{name}: generate_mode must be one of {', '.join(GENERATE_MODES)}, not {mode!r}.")
     count = _integer(entry.get("num_iter", 1), f"{name}: num_iter", 1, 2 * MAX_PANELS)
 
-    parts: list[list[str | None]] = [[sentence] for sentence in sentences]  # None is a picture's place
+    parts: list[list[str | None]] = [[sentence] for sentence in sentences]  # None is an image's place
     for place, first in zip(places, firsts):
         if not isinstance(place, int) or not 0 <= place < len(sentences):
             raise StoryError(f"{name}: a sentence_ix must be from 0 to {len(sentences) - 1}, not {place!r}.")
         parts[place].insert(0 if first else len(parts[place]), None)
     flat = [part for sentence in parts for part in sentence]
-    draws = MODES[mode] == "draw"
+    draws = GENERATE_MODES[mode] == Step.IMAGE
     if draws and (None not in flat or any(flat[len(flat) - flat[::-1].index(None) :])):
-        raise StoryError(f"{name}: with generate_images the last picture, which is drawn, must be at the end.")
-    if draws:  # the last picture is only a place
+        raise StoryError(f"{name}: with generate_images the last image, which is generated, must be at the end.")
+    if draws:  # the last image is only a place
         flat = flat[: len(flat) - flat[::-1].index(None) - 1]
     names = iter(images)
     story = Story()
     for part in flat:
-        story = story.add(part.strip() if part is not None else read_named(next(names), folder))
-    order = ("draw", "write") if draws else ("write", "draw")
+        story = story.add(part.strip() if part is not None else open_named_image(next(names), folder))
+    order = (Step.IMAGE, Step.TEXT) if draws else (Step.TEXT, Step.IMAGE)
     steps = (order,) * (count // 2) + (order[:1],) * (count % 2)
-    return Plan(story, sum("draw" in panel for panel in steps), steps=steps)
+    return StoryPlan(story, sum(Step.IMAGE in panel for panel in steps), steps=steps)
 
 
 def _integer(value, name: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        shown = f"{value!r:.60}" if not isinstance(value, int) or abs(value) < 10**30 else "one of over thirty digits"
-        raise StoryError(f"{name} must be a whole number from {low} to {high}, not {shown}.")
+        label = f"{value!r:.60}" if not isinstance(value, int) or abs(value) < 10**30 else "one of over thirty digits"
+        raise StoryError(f"{name} must be a whole number from {low} to {high}, not {label}.")
     return value

@@ -88,8 +88,8 @@ def mixtures(encoder, llm, synchronizer, unet, story) -> dict[str, str]:
     """What is said of an LLM of another width with this encoder and this synchronizer."""
     from dataclasses import replace
 
-    from mmi.comfy_mminterleaved.initialize import new_blocks
-    from mmi.nodes.blocks import LLMBlock
+    from mmi.comfy_mminterleaved.models.init_weights import init_modules
+    from mmi.nodes.blocks import PatchedLLM
     from mmi.nodes.segments import with_features
     from mmi.nodes.synchronize import Synchronize
 
@@ -98,9 +98,11 @@ def mixtures(encoder, llm, synchronizer, unet, story) -> dict[str, str]:
         config,
         llm=replace(config.llm, width=96),
         encoder=replace(config.encoder, out_width=96),
-        decoder=replace(config.decoder, llm_width=96, resampler=replace(config.decoder.resampler, encoder_width=96)),
+        decoder=replace(
+            config.synchronizer, llm_width=96, resampler=replace(config.synchronizer.resampler, encoder_width=96)
+        ),
     )
-    other = LLMBlock(narrow, new_blocks(narrow)["llm"].state_dict(), "other", None)
+    other = PatchedLLM(narrow, init_modules(narrow)["llm"].state_dict(), "other", None)
     found = {}
     for name, check in {
         "other LLM": lambda: Synchronize.execute(other, synchronizer, unet, 1.0, 0.0, 1.0, 1, story),
@@ -128,10 +130,10 @@ def main(comfyui: str) -> None:
 
     torch.set_num_threads(1)
     package()
-    from mmi.comfy_mminterleaved import checkpoint
-    from mmi.comfy_mminterleaved.drawing import Drawing, draw
-    from mmi.comfy_mminterleaved.model import MMInterleaved
-    from mmi.comfy_mminterleaved.story import Story
+    from mmi.comfy_mminterleaved.checkpoints import load as checkpoint
+    from mmi.comfy_mminterleaved.generation.image import ImageGenerationConfig, draw
+    from mmi.comfy_mminterleaved.pipeline import MMInterleavedPipeline
+    from mmi.comfy_mminterleaved.stories.story import Story
     from mmi.nodes.load import LoadMMInterleaved
     from mmi.nodes.segments import with_features
     from mmi.nodes.synchronize import Synchronize
@@ -139,7 +141,7 @@ def main(comfyui: str) -> None:
     result, drawn = {}, {}
     with torch.inference_mode():
         encoder, llm, synchronizer, unet, vae = LoadMMInterleaved.execute("starter").result
-        library = MMInterleaved.load(checkpoint.STARTER, "cpu", torch.float32)
+        library = MMInterleavedPipeline.load(checkpoint.STARTER_DIR, "cpu", torch.float32)
         for decoder in (library.decoder, synchronizer.module):  # whatever was trained, the sites must count
             generator = torch.Generator().manual_seed(1)
             for site in decoder.sites:
@@ -185,7 +187,7 @@ def main(comfyui: str) -> None:
 
             encoded = library.encode(story)
             states = library.decoder.condition(library.contexts([encoded]) * 2)
-            prepared = library.decoder.prepare(*library.looked_at([encoded] * 2, count))
+            prepared = library.decoder.prepare(*library.context_feature_maps([encoded] * 2, count))
             own = draw(
                 library.unet,
                 library.vae,
@@ -193,7 +195,7 @@ def main(comfyui: str) -> None:
                 library.decoder,
                 states,
                 prepared,
-                Drawing(steps=steps, guidance=cfg, strength=strength),
+                ImageGenerationConfig(num_inference_steps=steps, guidance_scale=cfg, mmfs_scale=strength),
                 [7, 8],
                 (128, 128),
             )

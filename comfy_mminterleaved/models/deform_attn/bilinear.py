@@ -3,7 +3,7 @@
 import torch
 
 
-def bordered(values, sizes):
+def pad_levels(value, spatial_shapes):
     """Maps with a border of zeros one cell wide, in which every point has its four cells.
 
     Args:
@@ -14,13 +14,13 @@ def bordered(values, sizes):
         (N, P, H, S', D), S' = sum of (h + 2) * (w + 2): what one head reads lies together.
     """
     levels = []
-    for level, (h, w) in zip(values.split([h * w for h, w in sizes], dim=2), sizes):
+    for level, (h, w) in zip(value.split([h * w for h, w in spatial_shapes], dim=2), spatial_shapes):
         level = level.transpose(2, 3).unflatten(3, (h, w))  # (N, P, H, h, w, D)
         levels.append(torch.nn.functional.pad(level, (0, 0, 1, 1, 1, 1)).flatten(3, 4))
     return torch.cat(levels, dim=3)
 
 
-def corners(sizes, points, weights, dtype=torch.int64):
+def bilinear_corners(spatial_shapes, sampling_locations, attention_weights, dtype=torch.int64):
     """Cells and weights of the four corners of every point.
 
     Args:
@@ -31,34 +31,34 @@ def corners(sizes, points, weights, dtype=torch.int64):
         cells: integers of `dtype` (..., P, L, K, 4), within one picture's bordered cells.
         weights: (..., P, L, K, 4), of the dtype of `weights`.
     """
-    last, row, first, largest = grid(sizes, points)
+    last, row, first, largest = level_geometry(spatial_shapes, sampling_locations)
     # A point outside is moved onto the border, where everything is zero.
-    points = torch.minimum(points.clamp(min=-1), last)
-    low = torch.minimum(points.detach().floor(), last - 1)
-    share = (points - low).to(weights.dtype)
+    sampling_locations = torch.minimum(sampling_locations.clamp(min=-1), last)
+    low = torch.minimum(sampling_locations.detach().floor(), last - 1)
+    share = (sampling_locations - low).to(attention_weights.dtype)
     cell = (low[..., 1] * row + low[..., 0] + first).to(dtype)  # whole numbers below 2^24, so exact
     cell = cell.clamp_(0, largest)  # a NaN has a place too
     row = row.to(dtype)
-    cells = torch.stack([cell, cell + 1, cell + row, cell + row + 1], -1)
-    right = weights * share[..., 0]
-    left = weights - right
+    corner_index = torch.stack([cell, cell + 1, cell + row, cell + row + 1], -1)
+    right = attention_weights * share[..., 0]
+    left = attention_weights - right
     bottom_left, bottom_right = left * share[..., 1], right * share[..., 1]
-    return cells, torch.stack([left - bottom_left, right - bottom_right, bottom_left, bottom_right], -1)
+    return corner_index, torch.stack([left - bottom_left, right - bottom_right, bottom_left, bottom_right], -1)
 
 
-def grid(sizes, points):
+def level_geometry(spatial_shapes, sampling_locations):
     """Numbers of each level's bordered map, as tensors like `points`.
 
     Returns:
         last (L, 1, 2): the largest x and y that a point can have. row (L, 1): cells in a row. first (L, 1): the cell of
         the point (0, 0). largest: the last cell that can be a top left corner.
     """
-    options = {"device": points.device, "dtype": points.dtype}
-    rows = [w + 2 for _, w in sizes]
+    options = {"device": sampling_locations.device, "dtype": sampling_locations.dtype}
+    rows = [w + 2 for _, w in spatial_shapes]
     starts = [0]
-    for (h, _), row in zip(sizes, rows):
+    for (h, _), row in zip(spatial_shapes, rows):
         starts.append(starts[-1] + (h + 2) * row)
-    last = torch.tensor([(w, h) for h, w in sizes], **options).view(-1, 1, 2)
+    last = torch.tensor([(w, h) for h, w in spatial_shapes], **options).view(-1, 1, 2)
     row = torch.tensor(rows, **options).view(-1, 1)
     first = torch.tensor([start + width + 1 for start, width in zip(starts, rows)], **options).view(-1, 1)
     return last, row, first, starts[-1] - rows[-1] - 2

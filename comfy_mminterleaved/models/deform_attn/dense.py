@@ -2,18 +2,20 @@
 
 import torch
 
-from .bilinear import corners
+from .bilinear import bilinear_corners
 
 
-def gather(values, sizes, points, weights):
-    n, p, h, s, d = values.shape
-    q = points.shape[1]
-    cells, shares = corners(sizes, points, weights)
-    cells, shares = (t.flatten(4).transpose(1, 2) for t in (cells, shares))  # (N, H, Q, P, L * K * 4)
-    matrix = shares.new_zeros(n, h, q, p, s).scatter_add_(4, cells, shares)
-    values = values.transpose(1, 2).flatten(2, 3).flatten(0, 1)
-    found = _Products.apply(matrix.flatten(3).flatten(0, 1).to(values.dtype), values)
-    return found.unflatten(0, (n, h)).transpose(1, 2).flatten(2)  # (N, H, Q, D) -> (N, Q, H * D)
+def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
+    n, p, h, s, d = value.shape
+    q = sampling_locations.shape[1]
+    corner_index, corner_weight = bilinear_corners(spatial_shapes, sampling_locations, attention_weights)
+    corner_index, corner_weight = (
+        t.flatten(4).transpose(1, 2) for t in (corner_index, corner_weight)
+    )  # (N, H, Q, P, L * K * 4)
+    matrix = corner_weight.new_zeros(n, h, q, p, s).scatter_add_(4, corner_index, corner_weight)
+    value = value.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    out = _Products.apply(matrix.flatten(3).flatten(0, 1).to(value.dtype), value)
+    return out.unflatten(0, (n, h)).transpose(1, 2).flatten(2)  # (N, H, Q, D) -> (N, Q, H * D)
 
 
 class _Products(torch.autograd.Function):
@@ -28,6 +30,6 @@ class _Products(torch.autograd.Function):
     def backward(context, gradient):
         first, second = context.saved_tensors
         of_first = torch.empty_like(first)
-        for found, outer, inner in zip(of_first, gradient.contiguous(), second):
-            torch.mm(outer, inner.T, out=found)
+        for out, outer, inner in zip(of_first, gradient.contiguous(), second):
+            torch.mm(outer, inner.T, out=out)
         return of_first, torch.bmm(first.transpose(1, 2), gradient)

@@ -2,24 +2,26 @@
 
 import torch
 
-from .bilinear import corners
+from .bilinear import bilinear_corners
 
-AT_ONCE = 2**26  # sampled values held at a time
-
-
-def gather(values, sizes, points, weights):
-    n, _, h, _, d = values.shape
-    one = n * h * d * 4 * weights[0, 0, 0].numel()  # of one query: four corners of all its points
-    step = max(1, AT_ONCE // max(1, one))
-    parts = zip(points.split(step, dim=1), weights.split(step, dim=1))
-    return torch.cat([_gather(values, sizes, *part) for part in parts], dim=1)
+CHUNK_SIZE = 2**26  # sampled values held at a time
 
 
-def _gather(values, sizes, points, weights):
-    n, p, h, s, d = values.shape
-    cells, shares = corners(sizes, points, weights)  # (N, Q, H, P, L, K, 4)
-    batch = torch.arange(n, device=cells.device).view(n, 1, 1, 1, 1)
-    head = torch.arange(h, device=cells.device).view(h, 1, 1)
-    picture = torch.arange(p, device=cells.device).view(p, 1)
-    samples = values[batch, picture, head, cells.flatten(4)]  # (N, Q, H, P, L * K * 4, D)
-    return (samples * shares.flatten(4).unsqueeze(-1)).sum((3, 4)).flatten(2).to(values.dtype)
+def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
+    n, _, h, _, d = value.shape
+    one = n * h * d * 4 * attention_weights[0, 0, 0].numel()  # of one query: four corners of all its points
+    step = max(1, CHUNK_SIZE // max(1, one))
+    parts = zip(sampling_locations.split(step, dim=1), attention_weights.split(step, dim=1))
+    return torch.cat([_gather(value, spatial_shapes, *part) for part in parts], dim=1)
+
+
+def _gather(value, spatial_shapes, sampling_locations, attention_weights):
+    n, p, h, s, d = value.shape
+    corner_index, corner_weight = bilinear_corners(
+        spatial_shapes, sampling_locations, attention_weights
+    )  # (N, Q, H, P, L, K, 4)
+    batch = torch.arange(n, device=corner_index.device).view(n, 1, 1, 1, 1)
+    head = torch.arange(h, device=corner_index.device).view(h, 1, 1)
+    picture = torch.arange(p, device=corner_index.device).view(p, 1)
+    xformers = value[batch, picture, head, corner_index.flatten(4)]  # (N, Q, H, P, L * K * 4, D)
+    return (xformers * corner_weight.flatten(4).unsqueeze(-1)).sum((3, 4)).flatten(2).to(value.dtype)

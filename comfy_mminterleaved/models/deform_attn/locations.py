@@ -3,47 +3,59 @@
 import torch
 
 
-def weigh(sizes, scales, said, tables, order, reference, heads: int):
+def locations_and_weights(
+    spatial_shapes, scale_ratios, query_terms, relpos_table, image_relpos, reference_points, heads: int
+):
     """Points, their weights, and what weight is left for the sinks; the arguments are those of `attend`.
 
     Returns:
         points (N, Q, H, P, L, K, 2) in cells, float32 or finer; weights (N, Q, H, P, L, K); left (N, Q, H, 1).
     """
-    points, logits = points_and_logits(sizes, scales, said, tables, order, reference, heads)
-    weights = logits.to(points.dtype).softmax(-1).to(said.dtype)
-    return points, weights[..., :-1].view(points.shape[:-1]), weights[..., -1:]
+    sampling_locations, logits = locations_and_logits(
+        spatial_shapes, scale_ratios, query_terms, relpos_table, image_relpos, reference_points, heads
+    )
+    attention_weights = logits.to(sampling_locations.dtype).softmax(-1).to(query_terms.dtype)
+    return (
+        sampling_locations,
+        attention_weights[..., :-1].view(sampling_locations.shape[:-1]),
+        attention_weights[..., -1:],
+    )
 
 
-def points_and_logits(sizes, scales, said, tables, order, reference, heads: int):
+def locations_and_logits(
+    spatial_shapes, scale_ratios, query_terms, relpos_table, image_relpos, reference_points, heads: int
+):
     """The same before the softmax: points, and logits (N, Q, H, P * L * K + 1), the last the sinks'."""
-    offsets, logits = offsets_and_logits(scales, said, tables, order, heads)
-    centre, scale = centres(sizes, scales, reference, offsets)
-    return torch.addcmul(centre, offsets, scale), logits
+    offsets, logits = offsets_and_logits(scale_ratios, query_terms, relpos_table, image_relpos, heads)
+    center, scale = reference_centers(spatial_shapes, scale_ratios, reference_points, offsets)
+    return torch.addcmul(center, offsets, scale), logits
 
 
-def offsets_and_logits(scales, said, tables, order, heads: int):
+def offsets_and_logits(scale_ratios, query_terms, relpos_table, image_relpos, heads: int):
     """Offsets (N, Q, H, P, 1, K, 2), the same for all levels, float32 or finer; logits (N, Q, H, P * L * K + 1)."""
-    n, q, e = said.shape
-    p, levels = order.shape[-1], len(scales)
+    n, q, e = query_terms.shape
+    p, levels = image_relpos.shape[-1], len(scale_ratios)
     k = e // (heads * (2 + levels))
     split = heads * k * 2
-    precise = torch.promote_types(said.dtype, torch.float32)  # half precision is too coarse for positions
+    compute_dtype = torch.promote_types(query_terms.dtype, torch.float32)  # half precision is too coarse for positions
 
-    added = tables[order]  # (N, 1 or Q, P, E)
-    at = added.shape[1]
-    offsets = said[..., :split].view(n, q, heads, 1, 1, k, 2) + added[..., :split].view(
-        n, at, p, heads, 1, k, 2
+    added = relpos_table[image_relpos]  # (N, 1 or Q, P, E)
+    num_queries = added.shape[1]
+    offsets = query_terms[..., :split].view(n, q, heads, 1, 1, k, 2) + added[..., :split].view(
+        n, num_queries, p, heads, 1, k, 2
     ).transpose(2, 3)
-    weighs = added[..., split:].masked_fill((order == 0).unsqueeze(-1), float("-inf"))
-    logits = said[..., split:].view(n, q, heads, 1, levels, k) + weighs.view(n, at, p, heads, levels, k).transpose(2, 3)
+    added_logits = added[..., split:].masked_fill((image_relpos == 0).unsqueeze(-1), float("-inf"))
+    logits = query_terms[..., split:].view(n, q, heads, 1, levels, k) + added_logits.view(
+        n, num_queries, p, heads, levels, k
+    ).transpose(2, 3)
     # The sinks have the constant logit -log(P * L) each: together they weigh like one with logit 0.
-    return offsets.to(precise), torch.cat([logits.flatten(3), logits.new_zeros(n, q, heads, 1)], dim=-1)
+    return offsets.to(compute_dtype), torch.cat([logits.flatten(3), logits.new_zeros(n, q, heads, 1)], dim=-1)
 
 
-def centres(sizes, scales, reference, offsets):
+def reference_centers(spatial_shapes, scale_ratios, reference_points, offsets):
     """A point is centre + offset * scale, in cells of its level: centre (1 or Q, 1, 1, L, K, 2), scale (L, K, 2)."""
     k, options = offsets.shape[-2], {"device": offsets.device, "dtype": offsets.dtype}
-    side = torch.tensor([(w, h) for h, w in sizes], **options).view(-1, 1, 2)
-    scale = torch.tensor(scales, **options).view(-1, 1, 1).repeat(1, k, 2)
-    centre = reference.to(offsets.dtype).view(-1, 1, 1, 1, 1, 2) * side - 0.5
-    return centre.repeat(1, 1, 1, 1, k, 1), scale  # in whole rows, so that the arithmetic with them is vectorized
+    side = torch.tensor([(w, h) for h, w in spatial_shapes], **options).view(-1, 1, 2)
+    scale = torch.tensor(scale_ratios, **options).view(-1, 1, 1).repeat(1, k, 2)
+    center = reference_points.to(offsets.dtype).view(-1, 1, 1, 1, 1, 2) * side - 0.5
+    return center.repeat(1, 1, 1, 1, k, 1), scale  # in whole rows, so that the arithmetic with them is vectorized

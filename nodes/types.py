@@ -2,10 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..comfy_mminterleaved.checkpoints.load import STARTER
 from ..comfy_mminterleaved.generation.config import read_generation_config
+from ..comfy_mminterleaved.presets import STARTER_DIR
 
-DEFAULTS = read_generation_config(STARTER)  # what the widgets show; a model's own stand in its generation_config.json
+DEFAULTS = read_generation_config(
+    STARTER_DIR
+)  # what the widgets show; a model's own stand in its generation_config.json
 CATEGORY = "MM-Interleaved"
 
 StorySocket = io.Custom("STORY")
@@ -15,14 +17,14 @@ SynchronizerSocket = io.Custom("MMI_SYNCHRONIZER")
 PlanSocket = io.Custom("STORY_PLAN")
 
 
-def seed_input(what: str, name: str = "seed"):
+def seed_input(label: str, name: str = "seed"):
     return io.Int.Input(
         name,
         default=0,
         min=0,
         max=2**63 - 1,
         control_after_generate=True,
-        tooltip=f"The seed of {what}. The same seed gives the same result.",
+        tooltip=f"The seed of {label}. The same seed gives the same result.",
     )
 
 
@@ -35,14 +37,14 @@ def sampling_inputs():
             default=text.max_new_tokens,
             min=1,
             max=4096,
-            tooltip="At most so many tokens (about three quarters of a word each) are written.",
+            tooltip="Longest text, in tokens of about three quarters of a word.",
         ),
         io.Int.Input(
             "min_tokens",
             default=text.min_new_tokens,
             min=0,
             max=4096,
-            tooltip="The text does not end before so many tokens.",
+            tooltip="Shortest text, in tokens.",
         ),
         io.Float.Input(
             "temperature",
@@ -50,14 +52,14 @@ def sampling_inputs():
             min=0.0,
             max=5.0,
             step=0.05,
-            tooltip="How freely words are chosen: 0 takes the likeliest always, 1 as the model learned it.",
+            tooltip="How freely words are chosen: 0 always takes the likeliest, 1 samples as the model learned.",
         ),
         io.Int.Input(
             "top_k",
             default=text.top_k,
             min=0,
             max=100000,
-            tooltip="Choose among so many of the likeliest tokens; 0 for all.",
+            tooltip="Sample among this many likeliest tokens; 0 for all.",
         ),
         io.Float.Input(
             "top_p",
@@ -65,7 +67,7 @@ def sampling_inputs():
             min=0.01,
             max=1.0,
             step=0.01,
-            tooltip="Choose among the likeliest tokens that together have this probability.",
+            tooltip="Sample among the likeliest tokens that together have this probability.",
         ),
         io.Float.Input(
             "repetition_penalty",
@@ -73,6 +75,6 @@ def sampling_inputs():
             min=0.5,
             max=3.0,
             step=0.05,
-            tooltip="Over 1 makes words less likely that the new text has already.",
+            tooltip="Over 1 makes words that the new text already has less likely.",
         ),
     ]

@@ -1,0 +1,177 @@
+"""Next-token loops on the LLM: sampling, beam search, and scores of given options."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import SettingError
+from ..models.llama_mmfs import LlamaMMFS
+from .config import GeneratedText, OnToken, TextGenerationConfig
+from .prefix_cache import PrefixCache
+
+
+def _stop_tokens(llm: LlamaMMFS) -> dict[int, str]:
+    return {llm.config.special_tokens.eos: "eos", llm.config.special_tokens.soi: "image"}
+
+
+def _logits_processors(llm: LlamaMMFS, s: TextGenerationConfig, warp: bool):
+    """Processes logits (or log-probabilities) in the order of transformers."""
+    from transformers.generation import logits_process as lp
+
+    tokens = llm.config.special_tokens
+    stops = list(_stop_tokens(llm))
+    without_text = [tokens.bos, tokens.pad, tokens.image]
+    chain = [lp.RepetitionPenaltyLogitsProcessor(float(s.repetition_penalty))] if s.repetition_penalty != 1 else []
+    warpers = []
+    if warp and s.temperature != 1:
+        warpers.append(lp.TemperatureLogitsWarper(float(s.temperature)))
+    if warp and s.top_k:
+        warpers.append(lp.TopKLogitsWarper(min(s.top_k, llm.config.vocab_size)))
+    if warp and s.top_p < 1:
+        warpers.append(lp.TopPLogitsWarper(float(s.top_p)))
+
+    def process(ids, scores):
+        """ids `(N, 1 + new)`: bos, then the new tokens; scores `(N, vocabulary)`."""
+        for step in chain:
+            scores = step(ids, scores)
+        suppressed = without_text if s.suppress_special_tokens else []
+        if ids.shape[1] < s.min_new_tokens:
+            suppressed = suppressed + stops
+        if suppressed:
+            scores = scores.clone()
+            scores[:, suppressed] = float("-inf")
+        for step in warpers:
+            scores = step(ids, scores)
+        return scores
+
+    return process
+
+
+def generate(
+    llm: LlamaMMFS,
+    prefix: PrefixCache,
+    config: TextGenerationConfig,
+    num_outputs: int = 1,
+    on_token: OnToken | None = None,
+) -> list[list[GeneratedText]]:
+    """Continues stories with text: `num_outputs` texts for each story of `prefix`.
+
+    With one text per story `prefix` is extended by it; else it stays unchanged.
+
+    Args:
+        on_token: Called with the number of the text (num_outputs * story + k) and its token ids so far; a true result
+            ends that text.
+    """
+    if num_outputs < 1:
+        raise SettingError(f"The number of texts must be at least 1, not {num_outputs}.")
+    if config.num_beams > 1:
+        return [
+            _beam_search(llm, prefix.fork([i]), config, num_outputs, i, on_token) for i in range(len(prefix.input_ids))
+        ]
+    rows = [i for i in range(len(prefix.input_ids)) for _ in range(num_outputs)]
+    texts = _sample(llm, prefix if num_outputs == 1 else prefix.fork(rows), config, num_outputs, on_token)
+    return [texts[i : i + num_outputs] for i in range(0, len(texts), num_outputs)]
+
+
+@torch.no_grad()
+def _sample(
+    llm: LlamaMMFS, prefix: PrefixCache, s: TextGenerationConfig, num_outputs: int, on_token
+) -> list[GeneratedText]:
+    stops, process = _stop_tokens(llm), _logits_processors(llm, s, warp=s.do_sample)
+    n = len(prefix.input_ids)
+    generators = [torch.Generator().manual_seed((s.seed + i % num_outputs) % 2**63) for i in range(n)]
+    texts: list[list[int]] = [[] for _ in range(n)]
+    ends: list[str | None] = [None] * n
+    generated_ids = torch.full((n, 1), llm.config.special_tokens.bos)
+    hidden = prefix.last_hidden_state()
+    for step in range(s.max_new_tokens):
+        scores = process(generated_ids, llm.logits(hidden).float().cpu())
+        if s.do_sample:
+            chosen = [torch.multinomial(row.softmax(-1), 1, generator=g).item() for row, g in zip(scores, generators)]
+        else:
+            chosen = scores.argmax(-1).tolist()
+        generated_ids = torch.cat([generated_ids, torch.tensor(chosen)[:, None]], dim=1)
+        for i, token in enumerate(chosen):
+            if ends[i] is None and token in stops:
+                ends[i] = stops[token]
+            elif ends[i] is None:
+                texts[i].append(token)
+                if on_token is not None and on_token(i, texts[i]):
+                    ends[i] = "cancelled"
+        if all(ends) or step == s.max_new_tokens - 1:
+            break
+        new_states = prefix.extend(llm, [[token] if end is None else [] for token, end in zip(chosen, ends)])
+        hidden = torch.stack([new[-1] if len(new) else old for new, old in zip(new_states, hidden)])
+    return [GeneratedText(tuple(t), end or "length") for t, end in zip(texts, ends)]
+
+
+@torch.no_grad()
+def _beam_search(
+    llm: LlamaMMFS, prefix: PrefixCache, s: TextGenerationConfig, num_outputs: int, story: int, on_token
+) -> list[GeneratedText]:
+    """Beam search as transformers 4.31 does it, which recorded the golden data; `prefix` holds one story."""
+    if num_outputs > s.num_beams:
+        raise SettingError(f"With {s.num_beams} beams at most {s.num_beams} texts can be returned, not {num_outputs}.")
+    stops, process = _stop_tokens(llm), _logits_processors(llm, s, warp=False)
+    device = llm.device
+    prefix = prefix.fork([0] * s.num_beams)
+    ids = torch.full((s.num_beams, 1), llm.config.special_tokens.bos)
+    beam_scores = torch.full((s.num_beams,), -1e9)
+    beam_scores[0] = 0.0  # all beams are the same at first: only one may branch
+    finished: list[tuple[float, tuple[int, ...], str]] = []
+
+    def keep(tokens, total: float, end: str):
+        # Lengths count the bos, as in the version that recorded the golden data.
+        finished.append((total / (len(tokens) + 1) ** s.length_penalty, tuple(tokens), end))
+        finished.sort(key=lambda hypothesis: hypothesis[0])
+        del finished[: -s.num_beams]
+
+    hidden, done = prefix.last_hidden_state(), False
+    for step in range(s.max_new_tokens):
+        scores = process(ids, llm.logits(hidden).float().cpu().log_softmax(-1)) + beam_scores[:, None]
+        best, index = scores.flatten().topk(min((1 + len(stops)) * s.num_beams, scores.numel()))
+        beams: list[tuple[float, int, int]] = []
+        for rank, (total, flat_index) in enumerate(zip(best.tolist(), index.tolist())):
+            origin, token = divmod(flat_index, scores.shape[1])
+            if token in stops:
+                if rank < s.num_beams:
+                    keep(ids[origin, 1:].tolist(), total, stops[token])
+            else:
+                beams.append((total, origin, token))
+            if len(beams) == s.num_beams:
+                break
+        attainable = best[0].item() / (step + 2) ** s.length_penalty  # bos, and the token being added
+        origins = [origin for _, origin, _ in beams]
+        beam_scores = torch.tensor([total for total, _, _ in beams])
+        ids = torch.cat([ids[origins], torch.tensor([[token] for *_, token in beams])], dim=1)
+        if len(finished) == s.num_beams and finished[0][0] >= attainable:
+            done = True
+        if on_token is not None and on_token(story * num_outputs, ids[0, 1:].tolist()):
+            finished = [(float("-inf"), tuple(ids[0, 1:].tolist()), "cancelled")]
+            done = True
+        if done or step == s.max_new_tokens - 1:
+            break
+        prefix = prefix.fork(origins)
+        hidden = torch.cat(prefix.extend(llm, [[token] for *_, token in beams])).to(device)
+    if not done:
+        for total, row in zip(beam_scores.tolist(), ids):
+            keep(row[1:].tolist(), total, "length")
+    best_first = reversed(finished[-num_outputs:])
+    return [GeneratedText(tokens, end, score=score) for score, tokens, end in best_first]
+
+
+@torch.no_grad()
+def score_options(llm: LlamaMMFS, prefix: PrefixCache, options: list[list[int]], batch_size: int = 16) -> list[float]:
+    """Summed log-probability of each option's tokens after the one story of `prefix`, which stays unchanged."""
+    if any(not option for option in options):
+        raise SettingError("An option to score must not be empty.")
+    first = llm.logits(prefix.last_hidden_state()).float().log_softmax(-1)[0]
+    scores = []
+    for start in range(0, len(options), batch_size):
+        batch = options[start : start + batch_size]
+        fork = prefix.fork([0] * len(batch))
+        for option, hidden in zip(batch, fork.extend(llm, batch)):
+            log_probs = llm.logits(hidden[:-1]).float().log_softmax(-1)
+            tokens = torch.tensor(option, device=first.device)
+            scores.append((first[tokens[0]] + log_probs.gather(1, tokens[1:, None]).sum()).item())
+    return scores
