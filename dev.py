@@ -43,6 +43,8 @@ def check(command: list[str]) -> None:
     from comfy_mminterleaved.cli import _parser  # of the standard library alone
 
     args = _parser().parse_args(command)
+    if args.opening and all(kind == "text" and not value.strip() for kind, value in args.opening) and not args.story:
+        sys.exit("The text is empty; give one with --text.")
     files = [value for kind, value in args.opening or [] if kind == "image"]
     files += [value for value in (args.story, args.storyboard) if value]
     for file in files:

@@ -8,7 +8,7 @@ from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.generation.config import TextGenerationConfig
 from ..comfy_mminterleaved.stories.story import Story
 from .segments import encode_story, images_from_batch
-from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket
+from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket, search_aliases
 from .write import progress_callback
 
 
@@ -17,6 +17,7 @@ class AskAboutStory(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MMInterleavedAsk",
+            **search_aliases("Ask"),
             display_name="Ask About Story",
             category=CATEGORY,
             description="Answers a question about the images of a story.",
@@ -54,6 +55,7 @@ class CaptionImage(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MMInterleavedCaption",
+            **search_aliases("Caption"),
             display_name="Caption Image",
             category=CATEGORY,
             description="Describes an image. A batch gives one caption per image.",
@@ -91,6 +93,7 @@ class RankAnswers(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MMInterleavedChoose",
+            **search_aliases("Choose"),
             display_name="Rank Answers",
             category=CATEGORY,
             description="Ranks answers by how likely they are, as the story's next text or as answers to a question.",

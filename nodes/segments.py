@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
 from .blocks import PatchedEncoder, PatchedLLM
-from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket
+from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket, search_aliases
 
 
 def images_from_batch(image) -> list[ImageSegment]:
@@ -31,6 +31,7 @@ class AddStoryText(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MMInterleavedStoryText",
+            **search_aliases("Story Text"),
             display_name="Add Story Text",
             category=CATEGORY,
             description="Adds text to a story, or begins one.",
@@ -59,6 +60,7 @@ class AddStoryImage(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MMInterleavedStoryPicture",
+            **search_aliases("Story Picture"),
             display_name="Add Story Image",
             category=CATEGORY,
             description="Adds an image to a story; a batch adds all its images in order.",

@@ -11,7 +11,7 @@ from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.stories.story import Story
 from .blocks import PatchedLLM, PatchedSynchronizer
 from .native import skip_channels_of
-from .types import CATEGORY, LLMSocket, StorySocket, SynchronizerSocket
+from .types import CATEGORY, LLMSocket, StorySocket, SynchronizerSocket, search_aliases
 
 KEY = "mm_interleaved"
 
@@ -88,6 +88,7 @@ class ApplySynchronizer(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MMInterleavedSynchronize",
+            **search_aliases("Synchronize"),
             display_name="Apply Synchronizer",
             category=CATEGORY,
             description="Prepares the next image of a story for a stock KSampler: the LLM's context becomes the conditioning, and "

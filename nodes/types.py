@@ -5,9 +5,8 @@ from comfy_api.latest import io
 from ..comfy_mminterleaved.generation.config import read_generation_config
 from ..comfy_mminterleaved.presets import STARTER_DIR
 
-DEFAULTS = read_generation_config(
-    STARTER_DIR
-)  # what the widgets show; a model's own stand in its generation_config.json
+# What the widgets show; a model's own defaults are in its generation_config.json.
+DEFAULTS = read_generation_config(STARTER_DIR)
 CATEGORY = "MM-Interleaved"
 
 StorySocket = io.Custom("STORY")
@@ -15,6 +14,11 @@ EncoderSocket = io.Custom("MMI_ENCODER")
 LLMSocket = io.Custom("MMI_LLM")
 SynchronizerSocket = io.Custom("MMI_SYNCHRONIZER")
 PlanSocket = io.Custom("STORY_PLAN")
+
+
+def search_aliases(*names: str) -> dict[str, list[str]]:
+    """An argument of `io.Schema`: the node's former names, for cores whose search looks at them."""
+    return {"search_aliases": list(names)} if "search_aliases" in io.Schema.__dataclass_fields__ else {}
 
 
 def seed_input(label: str, name: str = "seed"):

@@ -10,7 +10,7 @@ from server import PromptServer
 from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.generation.config import TextGenerationConfig
 from ..comfy_mminterleaved.stories.story import Story, TextSegment
-from .types import CATEGORY, LLMSocket, StorySocket, sampling_inputs, seed_input
+from .types import CATEGORY, LLMSocket, StorySocket, sampling_inputs, search_aliases, seed_input
 
 
 def progress_callback(node_id: str | None, limit: int):
@@ -51,6 +51,7 @@ class WriteStoryText(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="MMInterleavedWrite",
+            **search_aliases("Write"),
             display_name="Write Story Text",
             category=CATEGORY,
             description="Continues the story with text, up to where the model ends it or requests an image.",

@@ -33,20 +33,22 @@ from comfy_mminterleaved.presets import STARTER_DIR
 from comfy_mminterleaved.stories.images import encode_png
 from comfy_mminterleaved.stories.story import ImageSegment, Story
 
-from . import paint, world
-from .data import Batches, Book, Texts
-from .folder import STAGES, begin, export, latents_of, load_run, newest_thin_vae, tokenizer_of
-from .judge import softened
-from .learn import LearnDetail, LearnToDraw, LearnToSee, LearnVAE
-from .learn_stories import LearnStories, LearnToLook
-from .loop import Stage, train
-from .thin import thin_autoencoder, widened
+from . import renderer, world
+from .classifier import random_blur
+from .dataset import StoryBatches, StoryDataset, TextBatch
+from .pretraining import EncoderObjective, UNetObjective, VAEDecoderObjective, VAEObjective
+from .run_dir import STAGES, begin, export, latents_of, load_run, newest_thin_vae, tokenizer_of
+from .slim_vae import pad_to_stock, slim_autoencoder
+from .story_training import MMFSObjective, StoryObjective
+from .trainer import StageConfig, train
 
 HELD_OUT_STORIES = 200
-OF_TWO = 0.3  # of the stories that U-Net and sites learn from, only such as have two heroes
-OF_TWO_NAMED = 0.6  # of the stories that teach the LLM whom a name means
-MOVED, TINTED, SOFTENED = 4, 0.08, 0.4  # px, share of a colour, share of the pictures that the encoder learns from
-REDRAWN, REDRAWN_NOISE = 0.2, 0.4  # the share of the pictures that are read as a VAE draws them, and the latents' noise
+TWO_CHARACTER_PROB = 0.3  # of the stories that U-Net and sites learn from, only such as have two heroes
+COREF_TWO_CHARACTER_PROB = 0.6  # of the stories that teach the LLM whom a name means
+# Augmentation of the encoder's images: px, share of a colour, share of the images that are blurred.
+MAX_TRANSLATE, MAX_TINT, BLUR_PROB = 4, 0.08, 0.4
+# Share of the images that are encoded as the VAE reconstructs them, and the noise on their latents.
+RECONSTRUCT_PROB, RECONSTRUCT_NOISE = 0.2, 0.4
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             contact_sheet(out)
         else:
             changes = {name: options.pop(name, None) for name in ("steps", "batch", "learning_rate")}
-            stage = Stage.read(Path(__file__).parent / "stages" / f"{args.stage}.json", **changes)
+            stage = StageConfig.read(Path(__file__).parent / "stages" / f"{args.stage}.json", **changes)
             run(stage, ensure_writable_dir(out), **options)
     except MMInterleavedError as error:
         sys.stderr.write(f"Error: {error}\n")
@@ -89,7 +91,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(
-    stage: Stage, out: Path, stories: int = 12000, precision: str = "no", minutes: float | None = None, first: int = 0
+    stage: StageConfig,
+    out: Path,
+    stories: int = 12000,
+    precision: str = "no",
+    minutes: float | None = None,
+    first: int = 0,
 ) -> None:
     """One run of a stage: to its end, or for some minutes."""
     from accelerate import PartialState
@@ -106,71 +113,73 @@ def run(
             unused = name == "synchronizer" and idle is not None and idle(key)
             if unused or key.endswith(("pos_embed", "ignore_token")):
                 parameter.requires_grad_(False)
-    own = {"vae": learn_vae, "encoder": learn_to_see, "detail": learn_detail, "decoder": learn_to_draw}
-    learn = own.get(stage.name, learn_stories)
+    own = {"vae": vae_stage, "encoder": encoder_stage, "detail": vae_decoder_stage, "decoder": unet_stage}
+    learn = own.get(stage.name, story_stage)
     with state.main_process_first():  # it paints pictures and makes latents, the others find them
-        book = Book(out, stories, first=first)
-        held_out = Book(out, min(HELD_OUT_STORIES, stories), held_out=True)
-        learner, blocks, batch_of, validation, sample = learn(stage, out, config, blocks, book, held_out)
+        book = StoryDataset(out, stories, first=first)
+        held_out = StoryDataset(out, min(HELD_OUT_STORIES, stories), held_out=True)
+        learner, blocks, get_batch, validation, sample = learn(stage, out, config, blocks, book, held_out)
     folder = out / stage.name
-    done = train(stage, learner, blocks, folder, batch_of, validation, precision, minutes, sample)
+    done = train(stage, learner, blocks, folder, get_batch, validation, precision, minutes, sample)
     done = done and state.is_main_process  # one of several writes what is left to write
     if done and stage.name == "vae":
         (out / "detail" / "vae.safetensors").unlink(missing_ok=True)  # it decodes other latents
         set_scale(out, config, held_out.pictures(range(min(64, len(held_out)))))
     if done and "thin" in blocks:
-        widen_vae(folder, config)
+        export_padded_vae(folder, config)
     if done and stage.name == "look":
-        bring_sites_to_size(folder, learner, [batch_of(seed) for seed in range(8)])
+        rescale_mmfs(folder, learner, [get_batch(seed) for seed in range(8)])
 
 
 # Each gives what `train` takes: the learner, the blocks to keep, (seed) -> a batch, batches for validation, on_sample.
 
 
-def learn_vae(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
-    vae = thin_autoencoder(diffusers_model(config.vae))
+def vae_stage(stage: StageConfig, out: Path, config: Config, blocks, book: StoryDataset, held_out: StoryDataset):
+    vae = slim_autoencoder(diffusers_model(config.vae))
     if (out / "vae" / "thin.safetensors").exists():
         vae.load_state_dict(read_tensors(out / "vae" / "thin.safetensors"))
-    learner = LearnVAE(vae)
+    learner = VAEObjective(vae)
 
-    def batch_of(seed: int) -> tuple:
+    def get_batch(seed: int) -> tuple:
         rng = random.Random(f"pictures {seed}")
-        return (book.quarters(book.random_rows(stage.batch, rng), rng).to(device_of(learner)),)
+        return (book.random_crops(book.random_rows(stage.batch, rng), rng).to(device_of(learner)),)
 
     def sample(step: int) -> None:
         vae_sheet(vae, held_out, out / stage.name / f"samples-{step:06d}.png")
 
     some = held_out.pictures([row % len(held_out) for row in range(64)]).to(device_of(learner))
     validation = [(part,) for part in some.split(16)]
-    return learner, {"thin": vae}, batch_of, validation, sample
+    return learner, {"thin": vae}, get_batch, validation, sample
 
 
-def learn_to_see(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
-    learner = LearnToSee(blocks["encoder"])
+def encoder_stage(stage: StageConfig, out: Path, config: Config, blocks, book: StoryDataset, held_out: StoryDataset):
+    learner = EncoderObjective(blocks["encoder"])
     blocks["encoder"].to(memory_format=torch.channels_last)  # a third faster on CPUs
     latents, vae = latents_of(out, book, config), newest_thin_vae(out, config).eval().requires_grad_(False)
 
-    def batch_of(seed: int, source: Book = book) -> tuple:
+    def get_batch(seed: int, source: StoryDataset = book) -> tuple:
         device = device_of(learner)
         rng = random.Random(f"pictures {seed}")
-        rows = (source.hard_rows if source is book else source.random_rows)(stage.batch, rng)
+        rows = (source.weighted_indices if source is book else source.random_rows)(stage.batch, rng)
         pictures = source.pictures(rows).to(device)
         if source is book:
-            pictures = redrawn(vae.to(device), pictures, torch.from_numpy(latents[rows]).float().to(device))
-            pictures = varied(pictures, rng)
+            pictures = reconstruct_some(vae.to(device), pictures, torch.from_numpy(latents[rows]).float().to(device))
+            pictures = augment(pictures, rng)
         return pictures.contiguous(memory_format=torch.channels_last), source.labels[rows].to(device)
 
-    return learner, {"encoder": blocks["encoder"]}, batch_of, [batch_of(seed, held_out) for seed in range(8)], None
+    return learner, {"encoder": blocks["encoder"]}, get_batch, [get_batch(seed, held_out) for seed in range(8)], None
 
 
-def learn_detail(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
+def vae_decoder_stage(
+    stage: StageConfig, out: Path, config: Config, blocks, book: StoryDataset, held_out: StoryDataset
+):
     vae = newest_thin_vae(out, config)
     vae.encoder.requires_grad_(False)
-    learner = LearnDetail(vae, blocks["encoder"].to(memory_format=torch.channels_last))
+    learner = VAEDecoderObjective(vae, blocks["encoder"].to(memory_format=torch.channels_last))
     latents = {source: latents_of(out, source, config) for source in (book, held_out)}
-    often = how_often(vae, book, latents[book])
+    often = error_weights(vae, book, latents[book])
 
-    def batch_of(seed: int, source: Book = book) -> tuple:
+    def get_batch(seed: int, source: StoryDataset = book) -> tuple:
         rng = random.Random(f"pictures {seed}")
         weights = often if source is book else None
         rows = rng.choices(range(len(source)), cum_weights=weights, k=stage.batch)
@@ -181,21 +190,21 @@ def learn_detail(stage: Stage, out: Path, config: Config, blocks, book: Book, he
     def sample(step: int) -> None:
         vae_sheet(vae, held_out, out / stage.name / f"samples-{step:06d}.png")
 
-    return learner, {"thin": vae}, batch_of, [batch_of(seed, held_out) for seed in range(8)], sample
+    return learner, {"thin": vae}, get_batch, [get_batch(seed, held_out) for seed in range(8)], sample
 
 
 @torch.no_grad()
-def how_often(vae, book: Book, latents: np.ndarray, count: int = 256) -> list[float]:
+def error_weights(vae, book: StoryDataset, latents: np.ndarray, count: int = 256) -> list[float]:
     """Summed weights of a book's pictures: what a VAE decodes badly is to be met more often.
 
     Weights go with the squared error in the place of the prop, by kind of prop: of a bicycle a bad decoder leaves a
     smudge. Pictures of two heroes, whose faces are the smallest, weigh twice as much.
     """
     errors: dict[str, list[float]] = {}
-    for row in book.spread(count):
+    for row in book.evenly_spaced(count):
         found = decode_latents(vae, torch.from_numpy(latents[[row]]).float().to(device_of(vae))).cpu()
-        scene, unit = book.page(row).scene, found.shape[-1] / paint.SIDE
-        left, top, right, bottom = (max(0, int(edge * unit)) for edge in paint.boxes(scene)[0])  # the prop's
+        scene, unit = book.page(row).scene, found.shape[-1] / renderer.SIDE
+        left, top, right, bottom = (max(0, int(edge * unit)) for edge in renderer.boxes(scene)[0])  # the prop's
         error = (found - book.pictures([row]))[..., top : bottom + 1, left : right + 1].abs().mean()
         errors.setdefault(scene.prop, []).append(float(error))
     mean = {prop: sum(found) / len(found) for prop, found in errors.items()}
@@ -204,13 +213,13 @@ def how_often(vae, book: Book, latents: np.ndarray, count: int = 256) -> list[fl
     return list(accumulate((mean.get(scene.prop, usual) / usual) ** 2 * len(scene.heroes) for scene in scenes))
 
 
-def learn_to_draw(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
-    learner = LearnToDraw(blocks["unet"], blocks["synchronizer"], config.scheduler)
+def unet_stage(stage: StageConfig, out: Path, config: Config, blocks, book: StoryDataset, held_out: StoryDataset):
+    learner = UNetObjective(blocks["unet"], blocks["synchronizer"], config.scheduler)
     latents = {source: latents_of(out, source, config) for source in (book, held_out)}
 
-    def batch_of(seed: int, source: Book = book) -> tuple:
+    def get_batch(seed: int, source: StoryDataset = book) -> tuple:
         rng = random.Random(f"pictures {seed}")
-        rows = (source.hard_rows if source is book else source.random_rows)(stage.batch, rng)
+        rows = (source.weighted_indices if source is book else source.random_rows)(stage.batch, rng)
         known = torch.from_numpy(latents[source][rows]).float()
         made = known, source.labels[rows], source.emphasis(rows, known.shape[-1])
         return tuple(part.to(device_of(learner)) for part in made)
@@ -218,17 +227,17 @@ def learn_to_draw(stage: Stage, out: Path, config: Config, blocks, book: Book, h
     def sample(step: int) -> None:
         code_sheet(learner, blocks, config, held_out, out / stage.name / f"samples-{step:06d}.png")
 
-    return learner, {"unet": blocks["unet"]}, batch_of, [batch_of(seed, held_out) for seed in range(8)], sample
+    return learner, {"unet": blocks["unet"]}, get_batch, [get_batch(seed, held_out) for seed in range(8)], sample
 
 
-def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, held_out: Book):
+def story_stage(stage: StageConfig, out: Path, config: Config, blocks, book: StoryDataset, held_out: StoryDataset):
     tokenizer, draws = tokenizer_of(out), stage.name != "language"
     look = stage.name == "look"
-    learner = LearnToLook(blocks, config.scheduler) if look else LearnStories(blocks, config.scheduler, draws)
+    learner = MMFSObjective(blocks, config.scheduler) if look else StoryObjective(blocks, config.scheduler, draws)
     blocks["encoder"].to(memory_format=torch.channels_last)
     only = "llm" not in stage.blocks  # what teaches nothing but the LLM is left out
     batches = {
-        source: Batches(
+        source: StoryBatches(
             source,
             config,
             tokenizer,
@@ -236,21 +245,21 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
             drawn_only=only,
             names=not only and source is book,
             slips=source is book and not only,
-            of_two=(OF_TWO if only else OF_TWO_NAMED) if source is book else 0.0,
+            of_two=(TWO_CHARACTER_PROB if only else COREF_TWO_CHARACTER_PROB) if source is book else 0.0,
         )
         for source in (book, held_out)
     }
     latents = {source: latents_of(out, source, config) for source in (book, held_out)}
     vae = newest_thin_vae(out, config).eval().requires_grad_(False)
 
-    def batch_of(seed: int, source: Book = book) -> tuple:
+    def get_batch(seed: int, source: StoryDataset = book) -> tuple:
         device = device_of(learner)
         made = batches[source].make(seed).to(device)
-        if isinstance(made, Texts):
+        if isinstance(made, TextBatch):
             return (made,)
         known = torch.from_numpy(latents[source][made.rows.flatten().cpu().numpy()]).float().to(device)
         if source is book:
-            pixels = redrawn(vae.to(device), made.pixels.flatten(0, 1), known)
+            pixels = reconstruct_some(vae.to(device), made.pixels.flatten(0, 1), known)
             made = replace(made, pixels=pixels.view_as(made.pixels))
         if not draws:
             return (made,)
@@ -261,7 +270,7 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
         return made, known.unflatten(0, size), emphasis.unflatten(0, size)
 
     if look and blocks["synchronizer"].mmfs_module.mmfs_mid_block.conv.weight.any():
-        learner.bring_to_size([batch_of(seed) for seed in range(8)], 1.0)  # it learns at the codes' own size
+        learner.rescale_to_targets([get_batch(seed) for seed in range(8)], 1.0)  # it learns at the codes' own size
 
     def sample(step: int) -> None:
         model = MMInterleavedPipeline(config, {name: block.eval() for name, block in blocks.items()}, tokenizer)
@@ -272,7 +281,7 @@ def learn_stories(stage: Stage, out: Path, config: Config, blocks, book: Book, h
             atomic_write(path.with_suffix(".txt"), captions(model, held_out).encode("utf-8"))
 
     kept = {name: blocks[name] for name in stage.blocks}
-    return learner, kept, batch_of, [batch_of(seed, held_out) for seed in range(8)], None if look else sample
+    return learner, kept, get_batch, [get_batch(seed, held_out) for seed in range(8)], None if look else sample
 
 
 @torch.no_grad()
@@ -283,53 +292,53 @@ def set_scale(out: Path, config: Config, pictures: torch.Tensor) -> None:
     write_json(out / "config.json", config.to_dict())
 
 
-def widen_vae(folder: Path, config: Config) -> None:
+def export_padded_vae(folder: Path, config: Config) -> None:
     """Writes the stock form of a stage's thin VAE."""
     from safetensors.torch import save_file
 
     vae = diffusers_model(config.vae)
-    vae.load_state_dict(widened(vae, read_tensors(folder / "thin.safetensors")))
+    vae.load_state_dict(pad_to_stock(vae, read_tensors(folder / "thin.safetensors")))
     with atomic_path(folder / "vae.safetensors") as temp_path:
         save_file(vae.state_dict(), temp_path)
 
 
-def bring_sites_to_size(folder: Path, learner: LearnToLook, batches: list[tuple]) -> None:
+def rescale_mmfs(folder: Path, learner: MMFSObjective, batches: list[tuple]) -> None:
     """Writes the averaged weights of a stage's synchronizer again, with its sites scaled; twice is as once."""
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
     path = folder / "synchronizer.safetensors"
     learner.decoder.load_state_dict(read_tensors(path))
-    learner.eval().bring_to_size(batches)
+    learner.eval().rescale_to_targets(batches)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in learner.decoder.state_dict().items()}
     with atomic_path(path) as temp_path:
         save_file(tensors, temp_path)
 
 
 @torch.no_grad()
-def redrawn(vae, pictures: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+def reconstruct_some(vae, pictures: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """Pictures (N, 3, side, side), some of them as a decoder that is not quite right would draw them.
 
     A told story is read back from its own drawings, so what reads pictures must have met such.
     """
-    chosen = torch.rand(len(pictures), device=pictures.device) < REDRAWN
-    noise = torch.randn_like(latents) * torch.rand_like(latents[:, :1, :1, :1]) * REDRAWN_NOISE
+    chosen = torch.rand(len(pictures), device=pictures.device) < RECONSTRUCT_PROB
+    noise = torch.randn_like(latents) * torch.rand_like(latents[:, :1, :1, :1]) * RECONSTRUCT_NOISE
     drawn = pictures.clone()
     drawn[chosen] = decode_latents(vae, (latents + noise)[chosen])
     return drawn
 
 
-def varied(pictures: torch.Tensor, rng: random.Random) -> torch.Tensor:
+def augment(pictures: torch.Tensor, rng: random.Random) -> torch.Tensor:
     """Pictures (N, 3, side, side) in [0, 1] of the same scenes: moved a little, tinted, some of them softened.
 
     An encoder that never met such knows a hero by a few pixels, which something else can hide.
     """
-    side, room, made = pictures.shape[-1], F.pad(pictures, (MOVED,) * 4, mode="replicate"), []
+    side, room, made = pictures.shape[-1], F.pad(pictures, (MAX_TRANSLATE,) * 4, mode="replicate"), []
     for picture in room:
-        x, y = (rng.randint(0, 2 * MOVED) for _ in range(2))
-        gains = torch.tensor([1 + rng.uniform(-TINTED, TINTED) for _ in range(3)]).to(picture)
+        x, y = (rng.randint(0, 2 * MAX_TRANSLATE) for _ in range(2))
+        gains = torch.tensor([1 + rng.uniform(-MAX_TINT, MAX_TINT) for _ in range(3)]).to(picture)
         made.append((picture[:, y : y + side, x : x + side] * gains[:, None, None]).clamp(0, 1))
-    return softened(torch.stack(made), rng, SOFTENED)
+    return random_blur(torch.stack(made), rng, BLUR_PROB)
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
@@ -348,16 +357,16 @@ def _grid(rows: list[torch.Tensor], path: Path) -> None:
 
 
 @torch.no_grad()
-def vae_sheet(vae, book: Book, path: Path, count: int = 16) -> None:
+def vae_sheet(vae, book: StoryDataset, path: Path, count: int = 16) -> None:
     """Pictures over their reconstructions."""
     vae = vae.eval()
-    pictures = book.pictures(book.spread(count)).to(device_of(vae))
+    pictures = book.pictures(book.evenly_spaced(count)).to(device_of(vae))
     _grid([row.cpu() for row in (pictures, decode_latents(vae, encode_latents(vae, pictures)))], path)
 
 
-def code_sheet(learner: LearnToDraw, blocks, config: Config, book: Book, path: Path, count: int = 12) -> None:
+def code_sheet(learner: UNetObjective, blocks, config: Config, book: StoryDataset, path: Path, count: int = 12) -> None:
     """Held-out pictures over what the U-Net draws when told what they show, without any synchronizer."""
-    rows = book.spread(count)
+    rows = book.evenly_spaced(count)
     labels = book.labels[rows].to(device_of(learner))
     drawn = denoise(
         learner.unet,
@@ -374,7 +383,7 @@ def code_sheet(learner: LearnToDraw, blocks, config: Config, book: Book, path: P
 
 
 @torch.no_grad()
-def story_sheet(model: MMInterleavedPipeline, book: Book, path: Path, stories: int = 4) -> None:
+def story_sheet(model: MMInterleavedPipeline, book: StoryDataset, path: Path, stories: int = 4) -> None:
     """Held-out stories: the true pictures over the model's, of which the first is given."""
     rows = []
     for number in range(min(stories, len(book.stories))):
@@ -383,7 +392,7 @@ def story_sheet(model: MMInterleavedPipeline, book: Book, path: Path, stories: i
     _grid(rows, path)
 
 
-def drawn_over(model: MMInterleavedPipeline, book: Book, number: int) -> list[torch.Tensor]:
+def drawn_over(model: MMInterleavedPipeline, book: StoryDataset, number: int) -> list[torch.Tensor]:
     """A story's true pictures, and the model's: the first is given, each other drawn from the true text before it."""
     pages, first = book.stories[number], int(book.first[number])
     true = book.pictures(range(first, first + len(pages)))
@@ -400,7 +409,7 @@ def drawn_over(model: MMInterleavedPipeline, book: Book, number: int) -> list[to
 
 def contact_sheet(out: Path, stories: int = 20) -> Path:
     """The exported model's drawings of held-out stories: the true ones on the left, its own on the right."""
-    model, book = MMInterleavedPipeline.load(out / "model", "cpu"), Book(out, stories, held_out=True)
+    model, book = MMInterleavedPipeline.load(out / "model", "cpu"), StoryDataset(out, stories, held_out=True)
     longest = max(len(story) for story in book.stories)
     rows = []
     for number in range(stories):
@@ -412,7 +421,7 @@ def contact_sheet(out: Path, stories: int = 20) -> Path:
 
 
 @torch.no_grad()
-def captions(model: MMInterleavedPipeline, book: Book, count: int = 12) -> str:
+def captions(model: MMInterleavedPipeline, book: StoryDataset, count: int = 12) -> str:
     """True captions over the model's."""
     greedy = TextGenerationConfig(max_new_tokens=40, min_new_tokens=1, do_sample=False, repetition_penalty=1.0)
     lines: list[str] = []

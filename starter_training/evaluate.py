@@ -24,10 +24,10 @@ from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 from comfy_mminterleaved.stories.images import encode_png, to_pil, to_tensor
 from comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
 
-from . import paint, world
-from .judge import SHIPPED, Judge, Verdict, load
+from . import renderer, world
+from .classifier import SHIPPED, AttributeClassifier, Prediction, load
 
-KINDS = ("full", "no synchronizer in the U-Net", "no synchronizer", "earlier pictures hidden")
+ABLATIONS = ("full", "no synchronizer in the U-Net", "no synchronizer", "earlier pictures hidden")
 
 
 def interval(cases: list[bool], seed: int = 0, rounds: int = 1000) -> dict:
@@ -40,7 +40,7 @@ def interval(cases: list[bool], seed: int = 0, rounds: int = 1000) -> dict:
     return {"share": sum(cases) / len(cases), "cases": len(cases), "low": low, "high": high}
 
 
-def stories_of(seed: int, count: int) -> list[list[world.Page]]:
+def held_out_stories(seed: int, count: int) -> list[list[world.ScenePanel]]:
     """Held-out stories that do not introduce their heroes in text: what they look like is only to be seen."""
     found, number = [], seed * 100_000
     while len(found) < count:
@@ -52,11 +52,11 @@ def stories_of(seed: int, count: int) -> list[list[world.Page]]:
 
 
 def pixels_of(scene: world.Scene) -> torch.Tensor:
-    return torch.from_numpy(paint.paint(scene).copy()).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(renderer.paint(scene).copy()).permute(2, 0, 1).float() / 255
 
 
 @contextlib.contextmanager
-def gates_closed(model: MMInterleavedPipeline):
+def llm_mmfs_disabled(model: MMInterleavedPipeline):
     """Within it, the synchronizers of the LLM add nothing."""
     gates = [layer.llama_cross_attn.gate for layer in model.llm.layers if layer.llama_cross_attn is not None]
     kept = [gate.clone() for gate in gates]
@@ -73,9 +73,9 @@ def gates_closed(model: MMInterleavedPipeline):
                 gate.copy_(value)
 
 
-def drawn_from_true_text(
+def generate_from_gold_text(
     model: MMInterleavedPipeline,
-    stories: list[list[world.Page]],
+    stories: list[list[world.ScenePanel]],
     drawing: ImageGenerationConfig,
     hidden: bool = False,
     at_once: int = 16,
@@ -100,23 +100,23 @@ def drawn_from_true_text(
     return drawn
 
 
-def judged(judge: Judge, drawn: list[list[torch.Tensor]]) -> list[list[Verdict]]:
+def classify(judge: AttributeClassifier, drawn: list[list[torch.Tensor]]) -> list[list[Prediction]]:
     verdicts = iter(v for part in torch.stack([p for row in drawn for p in row]).split(64) for v in judge.judge(part))
     return [[next(verdicts) for _ in row] for row in drawn]
 
 
-def seen_in(judge: Judge, stories, drawn) -> list[tuple[world.Scene, Verdict, bool]]:
+def score_panels(judge: AttributeClassifier, stories, drawn) -> list[tuple[world.Scene, Prediction, bool]]:
     """Of all panels after the first what they were to show, what they do, and whether all heroes are right."""
     return [
         (page.scene, verdict, verdict.looks == tuple(hero.look for hero in page.scene.heroes))
-        for pages, verdicts in zip(stories, judged(judge, drawn))
+        for pages, verdicts in zip(stories, classify(judge, drawn))
         for page, verdict in zip(pages[1:], verdicts)
     ]
 
 
-def evaluate_pictures(judge: Judge, stories, drawn) -> dict:
+def evaluate_pictures(judge: AttributeClassifier, stories, drawn) -> dict:
     """Identity, place and prop, and scenes of two, over all panels after the first."""
-    panels = seen_in(judge, stories, drawn)
+    panels = score_panels(judge, stories, drawn)
     return {
         "same hero, accessory and colour": interval([right for *_, right in panels]),
         "place and prop": interval([(v.place, v.prop) == (scene.place, scene.prop) for scene, v, _ in panels]),
@@ -124,10 +124,10 @@ def evaluate_pictures(judge: Judge, stories, drawn) -> dict:
     }
 
 
-def evaluate_scenes(judge: Judge, stories, drawn) -> dict[str, dict[str, dict]]:
+def evaluate_scenes(judge: AttributeClassifier, stories, drawn) -> dict[str, dict[str, dict]]:
     """Identity by what is to be drawn: distance, action, species (a scene of two counts for both)."""
     groups: dict[str, dict[str, list[bool]]] = {"distance": {}, "action": {}, "species": {}}
-    for scene, _, right in seen_in(judge, stories, drawn):
+    for scene, _, right in score_panels(judge, stories, drawn):
         groups["distance"].setdefault("far" if scene.far else "near", []).append(right)
         groups["action"].setdefault(scene.action, []).append(right)
         for hero in scene.heroes:
@@ -152,7 +152,7 @@ def evaluate_captions(model: MMInterleavedPipeline, scenes: list[world.Scene]) -
 
 
 def evaluate_telling(
-    model: MMInterleavedPipeline, judge: Judge, stories, drawing: ImageGenerationConfig, panels: int = 5
+    model: MMInterleavedPipeline, judge: AttributeClassifier, stories, drawing: ImageGenerationConfig, panels: int = 5
 ) -> dict:
     """Stories told from a first page: texts that are in the world's grammar, and pictures that show what they say."""
     sampling = TextGenerationConfig(max_new_tokens=60, min_new_tokens=4, repetition_penalty=1.0, top_p=0.9)
@@ -179,7 +179,7 @@ def evaluate_telling(
 
 
 @torch.no_grad()
-def frechet_distance(judge: Judge, found: list[torch.Tensor], true: list[torch.Tensor]) -> float:
+def frechet_distance(judge: AttributeClassifier, found: list[torch.Tensor], true: list[torch.Tensor]) -> float:
     """Frechet distance between the judge's features of two sets of pictures; not comparable with Inception's FID."""
 
     def statistics(pictures):
@@ -197,12 +197,12 @@ def frechet_distance(judge: Judge, found: list[torch.Tensor], true: list[torch.T
 
 def comparison(stories, drawn: dict[str, list[list[torch.Tensor]]], count: int = 2) -> Image.Image:
     """The first stories as rows of pictures: the true ones, then those of each kind; the first picture is given."""
-    side, left, font = paint.SIDE, 180, ImageFont.load_default(size=13)
+    side, left, font = renderer.SIDE, 180, ImageFont.load_default(size=13)
     rows = []
     for pages, *kinds in list(zip(stories, *drawn.values()))[:count]:
         true = [pixels_of(page.scene) for page in pages]
         rows.append(("true", true))
-        rows += [(name, [*([] if name == KINDS[-1] else true[:1]), *row]) for name, row in zip(drawn, kinds)]
+        rows += [(name, [*([] if name == ABLATIONS[-1] else true[:1]), *row]) for name, row in zip(drawn, kinds)]
     widest = max(len(pages) for pages in stories[:count])
     sheet = Image.new("RGB", (left + widest * side, len(rows) * (side + 4)), "white")
     write = ImageDraw.Draw(sheet)
@@ -216,19 +216,24 @@ def comparison(stories, drawn: dict[str, list[list[torch.Tensor]]], count: int =
 
 
 def evaluate(
-    model: MMInterleavedPipeline, judge: Judge, seed: int, stories: int, steps: int = 20, sheet: Path | None = None
+    model: MMInterleavedPipeline,
+    judge: AttributeClassifier,
+    seed: int,
+    stories: int,
+    steps: int = 20,
+    sheet: Path | None = None,
 ) -> dict:
     """All figures, JSON-ready; `sheet` is a file for the `comparison` of the first stories. Raises SettingError."""
     if stories < 1:
         raise SettingError(f"stories must be at least 1, not {stories}.")
-    pages = stories_of(seed, stories)
+    pages = held_out_stories(seed, stories)
     drawing = ImageGenerationConfig(num_inference_steps=steps, scheduler="dpm++", guidance_scale=3.0, seed=seed)
     result: dict = {"seed": seed, "stories": stories, "steps": steps, "pictures": {}}
     shown = {}
-    for kind in KINDS:
+    for kind in ABLATIONS:
         off = ImageGenerationConfig(**{**vars(drawing), "mmfs_scale": 0.0}) if kind.startswith("no ") else drawing
-        with gates_closed(model) if kind == "no synchronizer" else contextlib.nullcontext():
-            drawn = drawn_from_true_text(model, pages, off, hidden=kind == KINDS[-1])
+        with llm_mmfs_disabled(model) if kind == "no synchronizer" else contextlib.nullcontext():
+            drawn = generate_from_gold_text(model, pages, off, hidden=kind == ABLATIONS[-1])
         result["pictures"][kind] = evaluate_pictures(judge, pages, drawn)
         shown[kind] = drawn[:2]
         if kind == "full":
@@ -246,7 +251,7 @@ def evaluate(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="starter_training.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="starter", help="a checkpoint folder (default: the starter)")
-    parser.add_argument("--judge", default=SHIPPED, help="of starter_training.judge (default: the one that ships)")
+    parser.add_argument("--judge", default=SHIPPED, help="of starter_training.classifier (default: the one that ships)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stories", type=int, default=100)
     parser.add_argument("--steps", type=int, default=20)

@@ -23,8 +23,8 @@ from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 from comfy_mminterleaved.stories.images import encode_png, to_pil, to_tensor
 from comfy_mminterleaved.stories.story import ImageSegment, Story
 
-from . import paint, world
-from .judge import SHIPPED, Judge, load
+from . import renderer, world
+from .classifier import SHIPPED, AttributeClassifier, load
 
 ICONS = Path(__file__).parent / "art" / "foreign.json"
 PANELS = 4
@@ -103,7 +103,7 @@ def _styles() -> list[tuple[str, str, Image.Image]]:
     pictures = []
     for number, (name, style) in enumerate(styles.items()):
         scene = world.make_story(900_000 + number, held_out=True, heroes=1)[0].scene
-        pictures.append((name, scene.heroes[0].species, style(Image.fromarray(paint.paint(scene))).convert("RGB")))
+        pictures.append((name, scene.heroes[0].species, style(Image.fromarray(renderer.paint(scene))).convert("RGB")))
     return pictures
 
 
@@ -121,7 +121,7 @@ def _noise() -> list[tuple[str, Image.Image]]:
 
 def evaluate_foreign(
     model: MMInterleavedPipeline,
-    judge: Judge,
+    judge: AttributeClassifier,
     pictures,
     seed: int = 0,
     introduce: bool = True,

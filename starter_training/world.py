@@ -135,7 +135,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Page:
+class ScenePanel:
     """A scene and the text beside it."""
 
     scene: Scene
@@ -150,7 +150,7 @@ def _share(*words: str) -> float:
     return zlib.crc32(" ".join(words).encode()) / 2**32
 
 
-def look_held_out(species: str, colour: str, accessory: str) -> bool:
+def is_held_out_appearance(species: str, colour: str, accessory: str) -> bool:
     """One in eight looks is never in training."""
     return _share("look", species, colour, accessory) < 1 / 8
 
@@ -165,7 +165,7 @@ def pair_held_out(place: str, prop: str) -> bool:
 
 def make_story(
     seed: int, held_out: bool | None = False, panels: int | None = None, heroes: int | None = None
-) -> list[Page]:
+) -> list[ScenePanel]:
     """A story of 3 to 6 pages.
 
     Args:
@@ -182,7 +182,7 @@ def make_story(
         who = cast if number == 0 or len(cast) == 1 else rng.choice([cast, cast[:1], cast[1:]])
         scene = make_scene(rng, who, held_out, used)
         text = introduction(cast) + " " if number == 0 and introduced else ""
-        pages.append(Page(scene, text + describe(scene, rng)))
+        pages.append(ScenePanel(scene, text + describe(scene, rng)))
     return pages
 
 
@@ -192,7 +192,7 @@ def make_cast(rng: random.Random, count: int, held_out: bool | None) -> tuple[He
     names = rng.sample(NAMES, count)
     while len(cast) < count:
         look = rng.choice(SPECIES), rng.choice(COLOURS), rng.choice(ACCESSORIES)
-        if held_out in (None, look_held_out(*look)) and look[0] not in {hero.species for hero in cast}:
+        if held_out in (None, is_held_out_appearance(*look)) and look[0] not in {hero.species for hero in cast}:
             cast.append(Hero(*look, names[len(cast)]))
     return tuple(cast)
 
@@ -219,13 +219,13 @@ def make_scene(
     )
 
 
-def with_other_looks(scene: Scene, rng: random.Random) -> Scene:
+def swap_appearance(scene: Scene, rng: random.Random) -> Scene:
     """The same scene, but of each hero about half of species, coat and accessory are others, as in no held-out look."""
     heroes: list[Hero] = []
     for hero in scene.heroes:
         other = hero
         taken = {known.species for known in (*scene.heroes, *heroes)} - {hero.species}
-        while other.look == hero.look or look_held_out(*other.look) or other.species in taken:
+        while other.look == hero.look or is_held_out_appearance(*other.look) or other.species in taken:
             parts = zip(hero.look, (SPECIES, COLOURS, ACCESSORIES))
             other = Hero(*(rng.choice(every) if rng.random() < 0.5 else part for part, every in parts), hero.name)
         heroes.append(other)
@@ -278,7 +278,7 @@ def caption(scene: Scene) -> str:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ParsedText:
     """What a text says of a picture."""
 
     names: tuple[str, ...] = ()
@@ -290,8 +290,8 @@ class Facts:
     far: bool = False
 
 
-def facts_of(scene: Scene) -> Facts:
-    return Facts(
+def expected_facts(scene: Scene) -> ParsedText:
+    return ParsedText(
         tuple(h.name for h in scene.heroes),
         tuple(h.look for h in scene.heroes),
         scene.action,
@@ -328,7 +328,7 @@ _SKY = {text: sky for sky, text in SKIES.items() if text}
 _INTRODUCTION = re.compile(rf"({_NAME}) is {_LOOK}\.")
 
 
-def parse(text: str) -> Facts | None:
+def parse(text: str) -> ParsedText | None:
     """The facts of a text in the world's grammar, or None if it is not in it."""
     text = text.strip()
     introduced = []
@@ -346,7 +346,7 @@ def parse(text: str) -> Facts | None:
             names = () if shown else tuple(who.split(" and "))
             if does != ACTIONS[action][max(len(names), len(shown)) > 1]:
                 return None
-            return Facts(
+            return ParsedText(
                 names,
                 shown or tuple(introduced),
                 action,

@@ -10,22 +10,22 @@ pytest.importorskip("resvg_py")
 from comfy_mminterleaved import ImageGenerationConfig
 from comfy_mminterleaved.errors import CheckpointError
 from comfy_mminterleaved.presets import STARTER_DIR
-from starter_training import evaluate, judge, labels, world
-from starter_training.data import Book
+from starter_training import classifier, evaluate, targets, world
+from starter_training.dataset import StoryDataset
 
 FAST = ImageGenerationConfig(num_inference_steps=1, scheduler="ddim")
 
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
-    return Book(tmp_path_factory.mktemp("book"), 6)
+    return StoryDataset(tmp_path_factory.mktemp("book"), 6)
 
 
 @pytest.fixture(scope="module")
 def trained(book):
     """The judge that ships: it is right about every drawing of these few stories."""
-    shipped = judge.load()
-    assert judge.accuracy(shipped, book)["all"] == 1.0
+    shipped = classifier.load()
+    assert classifier.accuracy(shipped, book)["all"] == 1.0
     return shipped
 
 
@@ -34,19 +34,19 @@ def true_pictures(stories):
 
 
 def test_a_judge_learns_what_it_is_shown(tmp_path):
-    book = Book(tmp_path, 2)
-    before = judge.accuracy(judge.train_judge(book, steps=1, batch=8), book)
-    trained = judge.train_judge(book, steps=60, batch=8)
-    found = judge.accuracy(trained, book)
-    assert set(found) == {*labels.HEADS, "all"} and found["all"] > 0.8 > 0.3 > before["all"], (before, found)
-    judge.save(trained, tmp_path / "judge.safetensors")
-    again = judge.load(tmp_path / "judge.safetensors")
+    book = StoryDataset(tmp_path, 2)
+    before = classifier.accuracy(classifier.train_judge(book, steps=1, batch=8), book)
+    trained = classifier.train_judge(book, steps=60, batch=8)
+    found = classifier.accuracy(trained, book)
+    assert set(found) == {*targets.ATTRIBUTES, "all"} and found["all"] > 0.8 > 0.3 > before["all"], (before, found)
+    classifier.save(trained, tmp_path / "classifier.safetensors")
+    again = classifier.load(tmp_path / "classifier.safetensors")
     pictures = book.pictures(range(5))
     assert again.judge(pictures) == trained.judge(pictures)
     with pytest.raises(CheckpointError, match="There is no judge"):
-        judge.load(tmp_path / "none")
+        classifier.load(tmp_path / "none")
     with pytest.raises(CheckpointError, match="is no judge, or one of another size; training.judge makes one.$"):
-        judge.load(STARTER_DIR / "unet.safetensors")
+        classifier.load(STARTER_DIR / "unet.safetensors")
 
 
 def test_softened_drawings_are_the_same_ones_with_less_detail(book):
@@ -54,28 +54,30 @@ def test_softened_drawings_are_the_same_ones_with_less_detail(book):
         return pictures.diff(dim=-1).abs().mean((1, 2, 3))
 
     pictures = book.pictures(range(20))
-    assert torch.equal(judge.softened(pictures, random.Random(0), 0.0), pictures)
-    soft = judge.softened(pictures, random.Random(0), 1.0)
+    assert torch.equal(classifier.random_blur(pictures, random.Random(0), 0.0), pictures)
+    soft = classifier.random_blur(pictures, random.Random(0), 1.0)
     assert soft.shape == pictures.shape and soft.min() >= 0 and soft.max() <= 1
     assert (edges(soft) < edges(pictures)).all() and (soft - pictures).abs().mean() < 0.03
-    some = judge.softened(pictures, random.Random(0), 0.5)
+    some = classifier.random_blur(pictures, random.Random(0), 0.5)
     changed = (some != pictures).flatten(1).any(1)
     assert 4 <= changed.sum() <= 16
 
 
 def test_the_judge_that_ships_knows_the_world(tmp_path):
-    held_out = Book(tmp_path, 25, held_out=True)
-    found = judge.accuracy(judge.load(), held_out)
-    assert found["all"] > 0.85 and all(found[head] > 0.93 for head in labels.HEADS)
+    held_out = StoryDataset(tmp_path, 25, held_out=True)
+    found = classifier.accuracy(classifier.load(), held_out)
+    assert found["all"] > 0.85 and all(found[head] > 0.93 for head in targets.ATTRIBUTES)
 
 
 def test_labels_say_all_of_a_scene():
     scene = world.make_story(1, heroes=2)[0].scene
-    found = labels.labels_of(scene)
-    assert found.keys() == labels.HEADS.keys()
-    assert labels.HEADS["species1"][found["species1"]] == scene.heroes[1].species
-    alone = labels.labels_of(replace(scene, heroes=scene.heroes[:1]))
-    assert labels.HEADS["species1"][alone["species1"]] == labels.NONE and alone["species0"] == found["species0"]
+    found = targets.attribute_labels(scene)
+    assert found.keys() == targets.ATTRIBUTES.keys()
+    assert targets.ATTRIBUTES["species1"][found["species1"]] == scene.heroes[1].species
+    alone = targets.attribute_labels(replace(scene, heroes=scene.heroes[:1]))
+    assert (
+        targets.ATTRIBUTES["species1"][alone["species1"]] == targets.ABSENT and alone["species0"] == found["species0"]
+    )
 
 
 def test_true_drawings_pass_and_others_fail(trained, book):
@@ -116,9 +118,9 @@ def test_intervals():
 
 
 def test_evaluated_stories_show_their_heroes_only_in_pictures():
-    for pages in evaluate.stories_of(0, 10):
+    for pages in evaluate.held_out_stories(0, 10):
         assert not any(world.parse(page.text).heroes for page in pages)
-        assert all(world.look_held_out(*hero.look) for page in pages for hero in page.scene.heroes)
+        assert all(world.is_held_out_appearance(*hero.look) for page in pages for hero in page.scene.heroes)
 
 
 def test_a_whole_evaluation_of_any_model(tiny_random, trained, tmp_path):
@@ -128,14 +130,14 @@ def test_a_whole_evaluation_of_any_model(tiny_random, trained, tmp_path):
     ]
     found = evaluate.evaluate(tiny_random, trained, seed=1, stories=2, steps=1, sheet=tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
-        pages = evaluate.stories_of(1, 2)
+        pages = evaluate.held_out_stories(1, 2)
         assert sheet.size == (180 + 128 * max(map(len, pages)), 2 * 5 * 132)
         first = np.asarray(sheet)[:, 180:308].reshape(10, -1)
     white = [number for number, row in enumerate(first) if row.min() == 255]
     assert white == [4, 9]  # where earlier pictures are hidden there is no first one
-    assert set(found["pictures"]) == set(evaluate.KINDS)
-    panels = sum(len(pages) - 1 for pages in evaluate.stories_of(1, 2))
-    for kind in evaluate.KINDS:
+    assert set(found["pictures"]) == set(evaluate.ABLATIONS)
+    panels = sum(len(pages) - 1 for pages in evaluate.held_out_stories(1, 2))
+    for kind in evaluate.ABLATIONS:
         assert found["pictures"][kind]["place and prop"]["cases"] == panels
     assert found["captions"] == {"share": 0.0, "cases": 4, "low": 0.0, "high": 0.0}
     assert found["texts in the grammar"]["cases"] == 8 and found["texts in the grammar"]["share"] == 0
@@ -155,14 +157,14 @@ def test_bad_input_is_told_in_a_sentence(arguments, said, tmp_path, capsys):
 
 
 def test_a_judge_to_train_on_that_is_not_there(tmp_path, capsys):
-    assert judge.main(["--judge", str(tmp_path / "none"), "--out", str(tmp_path / "new")]) == 2
+    assert classifier.main(["--judge", str(tmp_path / "none"), "--out", str(tmp_path / "new")]) == 2
     assert "Error: There is no judge" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_hidden_pictures_are_not_looked_at(tiny_random):
     """The same text with other heroes in the first picture: hidden, the drawings are the same; else they differ."""
-    pages = evaluate.stories_of(0, 1)[0][:2]
-    other = [world.Page(replace(pages[0].scene, seed=5, place="desert"), pages[0].text), pages[1]]
+    pages = evaluate.held_out_stories(0, 1)[0][:2]
+    other = [world.ScenePanel(replace(pages[0].scene, seed=5, place="desert"), pages[0].text), pages[1]]
     for hidden in (True, False):
-        (a,), (b,) = (evaluate.drawn_from_true_text(tiny_random, [story], FAST, hidden) for story in (pages, other))
+        (a,), (b,) = (evaluate.generate_from_gold_text(tiny_random, [story], FAST, hidden) for story in (pages, other))
         assert torch.allclose(a[0], b[0], atol=1e-4) == hidden

@@ -20,6 +20,7 @@ ELSEWHERE = (
     "pip install",
     "python -m venv",
     ".venv/bin/pip",
+    "source .venv",
     "python dev.py test",
     "COMFYUI_PATH=",
     "python -m starter_training.evaluate",
@@ -89,6 +90,7 @@ def test_the_demo_checks_its_arguments_before_it_installs(tmp_path):
         (["--tell"], "unrecognized arguments: --tell"),
         (["--storyboard", "none.json"], "There is no file 'none.json'"),
         (["--model", "nowhere"], "There is no model folder 'nowhere'"),
+        (["--text", " "], "The text is empty"),
     ):
         done = run(tmp_path, [sys.executable, "-c", code, "demo", *words])
         assert done.returncode != 0 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
@@ -105,7 +107,7 @@ def test_storyboard_snippet(folder):
 
     (text,) = re.findall(r"```json\n(.*?)```", README, re.S)
     (folder / "stories.json").write_text(text, encoding="utf-8")
-    shutil.copy(ROOT / "example.png", folder / "otto.png")
+    shutil.copy(ROOT / "example.png", folder)
     first, second = load_storyboard(folder / "stories.json")
     assert (first.title, first.panels, second.panels) == ("Otto", 5, 2)
     assert second.script == ("Mia runs in the snow.", None)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from comfy_mminterleaved import ImageSegment, MMInterleavedPipeline, Story
 from comfy_mminterleaved.stories.page import load_story, save_story
-from starter_training import paint, world
+from starter_training import renderer, world
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def starter():
 def scene_picture(seed):
     """A picture of one hero of the world, as somebody else's story might have drawn it."""
     page = world.make_story(seed, held_out=True, heroes=1)[0]
-    return page, ImageSegment.of(Image.fromarray(paint.paint(page.scene)))
+    return page, ImageSegment.of(Image.fromarray(renderer.paint(page.scene)))
 
 
 def facts(text):

@@ -24,13 +24,21 @@ from comfy_mminterleaved.models.build import init_modules
 from comfy_mminterleaved.presets import STARTER_DIR, tiny_config
 from comfy_mminterleaved.tokenizer import Tokenizer, byte_level
 from starter_training import __main__ as training
-from starter_training import loop, recipe, world
-from starter_training.data import Batch, Batches, Book, Texts
-from starter_training.labels import COATS, HEADS, IGNORE, LOOKS, SIZES, Codes, SiteCodes
-from starter_training.learn import LearnDetail, LearnToDraw, LearnVAE, TaughtSites, diffusion_error
-from starter_training.learn_stories import FIRM, LearnStories, LearnToLook, seen
-from starter_training.loop import Stage, train
+from starter_training import starter_config, trainer, world
+from starter_training.dataset import Batch, StoryBatches, StoryDataset, TextBatch
 from starter_training.muon import Muon, is_matrix, orthogonalized
+from starter_training.pretraining import OracleMMFS, UNetObjective, VAEDecoderObjective, VAEObjective, diffusion_error
+from starter_training.story_training import MMFS_TARGET_SCALE, MMFSObjective, StoryObjective, seen
+from starter_training.targets import (
+    APPEARANCE_HEADS,
+    ATTRIBUTES,
+    COAT_HEADS,
+    IGNORE_INDEX,
+    SIZES,
+    ConditioningTargets,
+    MMFSTargets,
+)
+from starter_training.trainer import StageConfig, train
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +53,12 @@ def tokenizer(config):
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
-    return Book(tmp_path_factory.mktemp("book"), 12)
+    return StoryDataset(tmp_path_factory.mktemp("book"), 12)
 
 
 @pytest.fixture
 def batches(book, config, tokenizer):
-    return Batches(book, config, tokenizer, pictures=8)
+    return StoryBatches(book, config, tokenizer, pictures=8)
 
 
 def batch_that(batches, draws):
@@ -66,17 +74,17 @@ def test_a_book_is_painted_once_and_holds_its_stories(book, tmp_path):
     assert len(book) == sum(map(len, book.stories))
     first = book.pictures([0, len(book) - 1])
     assert first.shape == (2, 3, 128, 128) and not torch.equal(*first)
-    again = Book(tmp_path, 12)
+    again = StoryDataset(tmp_path, 12)
     assert (again.pixels == book.pixels).all()
     stamp = next(tmp_path.glob("*.npy")).stat().st_mtime_ns
-    Book(tmp_path, 12)
+    StoryDataset(tmp_path, 12)
     assert next(tmp_path.glob("*.npy")).stat().st_mtime_ns == stamp
 
 
 def test_a_book_may_begin_at_any_seed(book, tmp_path):
-    later = Book(tmp_path, 3, first=9)
+    later = StoryDataset(tmp_path, 3, first=9)
     assert later.stories == book.stories[9:] and np.array_equal(later.pixels, book.pixels[book.first[9] :])
-    assert Book(tmp_path, 3).name != later.name
+    assert StoryDataset(tmp_path, 3).name != later.name
 
 
 def test_batches_are_the_same_for_the_same_seed(batches):
@@ -89,7 +97,7 @@ def test_targets_are_the_next_tokens_but_never_a_picture_slot(batches, config):
     t = config.llm.special_tokens
     for seed in range(20):
         batch = batches.make(seed)
-        learned = batch.targets != IGNORE
+        learned = batch.targets != IGNORE_INDEX
         assert (batch.targets[:, :-1] == batch.ids[:, 1:])[learned[:, :-1]].all()
         assert not torch.isin(batch.targets, torch.tensor([t.image, t.pad, t.bos])).any()
         assert (batch.targets == t.eos).sum(1).eq(1).all()
@@ -99,7 +107,7 @@ def test_targets_are_the_next_tokens_but_never_a_picture_slot(batches, config):
                 assert not visible[: start + 1, picture].any()
                 assert visible[start + 1 : (ids != t.pad).nonzero().max(), picture].all()
     single = batch_that(batches, draws=False)
-    first = [int((row != IGNORE).nonzero()[0]) for row in single.targets]
+    first = [int((row != IGNORE_INDEX).nonzero()[0]) for row in single.targets]
     assert min(first) > config.llm.num_img_token + 5  # the prompt is given, the answer is learned
 
 
@@ -107,18 +115,18 @@ def test_a_drawing_is_told_what_the_text_says_and_what_sites_cannot_find(book, b
     kinds = set()
     for seed in range(30):
         batch = batches.make(seed)
-        assert (batch.shown == batch.labels)[batch.labels != IGNORE].all() and (batch.shown >= 0).all()
+        assert (batch.shown == batch.labels)[batch.labels != IGNORE_INDEX].all() and (batch.shown >= 0).all()
         text_first = batch.draws and bool(batch.starts[0, 0] > 2)
         for labels, rows in zip(batch.labels, batch.rows):
             first = book.page(int(rows[0]))
             introduced, two = text_first and bool(world.parse(first.text).heroes), len(first.scene.heroes) > 1
-            known = labels != IGNORE
-            for k in range(len(HEADS)):
-                if k not in LOOKS:
+            known = labels != IGNORE_INDEX
+            for k in range(len(ATTRIBUTES)):
+                if k not in APPEARANCE_HEADS:
                     assert known[:, k].all() if text_first else not known[:, k].any()
                     continue
                 assert bool(known[0, k]) == introduced  # before there is a picture
-                later = batch.draws and (introduced or (text_first if two else k not in COATS))
+                later = batch.draws and (introduced or (text_first if two else k not in COAT_HEADS))
                 assert known[1:, k].all() if later else not known[1:, k].any()
             kinds.add((text_first, introduced, two))
     assert kinds >= {(True, True, False), (True, False, False), (True, False, True)}
@@ -126,7 +134,7 @@ def test_a_drawing_is_told_what_the_text_says_and_what_sites_cannot_find(book, b
 
 def test_some_pictures_are_read_with_other_heroes(book, batches, config, tokenizer):
     """Never the first, and only what is read: what is to be drawn and told stays the story's."""
-    slipping = Batches(book, config, tokenizer, pictures=8, slips=True)
+    slipping = StoryBatches(book, config, tokenizer, pictures=8, slips=True)
     changed = total = 0
     for seed in range(30):
         true, batch = batches.make(seed), slipping.make(seed)
@@ -139,9 +147,9 @@ def test_some_pictures_are_read_with_other_heroes(book, batches, config, tokeniz
 
 
 def test_whom_a_text_names(book, config, tokenizer):
-    batches = Batches(book, config, tokenizer, pictures=8, names=True, of_two=0.6)
+    batches = StoryBatches(book, config, tokenizer, pictures=8, names=True, of_two=0.6)
     kinds = {type(batches.make(seed)) for seed in range(20)}
-    assert kinds == {Batch, Texts}
+    assert kinds == {Batch, TextBatch}
     stories = [batch for batch in map(batches.make, range(40)) if isinstance(batch, Batch) and batch.draws]
     asked = set()
     for batch in stories:
@@ -149,14 +157,14 @@ def test_whom_a_text_names(book, config, tokenizer):
             cast, text_first = book.page(int(row[0])).scene.heroes, bool(batch.starts[0, 0] > 2)
             for number, whom in zip(row.tolist(), meant.tolist()):
                 known = text_first and len(cast) > 1
-                who = {0: cast, 1: cast[:1], 2: cast[1:], IGNORE: None}[whom]
+                who = {0: cast, 1: cast[:1], 2: cast[1:], IGNORE_INDEX: None}[whom]
                 assert who == (book.page(number).scene.heroes if known else None)
                 asked.add(whom)
-    assert asked == {IGNORE, 0, 1, 2}
+    assert asked == {IGNORE_INDEX, 0, 1, 2}
 
 
 def test_texts_and_drills_say_whom_every_word_is_about(book, config, tokenizer):
-    batches, soi = Batches(book, config, tokenizer, pictures=8), config.llm.special_tokens.soi
+    batches, soi = StoryBatches(book, config, tokenizer, pictures=8), config.llm.special_tokens.soi
     texts = batches.texts(0, 6)
     assert texts.ids.shape == texts.meant.shape and config.llm.special_tokens.image not in texts.ids
     for ids, meant in zip(texts.ids.tolist(), texts.meant.tolist()):
@@ -165,12 +173,12 @@ def test_texts_and_drills_say_whom_every_word_is_about(book, config, tokenizer):
         for start, end in zip([0, *ends], ends):
             names = world.parse(tokenizer.decode(ids[max(start, 1) : end])).names
             assert set(meant[start:end]) == {[cast, cast[:1], cast[1:]].index(names)}
-        assert set(meant[ends[-1] :]) <= {IGNORE}
+        assert set(meant[ends[-1] :]) <= {IGNORE_INDEX}
     drills = batches.drills(0, 6)
     for ids, meant in zip(drills.ids.tolist(), drills.meant.tolist()):
         (start,) = [i for i, id in enumerate(ids) if id == soi]
         first, second = [name for name in tokenizer.decode(ids[:start]).split() if name in world.NAMES]
-        assert set(meant[:start]) == {IGNORE} and meant[start] == 0 and {1, 2} <= set(meant[start + 1 :])
+        assert set(meant[:start]) == {IGNORE_INDEX} and meant[start] == 0 and {1, 2} <= set(meant[start + 1 :])
         for name, whom in ((first, 2), (second, 1)):
             assert name not in tokenizer.decode([id for id, of in zip(ids, meant) if of == whom])
 
@@ -179,8 +187,8 @@ def test_names_are_learned_from_drills(config, tokenizer, book):
     torch.manual_seed(0)
     blocks = init_modules(config)
     blocks["encoder"].requires_grad_(False)
-    learner = LearnStories(blocks, config.scheduler, draws=False)
-    drills = Batches(book, config, tokenizer, pictures=8).drills(0, 4)
+    learner = StoryObjective(blocks, config.scheduler, draws=False)
+    drills = StoryBatches(book, config, tokenizer, pictures=8).drills(0, 4)
     named = {name: p for name, p in learner.named_parameters() if name.startswith(("llm", "meant"))}
     optimizer = Muon(named, 3e-3, 0.0)
     before = learner(drills)["named"].item()
@@ -229,7 +237,7 @@ def test_losses_reach_every_trained_parameter(batches, config):
         zero_at_first = ("gate", "gamma", "conv.weight", "offsets.weight", "weights.weight")  # nothing would pass
         if name.endswith(zero_at_first):
             torch.nn.init.normal_(parameter, std=0.1)
-    learner = LearnStories(blocks, config.scheduler).train()
+    learner = StoryObjective(blocks, config.scheduler).train()
     batch = batch_that(batches, draws=True)
     torch.manual_seed(0)
     losses = learner(batch, *to_draw(batch))
@@ -253,7 +261,7 @@ def test_what_stands_still_is_not_guided(batches, config):
     blocks = init_modules(config)
     for name in ("encoder", "llm"):
         blocks[name].requires_grad_(False)
-    learner = LearnStories(blocks, config.scheduler).train()
+    learner = StoryObjective(blocks, config.scheduler).train()
     batch = batch_that(batches, draws=True)
     losses = learner(batch, *to_draw(batch))
     assert set(losses) == {"loss", "says", "code", "image", "sites"}
@@ -263,18 +271,18 @@ def test_what_stands_still_is_not_guided(batches, config):
 
 
 def test_only_what_is_to_be_drawn_is_kept_where_only_drawing_is_learned(book, config, tokenizer):
-    stories = Batches(book, config, tokenizer, pictures=8, drawn_only=True)
+    stories = StoryBatches(book, config, tokenizer, pictures=8, drawn_only=True)
     for seed in range(20):
         batch = stories.make(seed)
-        told = [k for k in range(len(HEADS)) if k not in LOOKS]
-        assert batch.draws and (batch.starts[:, 0] > 2).all() and (batch.labels[..., told] != IGNORE).all()
+        told = [k for k in range(len(ATTRIBUTES)) if k not in APPEARANCE_HEADS]
+        assert batch.draws and (batch.starts[:, 0] > 2).all() and (batch.labels[..., told] != IGNORE_INDEX).all()
 
 
 def test_a_vaes_decoder_learns_what_the_encoder_sees(config):
     torch.manual_seed(0)
     blocks = init_modules(config)
     blocks["encoder"].requires_grad_(False)
-    learner = LearnDetail(blocks["vae"], blocks["encoder"])
+    learner = VAEDecoderObjective(blocks["vae"], blocks["encoder"])
     side = config.encoder.image_size
     pictures = torch.rand(4, 3, 4, 4).repeat_interleave(side // 4, 2).repeat_interleave(side // 4, 3)
     latents = encode_latents(blocks["vae"], pictures).detach()
@@ -302,7 +310,7 @@ def test_what_is_decoded_badly_is_met_more_often(config, book):
             error = 0.5 if scenes[row].prop == bad else 0.05
             return type("Decoded", (), {"sample": (book.pictures([row]) * 2 - 1) * (1 - error)})
 
-    sums = training.how_often(NearlyRight(1, 1), book, np.arange(len(book)), count=len(book))
+    sums = training.error_weights(NearlyRight(1, 1), book, np.arange(len(book)), count=len(book))
     weights = [b - a for a, b in zip([0.0, *sums], sums)]
     alone = {scene.prop: weight / len(scene.heroes) for scene, weight in zip(scenes, weights)}
     assert weights == pytest.approx([alone[scene.prop] * len(scene.heroes) for scene in scenes])
@@ -313,50 +321,50 @@ def test_some_pictures_are_read_as_they_would_be_drawn(config):
     vae = init_modules(config)["vae"]
     pictures, latents = torch.rand(40, 3, 64, 64), torch.randn(40, 4, 8, 8)
     torch.manual_seed(0)
-    drawn = training.redrawn(vae, pictures, latents)
+    drawn = training.reconstruct_some(vae, pictures, latents)
     same = (drawn == pictures).flatten(1).all(1)
     assert drawn.shape == pictures.shape and 5 < same.sum() < 35 and drawn.min() >= 0 and drawn.max() <= 1
 
 
 def test_the_encoder_meets_pictures_that_are_not_quite_as_painted(book):
     pictures = book.pictures(range(40))
-    varied = training.varied(pictures, random.Random(0))
-    assert torch.equal(varied, training.varied(pictures, random.Random(0)))
-    assert varied.shape == pictures.shape and varied.min() >= 0 and varied.max() <= 1
-    assert (varied != pictures).flatten(1).any(1).sum() >= 39
+    augment = training.augment(pictures, random.Random(0))
+    assert torch.equal(augment, training.augment(pictures, random.Random(0)))
+    assert augment.shape == pictures.shape and augment.min() >= 0 and augment.max() <= 1
+    assert (augment != pictures).flatten(1).any(1).sum() >= 39
     middle = pictures[..., 8:-8, 8:-8]
-    for whole, picture in zip(varied, middle):  # moved back, it is the same but for tint and softness
+    for whole, picture in zip(augment, middle):  # moved back, it is the same but for tint and softness
         places = whole.unfold(1, 112, 1).unfold(2, 112, 1)[:, 4:13, 4:13]
         assert (places - picture[:, None, None]).abs().mean((0, 3, 4)).min() < 0.07
 
 
 def test_codes_say_their_labels_and_what_is_not_known():
-    codes = Codes(16, 24)
-    labels = torch.tensor([[0] * len(HEADS), [1] * (len(HEADS) - 1) + [IGNORE]])
+    codes = ConditioningTargets(16, 24)
+    labels = torch.tensor([[0] * len(ATTRIBUTES), [1] * (len(ATTRIBUTES) - 1) + [IGNORE_INDEX]])
     states = codes(labels)
-    assert states.shape == (2, 16, 24) and torch.equal(states, Codes(16, 24)(labels))
+    assert states.shape == (2, 16, 24) and torch.equal(states, ConditioningTargets(16, 24)(labels))
     assert torch.allclose(states.mean(-1), torch.zeros(2, 16), atol=1e-5)
-    assert torch.equal(states[0, len(HEADS) :], states[1, len(HEADS) :])
+    assert torch.equal(states[0, len(ATTRIBUTES) :], states[1, len(ATTRIBUTES) :])
     error, read = codes.error(states, labels)
     assert error == 0 and read < codes.error(states.flip(0), labels)[1]
 
 
 def test_site_codes_are_sums_of_what_is_known():
-    codes = SiteCodes([24, 400])
-    labels = torch.ones(4, len(HEADS), dtype=torch.long)
-    labels[1, LOOKS[0]] = IGNORE
-    labels[2, LOOKS] = IGNORE
-    labels[3, [k for k in range(len(HEADS)) if k not in LOOKS]] = 0  # of what sites do not find
+    codes = MMFSTargets([24, 400])
+    labels = torch.ones(4, len(ATTRIBUTES), dtype=torch.long)
+    labels[1, APPEARANCE_HEADS[0]] = IGNORE_INDEX
+    labels[2, APPEARANCE_HEADS] = IGNORE_INDEX
+    labels[3, [k for k in range(len(ATTRIBUTES)) if k not in APPEARANCE_HEADS]] = 0  # of what sites do not find
     small, wide = codes(labels)
     assert small.shape == (4, 24) and wide.shape == (4, 400) and wide[0].std() == pytest.approx(2, abs=0.3)
     assert not wide[2].any() and torch.equal(wide[3], wide[0])
     assert torch.allclose(wide[0] - wide[1], codes.tables[1][0][1], atol=1e-5)
-    assert torch.equal(SiteCodes([24, 400])(labels)[1], wide)
+    assert torch.equal(MMFSTargets([24, 400])(labels)[1], wide)
 
 
 def test_what_sites_add_for_coats_has_a_basis():
-    codes, labels = SiteCodes([64, 400]), torch.ones(2, len(HEADS), dtype=torch.long)
-    labels[0, [k for k in LOOKS if k not in COATS]] = IGNORE
+    codes, labels = MMFSTargets([64, 400]), torch.ones(2, len(ATTRIBUTES), dtype=torch.long)
+    labels[0, [k for k in APPEARANCE_HEADS if k not in COAT_HEADS]] = IGNORE_INDEX
     for said, basis in zip(codes(labels), codes.coats()):
         assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-5)
         kept = (said @ basis).pow(2).sum(-1) / said.pow(2).sum(-1)
@@ -364,14 +372,14 @@ def test_what_sites_add_for_coats_has_a_basis():
 
 
 def test_where_the_heroes_stand(book):
-    from starter_training import paint
+    from starter_training import renderer
 
     rows = range(0, len(book), 5)
     found = book.emphasis(rows, 16)
     assert found.shape == (len(rows), 1, 16, 16) and 0.1 < found.clamp(max=1).mean() < 0.5
     for grid, row in zip(found[:, 0], rows):
         scene = book.page(row).scene
-        bare = paint.paint(replace(scene, heroes=(), seed=scene.seed)) if len(scene.heroes) == 1 else None
+        bare = renderer.paint(replace(scene, heroes=(), seed=scene.seed)) if len(scene.heroes) == 1 else None
         if bare is None:  # without heroes the prop of two would stand elsewhere
             continue
         hero = (bare != book.pixels[row]).any(-1).reshape(16, 8, 16, 8).mean((1, 3))
@@ -379,12 +387,12 @@ def test_where_the_heroes_stand(book):
 
 
 def test_small_heroes_weigh_more(book):
-    from starter_training import paint
+    from starter_training import renderer
 
     rows, weights, areas = range(len(book)), [], []
     for row, grid in zip(rows, book.emphasis(rows, 128)[:, 0]):
         scene = book.page(row).scene
-        left, top, right, bottom = paint.boxes(scene)[1]
+        left, top, right, bottom = renderer.boxes(scene)[1]
         if len(scene.heroes) == 1 and left >= 0 and right <= 128 and top >= 0:
             y, x = round(bottom) - 5, round((left + right) / 2)  # at the feet, where no prop stands
             weights.append(float(grid[y, x]))
@@ -395,8 +403,8 @@ def test_small_heroes_weigh_more(book):
 
 
 def test_hard_pictures_are_met_more_often(book):
-    rows = book.hard_rows(20000, random.Random(0))
-    assert rows == book.hard_rows(20000, random.Random(0)) == sorted(rows)
+    rows = book.weighted_indices(20000, random.Random(0))
+    assert rows == book.weighted_indices(20000, random.Random(0)) == sorted(rows)
     scenes = [book.page(row).scene for row in range(len(book))]
 
     def met(hard) -> float:
@@ -435,13 +443,13 @@ def test_sites_learn_to_find_how_heroes_look(batches, config):
     sites = {n: p for n, p in blocks["synchronizer"].named_parameters() if "mmfs_module" in n and "pos_embed" not in n}
     for parameter in sites.values():
         parameter.requires_grad_(True)
-    learner = LearnToLook(blocks, config.scheduler).eval()
+    learner = MMFSObjective(blocks, config.scheduler).eval()
     batch = batch_that(batches, draws=True)
 
     class Says(torch.nn.Module):
         def forward(self, pictures):
             shown = torch.cat(
-                [torch.nn.functional.one_hot(batch.shown.flatten(0, 1)[:, k], SIZES[k]) for k in LOOKS], 1
+                [torch.nn.functional.one_hot(batch.shown.flatten(0, 1)[:, k], SIZES[k]) for k in APPEARANCE_HEADS], 1
             ).float()
             width = config.synchronizer.mmfs.d_value
             values = torch.nn.functional.pad(shown, (0, max(0, width - shown.shape[1])))[:, :width, None, None]
@@ -462,11 +470,11 @@ def test_sites_learn_to_find_how_heroes_look(batches, config):
         optimizer.step()
     assert loss.item() < 0.5 * before
     learner.eval()
-    firm = learner.bring_to_size([(batch, to_draw(batch)[0])])
-    assert all(0.95 < factor / FIRM < 2 for factor in firm)  # what is found is at most what is wanted
-    assert learner.bring_to_size([(batch, to_draw(batch)[0])]) == pytest.approx([1.0] * len(firm), abs=0.05)
-    back = learner.bring_to_size([(batch, to_draw(batch)[0])], 1.0)
-    assert back == pytest.approx([1 / FIRM] * len(firm), rel=0.05)
+    firm = learner.rescale_to_targets([(batch, to_draw(batch)[0])])
+    assert all(0.95 < factor / MMFS_TARGET_SCALE < 2 for factor in firm)  # what is found is at most what is wanted
+    assert learner.rescale_to_targets([(batch, to_draw(batch)[0])]) == pytest.approx([1.0] * len(firm), abs=0.05)
+    back = learner.rescale_to_targets([(batch, to_draw(batch)[0])], 1.0)
+    assert back == pytest.approx([1 / MMFS_TARGET_SCALE] * len(firm), rel=0.05)
     assert all(p.grad is None for n, p in blocks["synchronizer"].named_parameters() if n not in sites)
 
 
@@ -474,9 +482,9 @@ def test_a_unet_learns_to_draw_what_codes_say(config):
     torch.manual_seed(0)
     blocks = init_modules(config)
     velocity = {**config.scheduler, "prediction_type": "v_prediction"}
-    learner = LearnToDraw(blocks["unet"], blocks["synchronizer"], velocity)
+    learner = UNetObjective(blocks["unet"], blocks["synchronizer"], velocity)
     optimizer = Muon(dict(blocks["unet"].named_parameters()), 3e-3, 0.0)
-    labels = torch.zeros(16, len(HEADS), dtype=torch.long)
+    labels = torch.zeros(16, len(ATTRIBUTES), dtype=torch.long)
     labels[8:, 1] = 1
     latents = torch.where(torch.arange(16).view(-1, 1, 1, 1) < 8, 1.0, -1.0).expand(16, 4, 4, 4)
 
@@ -497,9 +505,9 @@ def test_a_unet_learns_to_draw_what_codes_say(config):
 
 def test_a_unet_is_told_of_looks_by_its_sites(config):
     blocks = init_modules(config)
-    learner = LearnToDraw(blocks["unet"], blocks["synchronizer"], config.scheduler).eval()
-    labels, latents = torch.zeros(2, len(HEADS), dtype=torch.long), torch.randn(2, 4, 8, 8)
-    sites = TaughtSites(config.synchronizer.block_channels)
+    learner = UNetObjective(blocks["unet"], blocks["synchronizer"], config.scheduler).eval()
+    labels, latents = torch.zeros(2, len(ATTRIBUTES), dtype=torch.long), torch.randn(2, 4, 8, 8)
+    sites = OracleMMFS(config.synchronizer.block_channels)
     x = torch.randn(2, config.synchronizer.block_channels[0], 4, 4)
     assert torch.allclose(sites.add_residual(0, x, sites.prepare(labels)) - x, sites.codes(labels)[0][:, :, None, None])
     losses = learner(latents, labels)
@@ -509,13 +517,13 @@ def test_a_unet_is_told_of_looks_by_its_sites(config):
 def test_sites_err_where_the_states_know_better(config):
     torch.manual_seed(0)
     blocks = init_modules(config)
-    learner = LearnToDraw(blocks["unet"], blocks["synchronizer"], config.scheduler)
-    labels = torch.arange(400)[:, None].repeat(1, len(HEADS))
+    learner = UNetObjective(blocks["unet"], blocks["synchronizer"], config.scheduler)
+    labels = torch.arange(400)[:, None].repeat(1, len(ATTRIBUTES))
     alone = torch.arange(400)[:, None] < 200
     wrong = learner.misread(labels, alone) != labels
-    assert not wrong[:200, COATS].any()
-    for part in (wrong[200:, COATS], wrong[:, [k for k in range(len(HEADS)) if k not in COATS]]):
-        assert part.float().mean() == pytest.approx(learner.MISREAD, abs=0.05)
+    assert not wrong[:200, COAT_HEADS].any()
+    for part in (wrong[200:, COAT_HEADS], wrong[:, [k for k in range(len(ATTRIBUTES)) if k not in COAT_HEADS]]):
+        assert part.float().mean() == pytest.approx(learner.MMFS_LABEL_NOISE, abs=0.05)
 
 
 def test_muon_takes_orthogonal_steps_of_matrices_and_adams_of_the_rest():
@@ -552,13 +560,13 @@ SHAPES = {
 
 def test_most_quarters_are_about_heroes(book):
     rows = [0, 1, 2, 3] * 20
-    quarters = book.quarters(rows, random.Random(0))
-    assert quarters.shape == (80, 3, 64, 64)
-    assert torch.equal(quarters, book.quarters(rows, random.Random(0)))
+    random_crops = book.random_crops(rows, random.Random(0))
+    assert random_crops.shape == (80, 3, 64, 64)
+    assert torch.equal(random_crops, book.random_crops(rows, random.Random(0)))
     every = book.pictures([0])[0].unfold(1, 64, 1).unfold(2, 64, 1)  # (3, 65, 65, 64, 64)
     some = every[..., ::9, ::9]
     emphasis, about = book.emphasis([0], 128)[0, 0], []
-    for quarter in quarters[::4]:
+    for quarter in random_crops[::4]:
         away = (some - quarter[:, None, None, ::9, ::9]).abs().amax(dim=(0, 3, 4))
         y, x = divmod(int(away.argmin()), 65)
         assert torch.equal(every[:, y, x], quarter)
@@ -572,8 +580,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from starter_training import loop
-from starter_training.loop import Stage, train
+from starter_training import trainer
+from starter_training.trainer import StageConfig, train
 
 class Learner(torch.nn.Module):
     def __init__(self):
@@ -587,8 +595,8 @@ torch.manual_seed(0)
 learner = Learner()
 folder, minutes = Path(sys.argv[1]), float(sys.argv[2]) or None
 if minutes and os.environ["RANK"] == "1":
-    loop.time = SimpleNamespace(monotonic=lambda: 0.0)  # a clock that stands still: it is never late by itself
-stage = Stage("toy", (), (), 10**6 if minutes else 6, 1, 1e-2, warmup=1)
+    trainer.time = SimpleNamespace(monotonic=lambda: 0.0)  # a clock that stands still: it is never late by itself
+stage = StageConfig("toy", (), (), 10**6 if minutes else 6, 1, 1e-2, warmup=1)
 done = train(stage, learner, {"odd": learner.odd}, folder, lambda seed: (seed // 2,), [(0,)], minutes=minutes)
 assert done == (minutes is None)
 """
@@ -614,12 +622,12 @@ def test_two_processes_learn_together_though_a_batch_leaves_parameters_out(tmp_p
 
 def tiny_stage(**changes):
     settings = {"name": "vae", "blocks": ("vae",), "needs": (), "steps": 6, "batch": 2, "learning_rate": 1e-3}
-    return Stage(**{**settings, "warmup": 2, "log_every": 2, "validate_every": 3, "save_every": 3, **changes})
+    return StageConfig(**{**settings, "warmup": 2, "log_every": 2, "validate_every": 3, "save_every": 3, **changes})
 
 
 def run_vae(folder, book, config, stage, minutes=None):
     blocks = init_modules(config, seed=1)
-    learner = LearnVAE(blocks["vae"])
+    learner = VAEObjective(blocks["vae"])
     small_pictures = book.pictures(range(8))[:, :, ::4, ::4]
     done = train(
         stage,
@@ -655,10 +663,10 @@ def test_training_lowers_the_loss(tmp_path, book, config):
 
 def test_stage_files_are_complete():
     for name in training.STAGES:
-        stage = Stage.read(training.Path(loop.__file__).parent / "stages" / f"{name}.json", steps=7)
+        stage = StageConfig.read(training.Path(trainer.__file__).parent / "stages" / f"{name}.json", steps=7)
         assert stage.name == name and stage.steps == 7 and stage.batch > 0
     with pytest.raises(SettingError, match="unknown settings: colour"):
-        Stage.read(training.Path(loop.__file__).parent / "stages" / "vae.json", colour=1)
+        StageConfig.read(training.Path(trainer.__file__).parent / "stages" / "vae.json", colour=1)
 
 
 def test_a_stage_without_what_it_needs(tmp_path):
@@ -740,10 +748,10 @@ def test_there_is_no_mean_of_checkpoints_that_do_not_fit(tmp_path, capsys, confi
 def test_the_starters_size_and_words():
     from comfy_mminterleaved.models.build import build
 
-    values = sum(p.numel() for block in build(recipe.starter()).values() for p in block.parameters())
+    values = sum(p.numel() for block in build(starter_config.starter()).values() for p in block.parameters())
     assert values * 2 <= 40e6  # in float16
-    tokenizer = recipe.make_tokenizer(300)
-    assert tokenizer.tokenizer.get_vocab_size() <= recipe.TEXT_TOKENS
+    tokenizer = starter_config.make_tokenizer(300)
+    assert tokenizer.tokenizer.get_vocab_size() <= starter_config.TEXT_VOCAB_SIZE
     for text in ("Mia runs on the beach with a kite. It is night.", "Zoë <s> 猫 xylophone"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert len(tokenizer.encode("Mia runs on the beach with a kite.")) <= 11

@@ -8,7 +8,7 @@ from starter_training import world
 from starter_training.world import make_story, parse
 
 pytest.importorskip("resvg_py")
-from starter_training import paint
+from starter_training import renderer
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -18,7 +18,7 @@ def test_stories_are_what_they_promise(held_out):
         assert 3 <= len(pages) <= 6
         cast = {hero.look for page in pages for hero in page.scene.heroes}
         assert len(cast) <= 2 and cast == {hero.look for hero in pages[0].scene.heroes}
-        assert all(world.look_held_out(*look) == held_out for look in cast)
+        assert all(world.is_held_out_appearance(*look) == held_out for look in cast)
         assert all(world.pair_held_out(page.scene.place, page.scene.prop) == held_out for page in pages)
         assert len({page.scene.place for page in pages}) == len({page.scene.prop for page in pages}) == len(pages)
 
@@ -32,17 +32,17 @@ def test_other_looks():
     rng = random.Random(0)
     for seed in range(100):
         scene = make_story(seed)[0].scene
-        other = world.with_other_looks(scene, rng)
+        other = world.swap_appearance(scene, rng)
         assert [hero.name for hero in other.heroes] == [hero.name for hero in scene.heroes]
         assert all(a.look != b.look for a, b in zip(other.heroes, scene.heroes))
         assert len({hero.species for hero in other.heroes}) == len(scene.heroes)
-        assert not any(world.look_held_out(*hero.look) for hero in other.heroes)
+        assert not any(world.is_held_out_appearance(*hero.look) for hero in other.heroes)
         assert replace(other, heroes=scene.heroes) == scene
 
 
 def test_stories_of_all_combinations():
     looks = [hero.look for seed in range(100) for hero in make_story(seed, None)[0].scene.heroes]
-    share = sum(world.look_held_out(*look) for look in looks) / len(looks)
+    share = sum(world.is_held_out_appearance(*look) for look in looks) / len(looks)
     assert 0.04 < share < 0.25  # one in eight, as in the world
 
 
@@ -70,7 +70,7 @@ def test_every_text_reads_back(template):
     for seed in range(60):
         for page in make_story(seed):
             text = world.describe(page.scene, rng, template)
-            facts, want = parse(text), world.facts_of(page.scene)
+            facts, want = parse(text), world.expected_facts(page.scene)
             assert facts == replace(want, heroes=())
             shown = parse(world.caption(page.scene))
             assert shown == replace(want, names=())
@@ -102,12 +102,12 @@ def test_the_words_are_those_of_the_texts():
 
 def test_the_same_scene_is_the_same_picture_and_everything_shows():
     scene = make_story(3, heroes=1)[0].scene
-    picture = paint.paint(scene).astype(int)
-    assert picture.shape == (128, 128, 3) and (picture == paint.paint(scene)).all()
+    picture = renderer.paint(scene).astype(int)
+    assert picture.shape == (128, 128, 3) and (picture == renderer.paint(scene)).all()
     hero = scene.heroes[0]
 
     def differs(**changes):
-        return np.abs(paint.paint(replace(scene, **changes)).astype(int) - picture).sum()
+        return np.abs(renderer.paint(replace(scene, **changes)).astype(int) - picture).sum()
 
     for name, values in (("species", world.SPECIES), ("colour", world.COLOURS), ("accessory", world.ACCESSORIES)):
         for value in values:

@@ -59,7 +59,8 @@ class Workflow:
         self.nodes.append(Node(len(self.nodes) + 1, "Reroute", (x, y), (75, 26), {}, None, {"": wire}))
         return self.nodes[-1][0]
 
-    def note(self, x: int, y: int, size: tuple[int, int], text: str) -> None:
+    def note(self, x: int, y: int, size: tuple[int, int], name: str) -> None:
+        text = (HERE / "notes" / f"{name}.md").read_text(encoding="utf-8").rstrip()
         self.nodes.append(Node(len(self.nodes) + 1, "MarkdownNote", (x, y), size, {"text": text}, None))
 
     def group(self, title: str, x: int, y: int, w: int, h: int, color: str) -> None:
@@ -175,15 +176,7 @@ def load(w: Workflow, x=0, y=0) -> Node:
 
 
 def tell_a_story(w: Workflow) -> None:
-    w.note(
-        0,
-        -340,
-        (720, 200),
-        "## Tell a story in one node\n\nWrite how it begins under **opening**, choose the number of "
-        "**panels**, press **Run**. Each panel is written and drawn in view of all before it, so the same character "
-        "comes back.\n\nThe starter model knows one picture-book world: animals with names, in places like the beach "
-        "or the forest.",
-    )
+    w.note(0, -340, (720, 200), "1 Tell a story")
     model = load(w)
     told = w.add(
         "MMInterleavedTellStory",
@@ -207,16 +200,7 @@ def tell_a_story(w: Workflow) -> None:
 
 
 def four_blocks(w: Workflow) -> None:
-    w.note(
-        0,
-        -400,
-        (1080, 250),
-        "## The four blocks by hand\n\nEach row is one panel, and sees the text and the pictures of "
-        "the rows above it.\n\n- **Write**: the LLM reads the story and goes on.\n- **Synchronize**: the story becomes "
-        "conditioning, and the U-Net looks at the earlier pictures.\n- **KSampler** and **VAE Decode** are ComfyUI's "
-        "own.\n- **Story Picture**: the encoder sees the new picture, for the next panel.\n\nOnly what you change runs "
-        "again. The model is loaded once, though each row has its own node for it.",
-    )
+    w.note(0, -400, (1080, 250), "2 The four blocks")
     told = None
     for number in range(3):
         y = number * 660
@@ -268,14 +252,7 @@ def four_blocks(w: Workflow) -> None:
 
 
 def own_picture(w: Workflow) -> None:
-    w.note(
-        0,
-        -340,
-        (700, 200),
-        "## Continue from my own picture\n\nLoad a picture; the story begins with it, and the one "
-        "who is in it comes back in every panel.\n\nThe starter model does its best with any picture, and best with one "
-        "of its own world, as template 1 makes them.",
-    )
+    w.note(0, -340, (700, 200), "3 Continue from my picture")
     model = load(w)
     picture = w.add("LoadImage", 0, 260, (300, 330), image="example.png")
     begun = w.add("MMInterleavedStoryText", 380, 0, (320, 130), text="Mia runs in the meadow with a kite.")
@@ -302,13 +279,7 @@ def own_picture(w: Workflow) -> None:
 
 
 def ask_and_caption(w: Workflow) -> None:
-    w.note(
-        0,
-        -340,
-        (700, 200),
-        "## Ask and caption\n\nWhat the model sees in a picture: a caption, an answer to a "
-        "question, and which of several answers is likeliest.",
-    )
+    w.note(0, -340, (700, 200), "4 Ask and caption")
     model = load(w)
     picture = w.add("LoadImage", 0, 260, (300, 330), image="example.png")
     story = w.add("MMInterleavedStoryPicture", 400, 80, (300, 90), encoder=model[0], image=picture[0])
@@ -335,14 +306,7 @@ def ask_and_caption(w: Workflow) -> None:
 
 
 def storyboard_batch(w: Workflow) -> None:
-    w.note(
-        0,
-        -370,
-        (760, 230),
-        "## A storyboard over night\n\nPut a storyboard (JSON) into ComfyUI's input folder. Each "
-        "run tells one of its stories; **index** counts up by itself, so set the number of runs beside the Run button to "
-        "the number of stories and go to bed.\n\nThe example has three.",
-    )
+    w.note(0, -370, (760, 230), "5 Storyboard batch")
     model = load(w)
     board = w.add("MMInterleavedLoadStoryboard", 0, 260, (300, 170), encoder=model[0], storyboard=EXAMPLE)
     told = w.add(
@@ -369,14 +333,7 @@ def storyboard_batch(w: Workflow) -> None:
 
 
 def own_sampler(w: Workflow) -> None:
-    w.note(
-        0,
-        -340,
-        (700, 200),
-        "## Your own sampler, LoRA and upscaling\n\nSynchronize gives a MODEL and conditionings like "
-        "any other: here they go to **SamplerCustomAdvanced**. A LoRA loader fits between *Load* and *Synchronize*; the "
-        "picture is enlarged at the end.",
-    )
+    w.note(0, -340, (700, 200), "6 Own sampler")
     model = load(w)
     latent = w.add("EmptyLatentImage", 0, 260, (300, 110), width=128, height=128)
     begun = w.add("MMInterleavedStoryText", 380, 0, (320, 130), text=MIA)
@@ -416,14 +373,7 @@ def own_sampler(w: Workflow) -> None:
 
 
 def reroll(w: Workflow) -> None:
-    w.note(
-        0,
-        -370,
-        (760, 230),
-        "## Draw one panel anew\n\nRun it once. Then change the number at the third place of "
-        "**seeds** and run again: panels 1 and 2 stay as they are and do not run again; panel 3 is made anew, and what "
-        "comes after it follows.\n\nAn empty place keeps the panel's own seed.",
-    )
+    w.note(0, -370, (760, 230), "7 Draw a panel anew")
     model = load(w)
     told = w.add(
         "MMInterleavedTellStory",

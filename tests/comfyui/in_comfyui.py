@@ -1,4 +1,4 @@
-"""Runs inside ComfyUI's Python: the native route against drawing.py, and MODELs that do not fit. Prints one JSON."""
+"""Runs inside ComfyUI's Python: the nodes against the library's own loop, and MODELs that do not fit. Prints JSON."""
 
 import importlib.util
 import json
@@ -20,9 +20,9 @@ def drawn(llm, synchronizer, unet, story, change=None, steps=3):
     import comfy.sample
     import comfy.samplers
     import torch
-    from mmi.nodes.synchronize import Synchronize
+    from mmi.nodes.synchronize import ApplySynchronizer
 
-    model, positive, negative = Synchronize.execute(llm, synchronizer, unet, 1.0, 0.0, 1.0, 2, story).result
+    model, positive, negative = ApplySynchronizer.execute(llm, synchronizer, unet, 1.0, 0.0, 1.0, 2, story).result
     if change is not None:
         positive, negative = change(positive, negative)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
@@ -88,25 +88,27 @@ def mixtures(encoder, llm, synchronizer, unet, story) -> dict[str, str]:
     """What is said of an LLM of another width with this encoder and this synchronizer."""
     from dataclasses import replace
 
-    from mmi.comfy_mminterleaved.models.init_weights import init_modules
+    from mmi.comfy_mminterleaved.models.build import init_modules
     from mmi.nodes.blocks import PatchedLLM
-    from mmi.nodes.segments import with_features
-    from mmi.nodes.synchronize import Synchronize
+    from mmi.nodes.segments import encode_story
+    from mmi.nodes.synchronize import ApplySynchronizer
 
     config = llm.config
     narrow = replace(
         config,
-        llm=replace(config.llm, width=96),
-        encoder=replace(config.encoder, out_width=96),
-        decoder=replace(
-            config.synchronizer, llm_width=96, resampler=replace(config.synchronizer.resampler, encoder_width=96)
+        llm=replace(config.llm, hidden_size=96),
+        encoder=replace(config.encoder, llm_hidden_size=96),
+        synchronizer=replace(
+            config.synchronizer,
+            llm_hidden_size=96,
+            perceiver=replace(config.synchronizer.perceiver, encoder_hidden_size=96),
         ),
     )
     other = PatchedLLM(narrow, init_modules(narrow)["llm"].state_dict(), "other", None)
     found = {}
     for name, check in {
-        "other LLM": lambda: Synchronize.execute(other, synchronizer, unet, 1.0, 0.0, 1.0, 1, story),
-        "other encoder": lambda: other.check(with_features(encoder, story)),
+        "other LLM": lambda: ApplySynchronizer.execute(other, synchronizer, unet, 1.0, 0.0, 1.0, 1, story),
+        "other encoder": lambda: other.check(encode_story(encoder, story)),
         "no encoder": lambda: llm.check(story),
     }.items():
         try:
@@ -130,22 +132,23 @@ def main(comfyui: str) -> None:
 
     torch.set_num_threads(1)
     package()
-    from mmi.comfy_mminterleaved.checkpoints import load as checkpoint
-    from mmi.comfy_mminterleaved.generation.image import ImageGenerationConfig, draw
+    from mmi.comfy_mminterleaved.generation.config import ImageGenerationConfig
+    from mmi.comfy_mminterleaved.generation.image import denoise
     from mmi.comfy_mminterleaved.pipeline import MMInterleavedPipeline
+    from mmi.comfy_mminterleaved.presets import STARTER_DIR
     from mmi.comfy_mminterleaved.stories.story import Story
     from mmi.nodes.load import LoadMMInterleaved
-    from mmi.nodes.segments import with_features
-    from mmi.nodes.synchronize import Synchronize
+    from mmi.nodes.segments import encode_story
+    from mmi.nodes.synchronize import ApplySynchronizer
 
     result, drawn = {}, {}
     with torch.inference_mode():
         encoder, llm, synchronizer, unet, vae = LoadMMInterleaved.execute("starter").result
-        library = MMInterleavedPipeline.load(checkpoint.STARTER_DIR, "cpu", torch.float32)
-        for decoder in (library.decoder, synchronizer.module):  # whatever was trained, the sites must count
+        library = MMInterleavedPipeline.load(STARTER_DIR, "cpu", torch.float32)
+        for module in (library.synchronizer, synchronizer.module):  # whatever was trained, the blocks must count
             generator = torch.Generator().manual_seed(1)
-            for site in decoder.sites:
-                weight = site.mmfs.out_proj.weight
+            for block in module.mmfs_module.blocks:
+                weight = block.mmfs.output_proj.weight
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
         generator = torch.Generator().manual_seed(0)
         pictures = [
@@ -160,8 +163,8 @@ def main(comfyui: str) -> None:
             ("off", 5, 3.0, 0.0, 2),
             ("none seen", 5, 3.0, 1.0, 0),
         ):
-            ready = Synchronize.execute(
-                llm, synchronizer, unet, strength, 0.0, 1.0, count, with_features(encoder, story)
+            ready = ApplySynchronizer.execute(
+                llm, synchronizer, unet, strength, 0.0, 1.0, count, encode_story(encoder, story)
             ).result
             model, positive, negative = ready
             sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
@@ -185,14 +188,16 @@ def main(comfyui: str) -> None:
                 def set_timesteps(self, count, device=None, sigmas=sigmas):
                     super().set_timesteps(sigmas=sigmas.tolist(), device=device)
 
-            encoded = library.encode(story)
-            states = library.decoder.condition(library.contexts([encoded]) * 2)
-            prepared = library.decoder.prepare(*library.context_feature_maps([encoded] * 2, count))
-            own = draw(
+            encoded = library.encode_images(story)
+            context = library.text.context_features([encoded]) * 2
+            states = library.synchronizer.conditioner.prompt_embeds(context)
+            maps, image_mask = library.image.context_feature_maps([encoded] * 2, count)
+            prepared = library.synchronizer.mmfs_module.project_images(maps, image_mask)
+            own = denoise(
                 library.unet,
                 library.vae,
                 Fixed.from_config(library.config.scheduler),
-                library.decoder,
+                library.synchronizer,
                 states,
                 prepared,
                 ImageGenerationConfig(num_inference_steps=steps, guidance_scale=cfg, mmfs_scale=strength),
@@ -203,8 +208,8 @@ def main(comfyui: str) -> None:
             drawn[name] = native
         result["looking changes it"] = float((drawn["stronger"] - drawn["off"]).abs().max() * 255)
         result |= {
-            "two passes": passes(synchronizer, llm, unet, with_features(encoder, story)),
-            "a ControlNet": controlled(llm, synchronizer, unet, with_features(encoder, story)),
+            "two passes": passes(synchronizer, llm, unet, encode_story(encoder, story)),
+            "a ControlNet": controlled(llm, synchronizer, unet, encode_story(encoder, story)),
             **mixtures(encoder, llm, synchronizer, unet, story),
         }
         clone = model.clone()
@@ -231,7 +236,7 @@ def main(comfyui: str) -> None:
             "no unet": Other("Flux", {"image_model": "flux"}, torch.nn.Linear(1, 1)),
         }.items():
             try:
-                Synchronize.execute(llm, synchronizer, other, 1.0, 0.0, 1.0, 1, story)
+                ApplySynchronizer.execute(llm, synchronizer, other, 1.0, 0.0, 1.0, 1, story)
             except Exception as error:
                 result[name] = f"{type(error).__name__}: {error}"
     sys.stdout.write(f"RESULT {json.dumps(result)}\n")

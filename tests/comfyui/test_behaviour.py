@@ -371,4 +371,4 @@ def test_words_the_model_does_not_know_are_named_once(comfyui):
     comfyui.run(tell(opening="Mia rides a zeppelin in the forest.", panels=1, seed=7))
     lines = comfyui.log.read_text(encoding="utf-8", errors="replace").splitlines()
     told = [line for line in lines if "does not know the words" in line][before:]
-    assert len([line for line in told if "rides, zeppelin; it does its best" in line]) == 1
+    assert len([line for line in told if "rides, zeppelin;" in line]) == 1

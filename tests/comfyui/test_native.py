@@ -54,4 +54,4 @@ def test_blocks_of_different_models_are_told_so(found):
     """Both widths, in one sentence."""
     assert "LLM has width 96" in found["other LLM"] and "an LLM of width 192" in found["other LLM"]
     assert "tokens of width 192" in found["other encoder"] and "LLM has width 96" in found["other encoder"]
-    assert found["no encoder"].startswith("StoryError: A picture of the story was not encoded")
+    assert found["no encoder"].startswith("StoryError: An image of the story was not encoded")

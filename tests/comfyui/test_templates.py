@@ -63,8 +63,8 @@ def test_workflows_saved_by_this_version_will_still_load(definitions):
     kept = json.loads((Path(__file__).parent / "schema.json").read_text(encoding="utf-8"))
     for name, entry in kept.items():
         now = definitions[name]
-        for section, num_img_token in entry["inputs"].items():
-            for slot, kind in num_img_token.items():
+        for section, slots in entry["inputs"].items():
+            for slot, kind in slots.items():
                 raw = now["input"].get(section, {})[slot][0]
                 assert (raw if isinstance(raw, str) else "COMBO") == kind, f"{name}: {slot}"
         for slot, settings in now["input"].get("required", {}).items():
@@ -82,10 +82,8 @@ def test_names_in_every_language(definitions):
         names = json.loads(path.read_text(encoding="utf-8"))
         assert set(names) == ours
         for name, entry in names.items():
-            num_img_token = {
-                s for section in ("required", "optional") for s in definitions[name]["input"].get(section, {})
-            }
-            assert entry["display_name"] and set(entry["inputs"]) == num_img_token, (language, name)
+            slots = {s for section in ("required", "optional") for s in definitions[name]["input"].get(section, {})}
+            assert entry["display_name"] and set(entry["inputs"]) == slots, (language, name)
 
 
 def test_a_help_page_with_a_picture_for_every_node(comfyui, definitions):

@@ -1,7 +1,7 @@
 """Small classifiers that judge pictures: trained on the generator's own drawings and on nothing else.
 
 One convolutional net with a head for everything a scene has: how many heroes, the look of each from left to right, the
-action, place, prop, sky, and whether it is far. `python -m starter_training.judge` trains it on stories of
+action, place, prop, sky, and whether it is far. `python -m starter_training.classifier` trains it on stories of
 all combinations, those held out of the model's training too: a judge that never saw a trumpet in the snow takes it for
 a teddy. Half of the drawings are softened, or it would take any raccoon whose edges are not quite the generator's for
 a koala. It reports how often each head is right on other stories, of held-out combinations only.
@@ -23,16 +23,16 @@ from torch import nn
 from comfy_mminterleaved.errors import CheckpointError, MMInterleavedError
 from comfy_mminterleaved.files import ensure_writable_dir, write_json
 
-from .data import Book
-from .labels import HEADS, LOOK, NONE, guide
+from .dataset import StoryDataset
+from .targets import ABSENT, APPEARANCE, ATTRIBUTES, guide
 
-OF_TWO = 0.5  # of the drawings, only such as show two heroes, whose faces are the smallest
-SOFTENED = 0.5  # of the drawings
-SHIPPED = Path(__file__).with_name("judge.safetensors")
+TWO_CHARACTER_PROB = 0.5  # of the drawings, only such as show two heroes, whose faces are the smallest
+BLUR_PROB = 0.5  # of the drawings
+SHIPPED = Path(__file__).with_name("classifier.safetensors")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Prediction:
     """What the judge sees in a picture; `looks` from left to right."""
 
     looks: tuple[tuple[str, str, str], ...]
@@ -51,7 +51,7 @@ class Residual(nn.Module):
         return x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(F.relu(x))))))
 
 
-class Judge(nn.Module):
+class AttributeClassifier(nn.Module):
     """Pictures (N, 3, 128, 128) in [0, 1] -> logits by head; `features` are those before the heads."""
 
     def __init__(self, widths=(24, 48, 96, 160), feature_width: int = 384):
@@ -62,7 +62,7 @@ class Judge(nn.Module):
             inner = width
         self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(inner, 48, 1), nn.ReLU(), nn.Flatten())
         self.squeeze = nn.Linear(48 * 8 * 8, feature_width)
-        self.heads = nn.ModuleDict({name: nn.Linear(feature_width, len(values)) for name, values in HEADS.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(feature_width, len(values)) for name, values in ATTRIBUTES.items()})
 
     def features(self, pictures):
         return F.relu(self.squeeze(self.layers(pictures * 2 - 1)))
@@ -72,31 +72,36 @@ class Judge(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    def judge(self, pictures: torch.Tensor) -> list[Verdict]:
+    def judge(self, pictures: torch.Tensor) -> list[Prediction]:
         """The likeliest reading of each picture; a second hero counts only if all its parts are seen."""
         self.eval()
         found = {name: logits.argmax(-1).tolist() for name, logits in self(pictures).items()}
         verdicts = []
         for i in range(len(pictures)):
-            said = {name: HEADS[name][values[i]] for name, values in found.items()}
-            looks = [tuple(said[f"{part}{slot}"] for part in LOOK) for slot in (0, 1)]
-            shown = tuple(look for look in looks if NONE not in look)
-            verdicts.append(Verdict(shown, said["action"], said["place"], said["prop"]))
+            said = {name: ATTRIBUTES[name][values[i]] for name, values in found.items()}
+            looks = [tuple(said[f"{part}{slot}"] for part in APPEARANCE) for slot in (0, 1)]
+            shown = tuple(look for look in looks if ABSENT not in look)
+            verdicts.append(Prediction(shown, said["action"], said["place"], said["prop"]))
         return verdicts
 
 
 def train_judge(
-    book: Book, steps: int, batch: int = 64, learning_rate: float = 2e-3, seed: int = 0, judge: Judge | None = None
-) -> Judge:
+    book: StoryDataset,
+    steps: int,
+    batch: int = 64,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+    judge: AttributeClassifier | None = None,
+) -> AttributeClassifier:
     """Trains a new judge, or an old one on, on a book's pictures: cross-entropy of all heads, a one-cycle schedule."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    judge = (judge or Judge()).train()
+    judge = (judge or AttributeClassifier()).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     for step in range(steps):
-        rows = book.random_rows(batch, rng, OF_TWO)
-        pictures = softened(book.pictures(rows), rng)
+        rows = book.random_rows(batch, rng, TWO_CHARACTER_PROB)
+        pictures = random_blur(book.pictures(rows), rng)
         pictures = (pictures + torch.randn_like(pictures) * 0.02).clamp(0, 1)  # a drawing model is never quite flat
         loss = guide(torch.cat(list(judge(pictures).values()), -1), book.labels[rows])
         optimizer.zero_grad()
@@ -109,7 +114,7 @@ def train_judge(
     return judge.eval()
 
 
-def softened(pictures: torch.Tensor, rng: random.Random, share: float = SOFTENED) -> torch.Tensor:
+def random_blur(pictures: torch.Tensor, rng: random.Random, share: float = BLUR_PROB) -> torch.Tensor:
     """Pictures (N, 3, side, side), a share of them as they look when made smaller, down to half, and large again."""
     side, made = pictures.shape[-1], []
     for picture in pictures.split(1):
@@ -121,23 +126,23 @@ def softened(pictures: torch.Tensor, rng: random.Random, share: float = SOFTENED
 
 
 @torch.no_grad()
-def accuracy(judge: Judge, book: Book, soft: bool = False) -> dict[str, float]:
-    """How often each head is right on a book's drawings, or on these `softened`, and how often all are."""
-    right: dict[str, list[bool]] = {name: [] for name in (*HEADS, "all")}
+def accuracy(judge: AttributeClassifier, book: StoryDataset, soft: bool = False) -> dict[str, float]:
+    """How often each head is right on a book's drawings, or on these `random_blur`, and how often all are."""
+    right: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, "all")}
     rng = random.Random(0)
     for start in range(0, len(book), 64):
         rows = range(start, min(start + 64, len(book)))
         pictures = book.pictures(rows)
-        logits = judge(softened(pictures, rng, 1.0) if soft else pictures)
+        logits = judge(random_blur(pictures, rng, 1.0) if soft else pictures)
         labels = book.labels[rows.start : rows.stop].T
-        per_head = {name: logits[name].argmax(-1) == wanted for name, wanted in zip(HEADS, labels)}
+        per_head = {name: logits[name].argmax(-1) == wanted for name, wanted in zip(ATTRIBUTES, labels)}
         for name, found in per_head.items():
             right[name] += found.tolist()
         right["all"] += torch.stack(list(per_head.values())).all(0).tolist()
     return {name: sum(found) / len(found) for name, found in right.items()}
 
 
-def save(judge: Judge, path: Path) -> None:
+def save(judge: AttributeClassifier, path: Path) -> None:
     """Writes a judge, its floats as float16."""
     from safetensors.torch import save_file
 
@@ -146,15 +151,15 @@ def save(judge: Judge, path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in halved.items()}, path)
 
 
-def load(path: str | Path = SHIPPED) -> Judge:
+def load(path: str | Path = SHIPPED) -> AttributeClassifier:
     """A judge saved by `save`, computing in float32; raises CheckpointError."""
     from comfy_mminterleaved.checkpoints.tensors import read_tensors
     from comfy_mminterleaved.models.build import param_shapes
 
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"There is no judge {str(path)!r}; train it with python -m starter_training.judge.")
-    judge, tensors = Judge(), read_tensors(path)
+        raise CheckpointError(f"There is no judge {str(path)!r}; train it with python -m starter_training.classifier.")
+    judge, tensors = AttributeClassifier(), read_tensors(path)
     if param_shapes(judge) != {name: tuple(t.shape) for name, t in tensors.items()}:
         raise CheckpointError(f"{str(path)!r} is no judge, or one of another size; training.judge makes one.")
     judge.load_state_dict(tensors)
@@ -162,7 +167,7 @@ def load(path: str | Path = SHIPPED) -> Judge:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="starter_training.judge", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="starter_training.classifier", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/judge")
     parser.add_argument("--stories", type=int, default=6000)
     parser.add_argument("--steps", type=int, default=3000)
@@ -175,10 +180,10 @@ def main(argv: list[str] | None = None) -> int:
     except MMInterleavedError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2
-    book = Book(out, args.stories, held_out=None)
+    book = StoryDataset(out, args.stories, held_out=None)
     judge = train_judge(book, args.steps, learning_rate=args.learning_rate, judge=old)
     save(judge, out / "judge.safetensors")
-    other = Book(out, 300, held_out=True)
+    other = StoryDataset(out, 300, held_out=True)
     found = {"drawings": accuracy(judge, other), "softened": accuracy(judge, other, soft=True)}
     write_json(out / "accuracy.json", found)
     sys.stdout.write(json.dumps(found, indent=1) + "\n")

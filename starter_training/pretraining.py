@@ -9,16 +9,26 @@ from torch import nn
 from comfy_mminterleaved.generation.schedulers import make_scheduler
 from comfy_mminterleaved.generation.unet_hooks import attach_mmfs
 
-from .labels import COATS, IGNORE, LOOKS, SECOND, SIZES, Codes, SiteCodes, guide
+from .targets import (
+    APPEARANCE_HEADS,
+    COAT_HEADS,
+    IGNORE_INDEX,
+    SECOND_CHARACTER,
+    SIZES,
+    ConditioningTargets,
+    MMFSTargets,
+    guide,
+)
 
-UNCONDITIONAL = 0.1
-FORGOTTEN = 0.1  # of what a drawing could be told, in learning to draw
-EMPHASIS = 4.0  # the weight of heroes and props against what is behind them, at times below EMPHASIZED
-EMPHASIZED = 0.6
-DECIDED = 0.15, 0.85  # of the schedule: when coats, then faces and tools are decided; half of the times are from there
+COND_DROPOUT = 0.1
+ATTRIBUTE_DROPOUT = 0.1  # of what a drawing could be told, in learning to draw
+FOREGROUND_WEIGHT = 4.0  # the weight of heroes and props against what is behind them, at times below the next
+FOREGROUND_MAX_TIMESTEP = 0.6
+# Of the schedule: when coats, then faces and tools are decided; half of the times are from there.
+TIMESTEP_FOCUS = 0.15, 0.85
 
 
-class LearnVAE(nn.Module):
+class VAEObjective(nn.Module):
     """Reconstruction of pictures through AutoencoderTiny's latents.
 
     L1 and L2 on pixels, L1 on their differences, so that edges stay edges; noise on the latents, so that near latents
@@ -42,7 +52,7 @@ class LearnVAE(nn.Module):
         return {"loss": sum(losses.values()) + 0.01 * (sizes - 1).pow(2).mean(), **losses, "latent_size": sizes.mean()}
 
 
-class LearnToSee(nn.Module):
+class EncoderObjective(nn.Module):
     """What a picture shows, read by guides that are left behind: from the visual tokens, and from the maps.
 
     The ViT hears of the adapter's convolutions through gates that begin at zero, so these learn far sooner when they
@@ -76,12 +86,12 @@ class LearnToSee(nn.Module):
         losses = {
             "tokens": guide(self.tokens(features.visual_tokens.flatten(1)), labels),
             "maps": sum(read) / len(read),
-            "glance": guide(self.glance(glance(features.feature_maps)), looks_only(labels)),
+            "glance": guide(self.glance(glance(features.feature_maps)), appearance_labels(labels)),
         }
         return {"loss": sum(losses.values()), **losses}
 
 
-class LearnDetail(nn.Module):
+class VAEDecoderObjective(nn.Module):
     """The decoder half of a VAE, so that the encoder sees in what it makes of latents what it sees in the picture.
 
     A face far away is a few pixels, and errors of pixels hardly miss it; features that were learned by telling faces
@@ -90,7 +100,7 @@ class LearnDetail(nn.Module):
     """
 
     NOISE = 0.15  # at most, in units of the latents' size
-    SEEN = 3.0  # the weight of what the encoder sees against errors of pixels
+    PERCEPTUAL_WEIGHT = 3.0  # the weight of what the encoder sees against errors of pixels
 
     def __init__(self, vae, encoder):
         super().__init__()
@@ -99,11 +109,12 @@ class LearnDetail(nn.Module):
     def forward(self, latents: torch.Tensor, pictures: torch.Tensor, emphasis=None) -> dict[str, torch.Tensor]:
         """latents (N, C, h, w), scaled, of pictures (N, 3, side, side) in [0, 1].
 
-        emphasis: (N, 1, side, side), `Book.emphasis`, in training: where it is 1, pixels weigh EMPHASIS times as much.
+        emphasis: (N, 1, side, side), `StoryDataset.emphasis`, in training: where it is 1, pixels weigh
+            FOREGROUND_WEIGHT times as much.
         """
         weight = None
         if self.training:
-            weight = None if emphasis is None else 1 + (EMPHASIS - 1) * emphasis
+            weight = None if emphasis is None else 1 + (FOREGROUND_WEIGHT - 1) * emphasis
             size = torch.rand(len(latents), 1, 1, 1, device=latents.device) * self.NOISE
             latents = latents + torch.randn_like(latents) * size
         found = self.vae.decode(latents / self.vae.config.scaling_factor).sample
@@ -114,7 +125,7 @@ class LearnDetail(nn.Module):
         pairs = zip((seen.visual_tokens, *seen.feature_maps), (true.visual_tokens, *true.feature_maps))
         errors = [relative_error(a, b) for a, b in pairs]
         losses["seen"] = sum(errors) / len(errors)
-        return {"loss": sum(losses.values()) + (self.SEEN - 1) * losses["seen"], **losses}
+        return {"loss": sum(losses.values()) + (self.PERCEPTUAL_WEIGHT - 1) * losses["seen"], **losses}
 
 
 def pixel_errors(found: torch.Tensor, wanted: torch.Tensor, weight=None) -> dict[str, torch.Tensor]:
@@ -134,25 +145,25 @@ def relative_error(found: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     return (found - true).pow(2).mean() / true.var().clamp(min=1e-6)
 
 
-class LearnToDraw(nn.Module):
-    """Drawing from `Codes`, before there is an LLM to say what to draw: the U-Net alone.
+class UNetObjective(nn.Module):
+    """Drawing from `ConditioningTargets`, before there is an LLM to say what to draw: the U-Net alone.
 
-    How heroes look it is told by the states, or as sites will find it in the pictures before (`SiteCodes`), or both; if
-    these differ, the states are right, for sites cannot know which of two heroes is meant. Of two heroes in a picture
-    the states always tell.
+    How heroes look it is told by the states, or as sites will find it in the pictures before (`MMFSTargets`), or both;
+    if these differ, the states are right, for sites cannot know which of two heroes is meant. Of two heroes in a
+    picture the states always tell.
     """
 
-    HEARSAY = 0.35  # noise on states, at most, in units of the codes' size: an LLM's are never quite the codes
-    FIRMNESS = 3.0, 6.5  # the size of what sites find, in units of their codes'; below 2 it is hardly drawn from
-    DOUBT = 0.4  # noise on what they find, in units of its size
-    MISREAD = 0.3  # of what sites find and states tell as well, another's: of species and accessories sites know little
+    COND_NOISE = 0.35  # noise on states, at most, in units of the codes' size: an LLM's are never quite the codes
+    MMFS_SCALE_RANGE = 3.0, 6.5  # of the targets; below 2 the U-Net hardly draws from them
+    MMFS_NOISE = 0.4  # noise on what they find, in units of its size
+    MMFS_LABEL_NOISE = 0.3  # share of the labels of MMFS that are another row's, where the states tell them as well
 
     def __init__(self, unet, decoder, scheduler: dict):
         super().__init__()
         self.unet, self.noise = unet, make_scheduler("ddpm", scheduler)
         self.negative = decoder.conditioner.neg_prompt_embeds
-        self.codes = Codes(decoder.config.perceiver.num_queries, decoder.config.perceiver.hidden_size)
-        self.sites = TaughtSites(decoder.config.block_channels)
+        self.codes = ConditioningTargets(decoder.config.perceiver.num_queries, decoder.config.perceiver.hidden_size)
+        self.sites = OracleMMFS(decoder.config.block_channels)
 
     def forward(self, latents, labels, emphasis=None) -> dict[str, torch.Tensor]:
         """latents (N, C, h, w), scaled; labels (N, heads) of what they show; emphasis as in `diffusion_error`."""
@@ -160,49 +171,49 @@ class LearnToDraw(nn.Module):
             # Who knows of looks: the states; the sites; the sites, the states of all but the coat; both; the states,
             # while the sites have found another's; nobody.
             way = torch.rand(len(labels), 1, device=labels.device)
-            alone = labels[:, SECOND : SECOND + 1] == 0
+            alone = labels[:, SECOND_CHARACTER : SECOND_CHARACTER + 1] == 0
             untold = (alone & (way > 0.12) & (way < 0.18)) | (way > 0.95)
             found = torch.where((way > 0.83) & (way < 0.95), labels.roll(1, 0), labels)
             found = torch.where(untold, labels, self.misread(found, alone))
-            found = without(found, LOOKS, (way < 0.12) | (way > 0.95))
-            told = without(labels, COATS, alone & (way > 0.12) & (way < 0.75))
-            told = without(told, LOOKS, untold)
-            told = told.masked_fill(torch.rand(told.shape, device=told.device) < FORGOTTEN, IGNORE)
+            found = without(found, APPEARANCE_HEADS, (way < 0.12) | (way > 0.95))
+            told = without(labels, COAT_HEADS, alone & (way > 0.12) & (way < 0.75))
+            told = without(told, APPEARANCE_HEADS, untold)
+            told = told.masked_fill(torch.rand(told.shape, device=told.device) < ATTRIBUTE_DROPOUT, IGNORE_INDEX)
             return {"loss": self.error(latents, told, found, emphasis)}
         every = torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device)
-        told = self.error(latents, labels, without(labels, LOOKS, every))
-        found = self.error(latents, without(labels, COATS, every), labels)
+        told = self.error(latents, labels, without(labels, APPEARANCE_HEADS, every))
+        found = self.error(latents, without(labels, COAT_HEADS, every), labels)
         return {"loss": (told + found) / 2, "told": told, "found": found}
 
     def misread(self, labels, alone) -> torch.Tensor:
         """Labels (N, heads), some of them another row's; but never the coat of a hero who is `alone`, bool (N, 1)."""
         heads, others = torch.arange(labels.shape[1]), labels[torch.randperm(len(labels), device=labels.device)]
-        kept = alone & torch.isin(heads, torch.tensor(COATS)).to(labels.device)
-        wrong = torch.rand(labels.shape, device=labels.device) < self.MISREAD
+        kept = alone & torch.isin(heads, torch.tensor(COAT_HEADS)).to(labels.device)
+        wrong = torch.rand(labels.shape, device=labels.device) < self.MMFS_LABEL_NOISE
         return torch.where(wrong & ~kept, others, labels)
 
     def error(self, latents, told, found, emphasis=None) -> torch.Tensor:
         """Told by the states and found by the sites: labels (N, heads)."""
-        doubt, sizes = (self.DOUBT, self.FIRMNESS) if self.training else (0.0, (1.0, 1.0))
+        doubt, sizes = (self.MMFS_NOISE, self.MMFS_SCALE_RANGE) if self.training else (0.0, (1.0, 1.0))
         with attach_mmfs(self.unet, self.sites, self.sites.prepare(found, doubt, sizes)):
             states = self.codes(told)
             if self.training:
-                states = states + torch.randn_like(states) * torch.rand_like(states[:, :1, :1]) * self.HEARSAY
+                states = states + torch.randn_like(states) * torch.rand_like(states[:, :1, :1]) * self.COND_NOISE
             return diffusion_error(self.unet, self.noise, self.negative, states, latents, self.training, emphasis)
 
 
-class TaughtSites:
+class OracleMMFS:
     """In the place of a MMFSNet's blocks: they find what the pictures before would show, with no pictures."""
 
     def __init__(self, widths):
-        self.codes = SiteCodes(widths)
+        self.codes = MMFSTargets(widths)
         self.mmfs_down_blocks = range(len(widths) - 1)
 
     def prepare(self, labels: torch.Tensor, noise: float = 0.0, sizes=(1.0, 1.0)) -> list[torch.Tensor]:
         """Of each site what it finds (N, width): codes of some size, and as no synchronizer is ever right, noise."""
         low, high = sizes
         size = low + (high - low) * torch.rand(len(labels), 1, device=labels.device)
-        return [(code + torch.randn_like(code) * SiteCodes.SIZE * noise) * size for code in self.codes(labels)]
+        return [(code + torch.randn_like(code) * MMFSTargets.SIZE * noise) * size for code in self.codes(labels)]
 
     def add_residual(self, index: int, x, prepared, scale: float = 1.0):
         return x + scale * prepared[index].to(x)[:, :, None, None]
@@ -212,12 +223,12 @@ def without(labels: torch.Tensor, heads: list[int], rows: torch.Tensor) -> torch
     """Labels (N, heads) of which some are not known in some rows: bool (N, 1)."""
     chosen = torch.zeros(labels.shape[1], dtype=torch.bool, device=labels.device)
     chosen[heads] = True
-    return labels.masked_fill(rows & chosen, IGNORE)
+    return labels.masked_fill(rows & chosen, IGNORE_INDEX)
 
 
-def looks_only(labels: torch.Tensor) -> torch.Tensor:
+def appearance_labels(labels: torch.Tensor) -> torch.Tensor:
     """Labels (N, heads) of which only how heroes look is known."""
-    others = [k for k in range(labels.shape[1]) if k not in LOOKS]
+    others = [k for k in range(labels.shape[1]) if k not in APPEARANCE_HEADS]
     return without(labels, others, torch.ones_like(labels[:, :1], dtype=torch.bool))
 
 
@@ -241,16 +252,16 @@ def diffusion_error(
     (Salimans and Ho 2022, section 4): the same model, with the errors of its clean picture weighed evenly; made from
     nothing, it learns far sooner what to draw.
 
-    `emphasis`, float (N, 1, h, w), `Book.emphasis`, is where what matters stands: the error weighs more there, but
-    only at times when the noise no longer hides where that is, or the U-Net would draw heroes everywhere.
+    `emphasis`, float (N, 1, h, w), `StoryDataset.emphasis`, is where what matters stands: the error weighs more there,
+    but only at times when the noise no longer hides where that is, or the U-Net would draw heroes everywhere.
     """
     if training:
-        dropped = torch.rand(len(states), 1, 1, device=states.device) < UNCONDITIONAL
+        dropped = torch.rand(len(states), 1, 1, device=states.device) < COND_DROPOUT
         states = torch.where(dropped, negative.to(states), states)
     noise = torch.randn_like(latents)
     times = torch.rand(len(latents), device=latents.device)
     if training:
-        low, high = DECIDED
+        low, high = TIMESTEP_FOCUS
         times = torch.where(torch.rand_like(times) < 0.5, times, low + (high - low) * times)
     times = (times * noise_schedule.config.num_train_timesteps).long()
     found = unet(noise_schedule.add_noise(latents, noise, times), times, encoder_hidden_states=states).sample
@@ -259,6 +270,6 @@ def diffusion_error(
         wanted = noise_schedule.get_velocity(latents, noise, times)
     if emphasis is None:
         return F.mse_loss(found.float(), wanted.float())
-    late = (times < EMPHASIZED * noise_schedule.config.num_train_timesteps).view(-1, 1, 1, 1)
-    weight = 1 + (EMPHASIS - 1) * emphasis * late
+    late = (times < FOREGROUND_MAX_TIMESTEP * noise_schedule.config.num_train_timesteps).view(-1, 1, 1, 1)
+    weight = 1 + (FOREGROUND_WEIGHT - 1) * emphasis * late
     return ((found.float() - wanted.float()).pow(2) * weight).mean() / weight.mean()

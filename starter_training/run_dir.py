@@ -17,9 +17,9 @@ from comfy_mminterleaved.generation.latents import encode_latents
 from comfy_mminterleaved.models.build import check_shapes, diffusers_model, init_modules, param_shapes
 
 from . import world
-from .data import Book
-from .recipe import GENERATION, TEXT_TOKENS, make_tokenizer, starter
-from .thin import narrowed, thin_autoencoder, widened
+from .dataset import StoryDataset
+from .slim_vae import crop_to_slim, pad_to_stock, slim_autoencoder
+from .starter_config import GENERATION, TEXT_VOCAB_SIZE, make_tokenizer, starter
 
 STAGES = ("vae", "encoder", "detail", "language", "decoder", "look", "joint")
 TRAINED_BY = {"vae": "vae", "encoder": "encoder", "llm": "language", "synchronizer": "look", "unet": "decoder"}
@@ -32,7 +32,7 @@ def load_run(out: Path, needs=()) -> tuple[Config, dict[str, torch.nn.Module]]:
         config = Config.from_dict(read_json(out / "config.json"))
     blocks = init_modules(config)
     for name, block in blocks.items():
-        if path := newest(out, name):
+        if path := latest_weights(out, name):
             tensors = read_tensors(path)
             expected, shapes = param_shapes(block), {key: tuple(t.shape) for key, t in tensors.items()}
             check_shapes(expected, shapes, repr(str(path)))
@@ -42,7 +42,7 @@ def load_run(out: Path, needs=()) -> tuple[Config, dict[str, torch.nn.Module]]:
     return config, blocks
 
 
-def newest(out: Path, name: str) -> Path | None:
+def latest_weights(out: Path, name: str) -> Path | None:
     """The file of a block in a run, from the last stage that trained it: the one written last, whatever its stage."""
     found = [path for stage in STAGES if (path := out / stage / f"{name}.safetensors").exists()]
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
@@ -55,19 +55,19 @@ def tokenizer_of(out: Path):
     path = out / "tokenizer.json"
     if not path.exists():
         make_tokenizer().save(path)
-    return Tokenizer.load(path, starter().llm.special_tokens, TEXT_TOKENS)
+    return Tokenizer.load(path, starter().llm.special_tokens, TEXT_VOCAB_SIZE)
 
 
 def newest_thin_vae(out: Path, config: Config):
     """The run's VAE in its thin form, with the decoder half of the detail stage if that is done."""
     stage = "detail" if (out / "detail" / "vae.safetensors").exists() else "vae"
-    thin = thin_autoencoder(diffusers_model(config.vae)).to(memory_format=torch.channels_last)
+    thin = slim_autoencoder(diffusers_model(config.vae)).to(memory_format=torch.channels_last)
     thin.load_state_dict(read_tensors(out / stage / "thin.safetensors"))
     return thin
 
 
 @torch.no_grad()
-def latents_of(out: Path, book: Book, config: Config) -> np.ndarray:
+def latents_of(out: Path, book: StoryDataset, config: Config) -> np.ndarray:
     """Scaled latents of all pictures of a book, float16, made once for a VAE, by its thin form, which is the same."""
     made = int((out / "vae" / "vae.safetensors").stat().st_mtime)
     path = out / f"latents-{book.name}-{made}.npy"
@@ -95,9 +95,9 @@ def begin(out: Path, *models: Path) -> None:
     tensors = _mean(config, tensors, others)
     if tokenizer is None:
         raise CheckpointError(f"The checkpoint {str(model)!r} has no tokenizer.")
-    thin_vae = thin_autoencoder(diffusers_model(config.vae))
-    thin = narrowed(thin_vae, tensors["vae"])
-    again, sizes = widened(diffusers_model(config.vae), thin), {name: tuple(t.shape) for name, t in thin.items()}
+    thin_vae = slim_autoencoder(diffusers_model(config.vae))
+    thin = crop_to_slim(thin_vae, tensors["vae"])
+    again, sizes = pad_to_stock(diffusers_model(config.vae), thin), {name: tuple(t.shape) for name, t in thin.items()}
     same = all(torch.equal(again[name], tensor) for name, tensor in tensors["vae"].items())
     if not same or sizes != param_shapes(thin_vae):
         raise CheckpointError(f"The VAE of {str(model)!r} was not made by this training; it has no thin form.")

@@ -39,10 +39,10 @@ FUR = {
     "wolf": "#9B9B9B",
     "raccoon": "#9B9B9B",
 }
-HEADS = {name: name for name in FUR} | {
+ATTRIBUTES = {name: name for name in FUR} | {
     name: f"{name}-face" for name in ("cat", "dog", "rabbit", "tiger", "pig", "monkey", "mouse", "cow")
 }
-COATS = {  # colour, and its shade
+COAT_HEADS = {  # colour, and its shade
     "red": ("#E8222F", "#A8101F"),
     "orange": ("#FF8A1F", "#C65F00"),
     "yellow": ("#FFD93B", "#D9A400"),
@@ -72,7 +72,7 @@ PROP_ICONS = {
     "rocket": "rocket",
     "umbrella": "umbrella",
 }
-WORN = {"hat": "top-hat", "crown": "crown", "bow": "ribbon", "glasses": "sunglasses", "flower": "hibiscus"}
+ACCESSORY_SVG = {"hat": "top-hat", "crown": "crown", "bow": "ribbon", "glasses": "sunglasses", "flower": "hibiscus"}
 SCENERY = (
     "palm-tree",
     "umbrella-on-ground",
@@ -275,7 +275,7 @@ def _limbs(action: str) -> tuple[tuple, tuple]:
 
 def _hero(hero: Hero, action: str) -> str:
     """A hero about 66 units tall whose feet are at the origin."""
-    fur, (coat, shade) = FUR[hero.species], COATS[hero.colour]
+    fur, (coat, shade) = FUR[hero.species], COAT_HEADS[hero.colour]
     (left_arm, right_arm), (left_leg, right_leg) = _limbs(action)
     legs = _line(-5, -9, *left_leg, fur, 6.5) + _line(5, -9, *right_leg, fur, 6.5)
     shoes = _oval(left_leg[0] - 1, left_leg[1], 4.6, 3, "#4A3A3A") + _oval(
@@ -286,7 +286,7 @@ def _hero(hero: Hero, action: str) -> str:
     body += _rect(-15, -11, 30, 4, shade, 'rx="2"') + _oval(0, -24, 1.4, 1.4, "#FFF") + _oval(0, -17, 1.4, 1.4, "#FFF")
     arms = _line(-10, -27, *left_arm, coat, 6.5) + _line(10, -27, *right_arm, coat, 6.5)
     paws = _oval(*left_arm, 3.6, 3.6, fur) + _oval(*right_arm, 3.6, 3.6, fur)
-    head = icon(HEADS[hero.species], 0, -29, 37)
+    head = icon(ATTRIBUTES[hero.species], 0, -29, 37)
     match hero.accessory:
         case "hat":
             worn = icon("top-hat", 0, -55, 26)

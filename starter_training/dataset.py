@@ -17,17 +17,18 @@ from comfy_mminterleaved.generation.tokens import StoryTokens, tokenize_story
 from comfy_mminterleaved.stories.story import ImageSegment, Story
 from comfy_mminterleaved.tokenizer import Tokenizer
 
-from . import paint, world
-from .labels import COATS, HEADS, IGNORE, LOOKS, MEANT, labels_of
+from . import renderer, world
+from .targets import APPEARANCE_HEADS, ATTRIBUTES, COAT_HEADS, IGNORE_INDEX, REFERENTS, attribute_labels
 
 CAPTION, ASK = "Caption:", "Question: {question} Answer:"
-STORIES_SHARE = 0.65  # of the batches; the rest are captions and questions on single pictures
-ABOUT_HEROES = 0.6  # of the quarters that the VAE learns from, such as are about a hero or the prop
-DRILLS, TEXTS, SEQUENCES = 0.2, 0.15, 40  # of these batches, the shares that are drills and texts, and their sequences
+STORY_BATCH_PROB = 0.65  # of the batches; the rest are captions and questions on single pictures
+FOREGROUND_CROP_PROB = 0.6  # of the quarters that the VAE learns from, such as are about a hero or the prop
+# Shares of the batches that are drills of names and texts without images, and their number of sequences.
+COREF_DRILL_PROB, TEXT_ONLY_PROB, TEXT_BATCH_SIZE = 0.2, 0.15, 40
 FILLERS = sorted(word for word in world.words() if word.title() not in world.NAMES)  # between the names of a drill
-SMALL, OF_SMALL = 3400, 3.0  # square px: a hero who takes less weighs more in emphasis, at most this many times
-PICTURE_FIRST = 0.15  # of the stories: their pictures are drawn without being told what they show
-SLIPS = 0.25  # of a story's pictures after the first: what is read shows other heroes than the story's
+SMALL_AREA, MAX_SMALL_WEIGHT = 3400, 3.0  # square px below which a hero weighs more, and how much more at most
+IMAGE_FIRST_PROB = 0.15  # of the stories: their pictures are drawn without being told what they show
+HISTORY_CORRUPTION_PROB = 0.25  # of a story's images after the first: they are encoded with other heroes
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Batch:
 
     pixels: float (N, P, 3, side, side). ids: (N, L). targets: (N, L), the next token where it is learned, else IGNORE.
     visible: bool (N, L, P). starts: (N, P), where each picture's start-of-image token is. rows: (N, P), the pictures'
-    numbers in the cache. shown: (N, P, heads) of `labels.HEADS`, what the pictures show. labels: the same, IGNORE
-    where a drawing cannot know. meant: (N, P), where the text names one or both of two heroes, a number of `MEANT`.
+    numbers in the cache. shown: (N, P, heads) of `labels.ATTRIBUTES`, what the pictures show. labels: the same, IGNORE
+    where a drawing cannot know. meant: (N, P), where the text names one or both of two heroes, a number of `REFERENTS`.
     draws: whether the pictures are to be drawn.
     """
 
@@ -58,25 +59,25 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextBatch:
     """Stories of two heroes without their pictures, or drills of names.
 
-    ids: (N, L). meant: (N, L), whom the text that a token belongs to names, a number of `MEANT`, or IGNORE.
+    ids: (N, L). meant: (N, L), whom the text that a token belongs to names, a number of `REFERENTS`, or IGNORE.
     """
 
     ids: torch.Tensor
     meant: torch.Tensor
 
-    def to(self, device) -> Texts:
-        return Texts(**{k: v.to(device) for k, v in vars(self).items()})
+    def to(self, device) -> TextBatch:
+        return TextBatch(**{k: v.to(device) for k, v in vars(self).items()})
 
 
 def _paint_story(job: tuple[int, bool | None, int]) -> np.ndarray:
     seed, held_out, side = job
-    return np.stack([paint.paint(page.scene, side) for page in world.make_story(seed, held_out)])
+    return np.stack([renderer.paint(page.scene, side) for page in world.make_story(seed, held_out)])
 
 
-class Book:
+class StoryDataset:
     """Stories with their pictures painted once, kept in one memory-mapped file.
 
     Args:
@@ -86,21 +87,21 @@ class Book:
         first: the seed of the first story; the others' follow.
     """
 
-    KINDS = {False: "pictures", True: "held-out", None: "any"}
+    ABLATIONS = {False: "pictures", True: "held-out", None: "any"}
 
     def __init__(
         self,
         folder: str | Path,
         stories: int,
         held_out: bool | None = False,
-        side: int = paint.SIDE,
+        side: int = renderer.SIDE,
         workers: int = 2,
         first: int = 0,
     ):
         seeds = range(first, first + stories)
         self.stories = [world.make_story(seed, held_out) for seed in seeds]
         self.first = np.cumsum([0, *map(len, self.stories)])
-        path = Path(folder) / f"{self.KINDS[held_out]}-{side}-{stories}{f'-from-{first}' if first else ''}.npy"
+        path = Path(folder) / f"{self.ABLATIONS[held_out]}-{side}-{stories}{f'-from-{first}' if first else ''}.npy"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             jobs = [(seed, held_out, side) for seed in seeds]
@@ -112,9 +113,9 @@ class Book:
                 del pixels
         self.name, self.pixels = path.stem, np.load(path, mmap_mode="r")
         scenes = [page.scene for story in self.stories for page in story]
-        self.labels = torch.tensor([list(labels_of(scene).values()) for scene in scenes])  # (pictures, heads)
+        self.labels = torch.tensor([list(attribute_labels(scene).values()) for scene in scenes])  # (pictures, heads)
         self.two = [row for row, scene in enumerate(scenes) if len(scene.heroes) > 1]
-        self.hard = list(accumulate(map(hardness, scenes)))
+        self.hard = list(accumulate(map(difficulty, scenes)))
         self.by_length: dict[int, list[int]] = {}
         self.two_by_length: dict[int, list[int]] = {}  # of these, the stories of two heroes
         for number, story in enumerate(self.stories):
@@ -125,7 +126,7 @@ class Book:
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def page(self, row: int) -> world.Page:
+    def page(self, row: int) -> world.ScenePanel:
         """The page of a picture's number."""
         story = int(np.searchsorted(self.first, row, side="right")) - 1
         return self.stories[story][row - int(self.first[story])]
@@ -134,19 +135,19 @@ class Book:
         """Pictures by number, float (len(rows), 3, side, side) in [0, 1]."""
         return torch.from_numpy(self.pixels[np.asarray(rows)]).permute(0, 3, 1, 2).float() / 255
 
-    def quarters(self, rows, rng: random.Random) -> torch.Tensor:
+    def random_crops(self, rows, rng: random.Random) -> torch.Tensor:
         """A quarter of each picture, float (len(rows), 3, side / 2, side / 2): some at random, most about its heroes.
 
         An autoencoder is convolutional, so quarters teach it as much as whole pictures, at a quarter of the cost; and
         most of a picture is sky and grass, which are learned at once.
         """
         side = self.pixels.shape[1]
-        half, unit, chosen = side // 2, side / paint.SIDE, []
+        half, unit, chosen = side // 2, side / renderer.SIDE, []
         for row in rows:
             corner = [rng.uniform(0, half) for _ in range(2)]
-            if rng.random() < ABOUT_HEROES:
-                box = rng.choice(paint.boxes(self.page(row).scene))
-                centre = [(box[i] + box[i + 2]) / 2 + rng.uniform(-0.19, 0.19) * paint.SIDE for i in (0, 1)]
+            if rng.random() < FOREGROUND_CROP_PROB:
+                box = rng.choice(renderer.boxes(self.page(row).scene))
+                centre = [(box[i] + box[i + 2]) / 2 + rng.uniform(-0.19, 0.19) * renderer.SIDE for i in (0, 1)]
                 corner = [min(max(c * unit - half / 2, 0), half) for c in centre]
             x, y = map(int, corner)
             chosen.append(self.pixels[row, y : y + half, x : x + half])
@@ -160,13 +161,13 @@ class Book:
         """
         found = torch.zeros(len(rows), 1, side, side)
         for grid, row in zip(found[:, 0], rows):
-            for number, (left, top, right, bottom) in enumerate(paint.boxes(self.page(row).scene)):
+            for number, (left, top, right, bottom) in enumerate(renderer.boxes(self.page(row).scene)):
                 across, down = _overlap(left, right, side), _overlap(top, bottom, side)
-                share = SMALL / ((right - left) * (bottom - top)) if number else 1.0  # the first box is the prop's
-                torch.maximum(grid, down[:, None] * across * min(max(share, 1.0), OF_SMALL), out=grid)
+                share = SMALL_AREA / ((right - left) * (bottom - top)) if number else 1.0  # the first box is the prop's
+                torch.maximum(grid, down[:, None] * across * min(max(share, 1.0), MAX_SMALL_WEIGHT), out=grid)
         return found
 
-    def spread(self, count: int) -> list[int]:
+    def evenly_spaced(self, count: int) -> list[int]:
         """Numbers of pictures from all over the book."""
         return [row * len(self) // count for row in range(count)]
 
@@ -175,12 +176,12 @@ class Book:
         chosen = (self.two if self.two and rng.random() < of_two else range(len(self)) for _ in range(count))
         return sorted(rng.choice(rows) for rows in chosen)
 
-    def hard_rows(self, count: int, rng: random.Random) -> list[int]:
-        """Numbers of pictures at random, each as often as its `hardness`."""
+    def weighted_indices(self, count: int, rng: random.Random) -> list[int]:
+        """Numbers of pictures at random, each as often as its `difficulty`."""
         return sorted(rng.choices(range(len(self)), cum_weights=self.hard, k=count))
 
 
-def hardness(scene: world.Scene) -> int:
+def difficulty(scene: world.Scene) -> int:
     """How often a picture is to be met to learn its heroes, against an easy one: of sleepers, of heroes far away and of
     two the faces are small."""
     return (2 if scene.action == "sleep" else 1) * (2 if scene.far else 1) * len(scene.heroes)
@@ -188,11 +189,11 @@ def hardness(scene: world.Scene) -> int:
 
 def _overlap(low: float, high: float, cells: int) -> torch.Tensor:
     """How much of each of `cells` equal parts of a picture's side lies between two places in px."""
-    edges = torch.linspace(0, paint.SIDE, cells + 1).clamp(low, high)
-    return edges.diff() * cells / paint.SIDE
+    edges = torch.linspace(0, renderer.SIDE, cells + 1).clamp(low, high)
+    return edges.diff() * cells / renderer.SIDE
 
 
-class Batches:
+class StoryBatches:
     """Batches of sequences from a Book: stories text first and picture first, captions, questions.
 
     Args:
@@ -206,7 +207,7 @@ class Batches:
 
     def __init__(
         self,
-        book: Book,
+        book: StoryDataset,
         config: Config,
         tokenizer: Tokenizer,
         pictures: int,
@@ -219,21 +220,21 @@ class Batches:
         self.pictures, self.drawn_only, self.names, self.slips, self.of_two = pictures, drawn_only, names, slips, of_two
         self.blank = ImageSegment(torch.zeros(3, 8, 8))  # the layout of a story needs no pixels
 
-    def make(self, seed: int) -> Batch | Texts:
+    def make(self, seed: int) -> Batch | TextBatch:
         """The batch of a seed."""
         rng = random.Random(f"batch {seed}")
         kind = rng.random() if self.names else 1.0
-        if kind < DRILLS:
-            return self.drills(seed, SEQUENCES)
-        if kind < DRILLS + TEXTS and self.book.two_by_length:
-            return self.texts(seed, SEQUENCES)
-        if self.drawn_only or rng.random() < STORIES_SHARE:
+        if kind < COREF_DRILL_PROB:
+            return self.drills(seed, TEXT_BATCH_SIZE)
+        if kind < COREF_DRILL_PROB + TEXT_ONLY_PROB and self.book.two_by_length:
+            return self.texts(seed, TEXT_BATCH_SIZE)
+        if self.drawn_only or rng.random() < STORY_BATCH_PROB:
             panels = rng.choice(sorted(self.book.by_length))
             count = max(1, round(self.pictures / panels))
             every = self.book.by_length[panels]
             two = self.book.two_by_length.get(panels, every)
             numbers = [rng.choice(two if rng.random() < self.of_two else every) for _ in range(count)]
-            first = not self.drawn_only and rng.random() < PICTURE_FIRST
+            first = not self.drawn_only and rng.random() < IMAGE_FIRST_PROB
             sequences = [self._story(number, first) for number in numbers]
             rows = [[int(self.book.first[number]) + i for i in range(panels)] for number in numbers]
             batch = self._collate(sequences, rows, draws=True, told=not first)
@@ -245,13 +246,13 @@ class Batches:
         pixels = batch.pixels.clone()
         for i, row in enumerate(batch.rows.tolist()):
             for k, number in enumerate(row):
-                if k and rng.random() < SLIPS:
-                    scene = world.with_other_looks(self.book.page(number).scene, rng)
-                    painted = torch.from_numpy(paint.paint(scene, pixels.shape[-1]).copy())
+                if k and rng.random() < HISTORY_CORRUPTION_PROB:
+                    scene = world.swap_appearance(self.book.page(number).scene, rng)
+                    painted = torch.from_numpy(renderer.paint(scene, pixels.shape[-1]).copy())
                     pixels[i, k] = painted.permute(2, 0, 1) / 255
         return replace(batch, pixels=pixels)
 
-    def texts(self, seed: int, stories: int) -> Texts:
+    def texts(self, seed: int, stories: int) -> TextBatch:
         """Texts of stories of two heroes; they cost a tenth of what stories with pictures do."""
         rng, t = random.Random(f"texts {seed}"), self.config.llm.special_tokens
         panels = rng.choice(sorted(self.book.two_by_length))
@@ -262,10 +263,10 @@ class Batches:
             ids[i, : len(row)] = torch.tensor(row)
         meant = self._meant([[int(self.book.first[n]) + i for i in range(panels)] for n in numbers])
         panel = (ids == t.soi).cumsum(1) - (ids == t.soi).long()  # a start-of-image token ends its text
-        unknown = torch.full((stories, 1), IGNORE)
-        return Texts(ids, torch.cat([meant, unknown], 1).gather(1, panel))
+        unknown = torch.full((stories, 1), IGNORE_INDEX)
+        return TextBatch(ids, torch.cat([meant, unknown], 1).gather(1, panel))
 
-    def drills(self, seed: int, count: int) -> Texts:
+    def drills(self, seed: int, count: int) -> TextBatch:
         """Two names joined by "and", then one or the other again and again, sometimes with a word of the world between.
 
         Which name was the first is what has to be learned: a story asks it a few times in a hundred words, a drill with
@@ -276,10 +277,10 @@ class Batches:
         rows: list[list[tuple[int, int]]] = []  # of (token, whom it means)
         for _ in range(count):
             cast = rng.sample(world.NAMES, 2)
-            row = [(id, IGNORE) for id in (t.bos, *encode(" and ".join(cast), after_text=rng.random() < 0.5))]
+            row = [(id, IGNORE_INDEX) for id in (t.bos, *encode(" and ".join(cast), after_text=rng.random() < 0.5))]
             for filler in rng.sample(FILLERS, rng.randrange(4)):
-                row += [(id, IGNORE) for id in encode(filler, after_text=True)]
-            row.append((t.soi, MEANT.index("both")))
+                row += [(id, IGNORE_INDEX) for id in encode(filler, after_text=True)]
+            row.append((t.soi, REFERENTS.index("both")))
             for _ in range(10):
                 who = rng.randrange(2)
                 said = encode(cast[who], after_text=rng.random() < 0.5)
@@ -288,13 +289,13 @@ class Batches:
                 row += [(id, who + 1) for id in said]
             rows.append(row)
         longest = max(map(len, rows))
-        filled = [[*row, *[(t.pad, IGNORE)] * (longest - len(row))] for row in rows]
+        filled = [[*row, *[(t.pad, IGNORE_INDEX)] * (longest - len(row))] for row in rows]
         ids, meant = torch.tensor(filled).unbind(-1)
-        return Texts(ids, meant)
+        return TextBatch(ids, meant)
 
     def _meant(self, rows: list[list[int]]) -> torch.Tensor:
-        """Which of two heroes each text names, by numbers of `MEANT`; IGNORE in stories of one."""
-        found = torch.full((len(rows), len(rows[0])), IGNORE)
+        """Which of two heroes each text names, by numbers of `REFERENTS`; IGNORE in stories of one."""
+        found = torch.full((len(rows), len(rows[0])), IGNORE_INDEX)
         for i, row in enumerate(rows):
             cast = self.book.page(row[0]).scene.heroes
             if len(cast) > 1:
@@ -334,12 +335,12 @@ class Batches:
         for i, row in enumerate(rows):
             first = self.book.page(row[0])
             introduced, two = told and bool(world.parse(first.text).heroes), len(first.scene.heroes) > 1
-            for k in range(len(HEADS)):
-                if k not in LOOKS:
-                    labels[i, :, k] = labels[i, :, k] if told else IGNORE
+            for k in range(len(ATTRIBUTES)):
+                if k not in APPEARANCE_HEADS:
+                    labels[i, :, k] = labels[i, :, k] if told else IGNORE_INDEX
                 elif not introduced:
-                    never = not told if two else k in COATS
-                    labels[i, : None if never else 1, k] = IGNORE
+                    never = not told if two else k in COAT_HEADS
+                    labels[i, : None if never else 1, k] = IGNORE_INDEX
         return labels
 
     def _collate(
@@ -349,22 +350,22 @@ class Batches:
         longest = max(len(found) for found, _ in sequences) + 1
         n, p = len(sequences), len(rows[0])
         ids = torch.full((n, longest), t.pad)
-        targets = torch.full((n, longest), IGNORE)
+        targets = torch.full((n, longest), IGNORE_INDEX)
         visible = torch.zeros(n, longest, p, dtype=torch.bool)
         for i, (found, learned_from) in enumerate(sequences):
             tokens = torch.tensor([*found.input_ids, t.eos])
             ids[i, : len(tokens)] = tokens
             visible[i, : len(found)] = found.image_mask(c)
             following = tokens[1:].clone()
-            following[following == t.image] = IGNORE
-            following[: learned_from - 1] = IGNORE
+            following[following == t.image] = IGNORE_INDEX
+            following[: learned_from - 1] = IGNORE_INDEX
             if following[0] == t.soi:  # a story that opens with a picture is the user's choice (`is_bos2soi_token`)
-                following[0] = IGNORE
+                following[0] = IGNORE_INDEX
             targets[i, : len(following)] = following
         starts = torch.tensor([[end - c.num_img_token - 1 for end in found.image_ends] for found, _ in sequences])
         shown = self.book.labels[torch.tensor(rows)]
-        labels = self._labels(shown, rows, told) if draws else torch.full_like(shown, IGNORE)
-        meant = self._meant(rows) if told else torch.full((n, p), IGNORE)
+        labels = self._labels(shown, rows, told) if draws else torch.full_like(shown, IGNORE_INDEX)
+        meant = self._meant(rows) if told else torch.full((n, p), IGNORE_INDEX)
         rows = torch.tensor(rows)
         pixels = self.book.pictures(rows.flatten().tolist()).unflatten(0, (n, p))
         return Batch(pixels, ids, targets, visible, starts, rows, shown, labels, meant, draws)

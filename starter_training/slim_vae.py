@@ -16,14 +16,14 @@ ENCODER_WIDTHS, ENCODER_BLOCKS = (16, 32, 64, 64), (1, 1, 2, 3)
 DECODER_WIDTHS, DECODER_BLOCKS = (32, 48, 64, 64), (1, 3, 3, 3)
 
 
-def thin_autoencoder(stock: nn.Module) -> nn.Module:
+def slim_autoencoder(stock: nn.Module) -> nn.Module:
     """Makes a stock AutoencoderTiny thin, in place, with fresh weights; its methods and its layers' numbers stay."""
     _thin(stock.encoder.layers, ENCODER_WIDTHS, ENCODER_BLOCKS)
     _thin(stock.decoder.layers, DECODER_WIDTHS[::-1], DECODER_BLOCKS[::-1])
     return stock
 
 
-def widened(stock: nn.Module, thin: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def pad_to_stock(stock: nn.Module, thin: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state of the stock AutoencoderTiny that computes what the thin one does."""
     wide = {name: torch.zeros_like(tensor) for name, tensor in stock.state_dict().items()}
     for name, tensor in thin.items():
@@ -31,8 +31,8 @@ def widened(stock: nn.Module, thin: dict[str, torch.Tensor]) -> dict[str, torch.
     return wide
 
 
-def narrowed(thin: nn.Module, stock: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state of a thin autoencoder, from that of the stock one that it was `widened` to."""
+def crop_to_slim(thin: nn.Module, stock: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state of a thin autoencoder, from that of the stock one that it was `pad_to_stock` to."""
     own = thin.state_dict().items()
     return {name: stock[name][tuple(slice(0, size) for size in tensor.shape)].contiguous() for name, tensor in own}
 

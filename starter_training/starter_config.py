@@ -23,8 +23,8 @@ from comfy_mminterleaved.tokenizer import Tokenizer
 
 from . import world
 
-TEXT_TOKENS = 768
-LATENTS = 16  # channels; in 4 small faces and props are lost
+TEXT_VOCAB_SIZE = 768
+LATENT_CHANNELS = 16  # channels; in 4 small faces and props are lost
 PROMPTS = {"caption": "{story}Caption:", "ask": "{story}Question: {question} Answer:"}
 
 
@@ -50,14 +50,14 @@ def starter() -> Config:
         llm=LlamaMMFSConfig(
             num_img_token=num_queries,
             mmfs=MMFSConfig((16, 8, 4), 8, **mmfs, max_num_image_per_seq=33, cross_attention_frequency=2),
-            vocab_size=TEXT_TOKENS + 2,
+            vocab_size=TEXT_VOCAB_SIZE + 2,
             hidden_size=hidden_size,
             num_hidden_layers=6,
             num_attention_heads=6,
             num_key_value_heads=6,
             intermediate_size=512,
             max_position_embeddings=1024,
-            special_tokens=SpecialTokens(bos=1, eos=2, pad=0, soi=TEXT_TOKENS, image=TEXT_TOKENS + 1),
+            special_tokens=SpecialTokens(bos=1, eos=2, pad=0, soi=TEXT_VOCAB_SIZE, image=TEXT_VOCAB_SIZE + 1),
         ),
         synchronizer=SynchronizerConfig(
             hidden_size,
@@ -72,8 +72,8 @@ def starter() -> Config:
         unet={
             "_class_name": "UNet2DConditionModel",
             "sample_size": 16,
-            "in_channels": LATENTS,
-            "out_channels": LATENTS,
+            "in_channels": LATENT_CHANNELS,
+            "out_channels": LATENT_CHANNELS,
             "block_out_channels": channels,
             "layers_per_block": layers,
             "cross_attention_dim": hidden_size,
@@ -83,7 +83,7 @@ def starter() -> Config:
             "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
             "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
         },
-        vae={"_class_name": "AutoencoderTiny", "latent_channels": LATENTS, "scaling_factor": 1.0},
+        vae={"_class_name": "AutoencoderTiny", "latent_channels": LATENT_CHANNELS, "scaling_factor": 1.0},
         scheduler={**RELEASED_13B["scheduler"], "prediction_type": "v_prediction"},
         prompts=PROMPTS,
     )
@@ -111,10 +111,10 @@ def make_tokenizer(stories: int = 4000) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<pad>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=TEXT_TOKENS, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        vocab_size=TEXT_VOCAB_SIZE, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(_texts(stories), trainer)
-    return Tokenizer(backend, starter().llm.special_tokens, TEXT_TOKENS)
+    return Tokenizer(backend, starter().llm.special_tokens, TEXT_VOCAB_SIZE)
 
 
 def _texts(stories: int):

@@ -14,9 +14,9 @@ from comfy_mminterleaved.generation.unet_hooks import attach_mmfs
 from comfy_mminterleaved.models.pos_embed import interpolate_pos_embed
 from comfy_mminterleaved.models.vit_adapter import get_reference_points
 
-from .data import Batch, Texts
-from .labels import IGNORE, MEANT, SIZES, Codes, SiteCodes, guide
-from .learn import diffusion_error, glance, looks_only, sight
+from .dataset import Batch, TextBatch
+from .pretraining import appearance_labels, diffusion_error, glance, sight
+from .targets import IGNORE_INDEX, REFERENTS, SIZES, ConditioningTargets, MMFSTargets, guide
 
 WEIGHTS = {  # of text and image the paper's
     "text": 1.0,
@@ -29,11 +29,11 @@ WEIGHTS = {  # of text and image the paper's
     "code": 1.0,
     "sites": 1.0,
 }
-NOISES = 2  # of each picture in a batch: what it is told and looks at is made once for them
-FIRM = 5.9  # what sites find, times the size of its codes; of a held-out hero's coat it is more, of its species less
+NOISES_PER_IMAGE = 2  # of each picture in a batch: what it is told and looks at is made once for them
+MMFS_TARGET_SCALE = 5.9  # size of the MMFS residuals in units of their targets
 
 
-class LearnStories(nn.Module):
+class StoryObjective(nn.Module):
     """Next token and noise prediction on whole stories, each panel in view of all before it.
 
     Args:
@@ -41,10 +41,10 @@ class LearnStories(nn.Module):
         scheduler: settings of the noise schedule.
         draws: whether the diffusion loss is learned beside the text's.
 
-    Beside them, guides read what a scene has (`labels.HEADS`), as far as the text and the panels before tell it: from
-    the visual tokens and from the LLM's state at the start-of-image token. The states that condition the U-Net are
-    drawn towards the `Codes` that it has learned to draw from, and what its sites find towards the `SiteCodes`. Guides
-    and codes are left behind when training is done. Of a block that stands still nothing is asked.
+    Beside them, probes read what a scene has (`targets.ATTRIBUTES`), as far as the text and the earlier panels tell it:
+    from the visual tokens and from the LLM's state at the start-of-image token. The states that condition the U-Net are
+    drawn towards the `ConditioningTargets` that it has learned to draw from, and the MMFS residuals towards the
+    `MMFSTargets`. Probes and targets are left behind when training is done. Blocks that stand still have no losses.
     """
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict, draws: bool = True):
@@ -57,13 +57,14 @@ class LearnStories(nn.Module):
         if learns(self.encoder):
             self.sees, self.glance = sight(self.encoder), nn.Linear(self.encoder.config.hidden_size, sum(SIZES))
         if learns(self.llm):
-            self.knows, self.meant = nn.Linear(c.llm_hidden_size, sum(SIZES)), nn.Linear(c.llm_hidden_size, len(MEANT))
-        self.codes = Codes(c.perceiver.num_queries, c.perceiver.hidden_size)
-        self.site_codes = SiteCodes(c.block_channels)
+            self.knows = nn.Linear(c.llm_hidden_size, sum(SIZES))
+            self.meant = nn.Linear(c.llm_hidden_size, len(REFERENTS))
+        self.codes = ConditioningTargets(c.perceiver.num_queries, c.perceiver.hidden_size)
+        self.site_codes = MMFSTargets(c.block_channels)
 
-    def forward(self, batch: Batch | Texts, latents=None, emphasis=None) -> dict[str, torch.Tensor]:
+    def forward(self, batch: Batch | TextBatch, latents=None, emphasis=None) -> dict[str, torch.Tensor]:
         """Needed to draw, of the batch's pictures: `latents` (N, P, C, h, w), scaled, `emphasis` (N, P, 1, h, w)."""
-        if isinstance(batch, Texts):
+        if isinstance(batch, TextBatch):
             return self.learn_names(batch)
         losses = {}
         with torch.set_grad_enabled(self.sees is not None and torch.is_grad_enabled()):
@@ -72,7 +73,7 @@ class LearnStories(nn.Module):
         if self.sees is not None:
             shown = batch.shown.flatten(0, 1)
             losses["sees"] = guide(self.sees(features.visual_tokens.flatten(1)), shown)
-            losses["glance"] = guide(self.glance(glance(features.feature_maps)), looks_only(shown))
+            losses["glance"] = guide(self.glance(glance(features.feature_maps)), appearance_labels(shown))
         states, told = self.tell(batch, features, maps)
         losses |= told
         if batch.draws and self.unet is not None:
@@ -87,7 +88,7 @@ class LearnStories(nn.Module):
             hidden = self.llm(x, self.llm.project_images(maps), batch.visible)
         if self.knows is not None:
             logits = self.llm.logits(hidden).float()
-            losses["text"] = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+            losses["text"] = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE_INDEX)
         if not batch.draws:
             return None, losses
         n, p = batch.starts.shape
@@ -100,7 +101,7 @@ class LearnStories(nn.Module):
             losses["meant"] = self.meant_error(last, by_picture(batch.meant))
         return states, losses
 
-    def learn_names(self, texts: Texts) -> dict[str, torch.Tensor]:
+    def learn_names(self, texts: TextBatch) -> dict[str, torch.Tensor]:
         """The error of telling at every word whom its text names.
 
         That a name is the first or the second of two is a matter of words alone; in whole stories, with all else there
@@ -112,15 +113,15 @@ class LearnStories(nn.Module):
 
     def meant_error(self, states, meant) -> torch.Tensor:
         """The cross-entropy of reading from the LLM's states (N, width) whom of two heroes the text means."""
-        error = F.cross_entropy(self.meant(states).float(), meant, ignore_index=IGNORE, reduction="sum")
-        return error / (meant != IGNORE).sum().clamp(1)
+        error = F.cross_entropy(self.meant(states).float(), meant, ignore_index=IGNORE_INDEX, reduction="sum")
+        return error / (meant != IGNORE_INDEX).sum().clamp(1)
 
     def draw(self, batch: Batch, states, maps, latents, emphasis) -> dict[str, torch.Tensor]:
         """The diffusion error for every picture of every story, each in view of those before it, and its sites'."""
-        count = NOISES if self.training else 1
+        count = NOISES_PER_IMAGE if self.training else 1
         maps, visible = seen(maps, self.decoder.config.num_context_images, self.training)
-        labels = by_picture(batch.shown).masked_fill(~visible.any(1, keepdim=True), IGNORE)
-        sites = ListeningSites(self.decoder.mmfs_module, len(self.decoder.mmfs_module.mmfs_down_blocks))
+        labels = by_picture(batch.shown).masked_fill(~visible.any(1, keepdim=True), IGNORE_INDEX)
+        sites = RecordingMMFS(self.decoder.mmfs_module, len(self.decoder.mmfs_module.mmfs_down_blocks))
         states, latents, emphasis = (
             part.repeat(count, *[1] * (part.ndim - 1)) for part in (states, by_picture(latents), by_picture(emphasis))
         )
@@ -135,14 +136,17 @@ class LearnStories(nn.Module):
                 emphasis if self.training else None,
             )
         wanted = (code.repeat(count, 1)[:, :, None, None] for code in self.site_codes(labels))
-        errors = [(sites.found[index].float() / FIRM - code).pow(2).mean() for index, code in enumerate(wanted)]
-        return {"image": image, "sites": sum(errors) / len(errors) / SiteCodes.SIZE**2}
+        errors = [
+            (sites.found[index].float() / MMFS_TARGET_SCALE - code).pow(2).mean() for index, code in enumerate(wanted)
+        ]
+        return {"image": image, "sites": sum(errors) / len(errors) / MMFSTargets.SIZE**2}
 
 
-class LearnToLook(nn.Module):
-    """The sites alone: to find in the pictures before how the heroes of the picture to come look (`SiteCodes`).
+class MMFSObjective(nn.Module):
+    """The sites alone: to find in the pictures before how the heroes of the picture to come look (`MMFSTargets`).
 
-    They are asked by the U-Net as it is, told by `Codes`; at some places only, as they cost as much as the U-Net does.
+    They are asked by the U-Net as it is, told by `ConditioningTargets`; at some places only, as they cost as much as
+    the U-Net does.
     """
 
     PLACES = 16  # of each site's grid
@@ -153,14 +157,14 @@ class LearnToLook(nn.Module):
         self.encoder, self.unet, self.decoder = blocks["encoder"], blocks["unet"], blocks["synchronizer"]
         self.noise = make_scheduler("ddpm", scheduler)
         c = self.decoder.config
-        self.codes = Codes(c.perceiver.num_queries, c.perceiver.hidden_size)
-        self.site_codes = SiteCodes(c.block_channels)
+        self.codes = ConditioningTargets(c.perceiver.num_queries, c.perceiver.hidden_size)
+        self.site_codes = MMFSTargets(c.block_channels)
         self.of_coats = self.site_codes.coats()
 
     def forward(self, batch: Batch, latents) -> dict[str, torch.Tensor]:
         """`latents`: (N, P, C, h, w) of the batch's pictures, scaled."""
-        pairs = self.found_and_wanted(batch, latents)
-        missed = [(found - code) / SiteCodes.SIZE for found, code in pairs]
+        pairs = self.predictions_and_targets(batch, latents)
+        missed = [(found - code) / MMFSTargets.SIZE for found, code in pairs]
         error = sum(m.pow(2).mean() for m in missed) / len(missed)
         sizes = [
             m.movedim(1, -1).matmul(basis.to(m)).pow(2).sum(-1).mean() / m.shape[1]
@@ -169,28 +173,26 @@ class LearnToLook(nn.Module):
         coats = sum(sizes) / len(sizes)
         return {"loss": error + self.COATS_WEIGHT * coats, "error": error, "coats": coats}
 
-    def found_and_wanted(self, batch: Batch, latents) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def predictions_and_targets(self, batch: Batch, latents) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Of each site what it finds (P * N, C, places, 1), and the codes (P * N, C, 1, 1)."""
         maps = [m.unflatten(0, batch.pixels.shape[:2]) for m in self.encoder(batch.pixels.flatten(0, 1)).feature_maps]
         maps, visible = seen(maps, self.decoder.config.num_context_images, self.training)
-        labels = by_picture(batch.shown).masked_fill(~visible.any(1, keepdim=True), IGNORE)
+        labels = by_picture(batch.shown).masked_fill(~visible.any(1, keepdim=True), IGNORE_INDEX)
         prepared, wanted = self.decoder.mmfs_module.project_images(maps, visible), self.site_codes(labels)
         asking = self.queries(by_picture(latents), self.codes(by_picture(batch.labels)))
         pairs = []
         for index, (site, code) in enumerate(zip(self.decoder.mmfs_module.blocks, wanted)):
             x, size = asking[index], tuple(asking[index].shape[-2:])
             some = torch.randperm(size[0] * size[1], device=x.device)[: self.PLACES]
-            positions, centres = (
-                interpolate_pos_embed(site.pos_embed, size).to(x),
-                get_reference_points(size).to(x.device),
-            )
+            positions = interpolate_pos_embed(site.pos_embed, size).to(x)
+            centres = get_reference_points(size).to(x.device)
             x = x.flatten(2)[..., some].unsqueeze(-1)
             found = site(x, prepared.blocks[index], visible, positions[..., some, :], centres[some])
             pairs.append((found.float(), code[:, :, None, None]))
         return pairs
 
     @torch.no_grad()
-    def bring_to_size(self, batches, size: float = FIRM) -> list[float]:
+    def rescale_to_targets(self, batches, size: float = MMFS_TARGET_SCALE) -> list[float]:
         """Scales each site so that what it finds is, along the codes, `size` times as large; returns the factors.
 
         Least squares shrink what is found wherever it is in doubt, as in a model's own drawings it often is; and a
@@ -201,7 +203,7 @@ class LearnToLook(nn.Module):
         """
         sums = torch.zeros(len(self.decoder.mmfs_module.blocks), 2)
         for batch, latents in batches:
-            for number, (found, code) in enumerate(self.found_and_wanted(batch, latents)):
+            for number, (found, code) in enumerate(self.predictions_and_targets(batch, latents)):
                 sums[number] += torch.stack([(found * code).mean(), code.pow(2).mean()]).cpu()
         factors = (size * sums[:, 1] / sums[:, 0]).tolist()
         for site, factor in zip(self.decoder.mmfs_module.blocks, factors):
@@ -214,7 +216,7 @@ class LearnToLook(nn.Module):
         """What the U-Net asks the sites with at some time of a drawing, (N, C, h, w) each."""
         times = torch.randint(self.noise.config.num_train_timesteps, (len(latents),), device=latents.device)
         noised = self.noise.add_noise(latents, torch.randn_like(latents), times)
-        sites = ListeningSites(None, len(self.decoder.mmfs_module.mmfs_down_blocks))
+        sites = RecordingMMFS(None, len(self.decoder.mmfs_module.mmfs_down_blocks))
         with attach_mmfs(self.unet, sites, None):
             self.unet(noised, times, encoder_hidden_states=states)
         return [sites.asked[index] for index in range(len(self.decoder.mmfs_module.blocks))]
@@ -240,7 +242,7 @@ def seen(maps, num_context_images: int, at_random: bool = False) -> tuple[list[t
     return taken, shown.repeat_interleave(n, dim=0)
 
 
-class ListeningSites:
+class RecordingMMFS:
     """Sites that keep what they are asked with and what they find, by number.
 
     Args:

@@ -7,46 +7,50 @@ import torch.nn.functional as F
 
 from . import world
 
-NONE = "none"
-IGNORE = -100  # the label of what cannot be known
-LOOK = {"species": (NONE, *world.SPECIES), "colour": (NONE, *world.COLOURS), "accessory": (NONE, *world.ACCESSORIES)}
-HEADS: dict[str, tuple[str, ...]] = {
+ABSENT = "none"
+IGNORE_INDEX = -100  # the label of what cannot be known
+APPEARANCE = {
+    "species": (ABSENT, *world.SPECIES),
+    "colour": (ABSENT, *world.COLOURS),
+    "accessory": (ABSENT, *world.ACCESSORIES),
+}
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "action": tuple(world.ACTIONS),
     "place": tuple(world.PLACES),
     "prop": tuple(world.PROPS),
     "sky": tuple(world.SKIES),
     "far": ("near", "far"),
-    **{f"{part}{slot}": values for slot in (0, 1) for part, values in LOOK.items()},
+    **{f"{part}{slot}": values for slot in (0, 1) for part, values in APPEARANCE.items()},
 }
 
 
-def labels_of(scene: world.Scene) -> dict[str, int]:
+def attribute_labels(scene: world.Scene) -> dict[str, int]:
     """The right answer of every head."""
     said = {"action": scene.action, "place": scene.place, "prop": scene.prop, "sky": scene.sky}
     said["far"] = "far" if scene.far else "near"
     for slot in (0, 1):
-        look = scene.heroes[slot].look if slot < len(scene.heroes) else (NONE,) * 3
-        said |= {f"{part}{slot}": value for part, value in zip(LOOK, look)}
-    return {head: HEADS[head].index(value) for head, value in said.items()}
+        look = scene.heroes[slot].look if slot < len(scene.heroes) else (ABSENT,) * 3
+        said |= {f"{part}{slot}": value for part, value in zip(APPEARANCE, look)}
+    return {head: ATTRIBUTES[head].index(value) for head, value in said.items()}
 
 
-MEANT = "both", "the first", "the second"  # whom of a story's two heroes a text can name
-SIZES = [len(values) for values in HEADS.values()]
-LOOKS = [k for k, head in enumerate(HEADS) if head[:-1] in LOOK]  # the heads of how heroes look
-SECOND = list(HEADS).index("species1")  # whether there is a second hero, and of which species
-COATS = [k for k in LOOKS if list(HEADS)[k].startswith("colour")]  # of these, the colours of coats
+REFERENTS = "both", "the first", "the second"  # whom of a story's two heroes a text can name
+SIZES = [len(values) for values in ATTRIBUTES.values()]
+APPEARANCE_HEADS = [k for k, head in enumerate(ATTRIBUTES) if head[:-1] in APPEARANCE]  # the heads of how heroes look
+SECOND_CHARACTER = list(ATTRIBUTES).index("species1")  # whether there is a second hero, and of which species
+COAT_HEADS = [k for k in APPEARANCE_HEADS if list(ATTRIBUTES)[k].startswith("colour")]  # of these, the colours of coats
 
 
 def guide(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The summed cross-entropy of all heads (N, their classes), over the labels (N, heads) that can be known."""
     total = logits.new_zeros(())
     for found, wanted in zip(logits.float().split(SIZES, dim=-1), labels.T):
-        error = F.cross_entropy(found, wanted, ignore_index=IGNORE, reduction="sum")
-        total = total + error / (wanted != IGNORE).sum().clamp(1)
+        error = F.cross_entropy(found, wanted, ignore_index=IGNORE_INDEX, reduction="sum")
+        total = total + error / (wanted != IGNORE_INDEX).sum().clamp(1)
     return total
 
 
-class Codes:
+class ConditioningTargets:
     """Fixed vectors for labels: what the states that condition a drawing are to be, one head a state.
 
     They are drawn once from a seed, each of mean 0 and variance 1 like a Perceiver's output. So a U-Net can learn to
@@ -64,7 +68,7 @@ class Codes:
     def __call__(self, labels: torch.Tensor) -> torch.Tensor:
         """labels (N, heads) -> (N, slots, width); the last code of a head's table says that it is not known."""
         said = [
-            table.to(labels.device)[wanted.where(wanted != IGNORE, torch.full_like(wanted, -1))]
+            table.to(labels.device)[wanted.where(wanted != IGNORE_INDEX, torch.full_like(wanted, -1))]
             for table, wanted in zip(self.tables, labels.T)
         ]
         rest = self.rest.to(labels.device).expand(len(labels), -1, -1)
@@ -78,11 +82,11 @@ class Codes:
         return F.mse_loss(states, self(labels)), read
 
 
-class SiteCodes:
+class MMFSTargets:
     """Fixed vectors for how heroes look: what each site is to find in the pictures before, at every place alike.
 
-    As with `Codes`, a U-Net can learn to draw what its sites will find before they find anything. Skips have standard
-    deviations of 1 to 4; the sum of all that is known has SIZE.
+    As with `ConditioningTargets`, a U-Net can learn to draw what its sites will find before they find anything. Skips
+    have standard deviations of 1 to 4; the sum of all that is known has SIZE.
 
     Args:
         widths: of the sites.
@@ -92,13 +96,15 @@ class SiteCodes:
 
     def __init__(self, widths):
         rng = torch.Generator().manual_seed(1)
-        size = self.SIZE * len(LOOKS) ** -0.5
-        self.tables = [[torch.randn(SIZES[k], width, generator=rng) * size for k in LOOKS] for width in widths]
+        size = self.SIZE * len(APPEARANCE_HEADS) ** -0.5
+        self.tables = [
+            [torch.randn(SIZES[k], width, generator=rng) * size for k in APPEARANCE_HEADS] for width in widths
+        ]
 
     def __call__(self, labels: torch.Tensor) -> list[torch.Tensor]:
         """labels (N, heads) -> for each site (N, width); what is not known adds nothing."""
-        known = labels[:, LOOKS] != IGNORE
-        wanted = labels[:, LOOKS].where(known, torch.zeros_like(labels[:, LOOKS]))
+        known = labels[:, APPEARANCE_HEADS] != IGNORE_INDEX
+        wanted = labels[:, APPEARANCE_HEADS].where(known, torch.zeros_like(labels[:, APPEARANCE_HEADS]))
         return [
             sum(table.to(labels.device)[wanted[:, i]] * known[:, i : i + 1] for i, table in enumerate(tables))
             for tables in self.tables
@@ -106,5 +112,5 @@ class SiteCodes:
 
     def coats(self) -> list[torch.Tensor]:
         """For each site an orthonormal basis (width, dimensions) of what coats of all colours can add."""
-        chosen = [LOOKS.index(k) for k in COATS]
+        chosen = [APPEARANCE_HEADS.index(k) for k in COAT_HEADS]
         return [torch.linalg.qr(torch.cat([tables[i] for i in chosen]).T).Q for tables in self.tables]

@@ -19,7 +19,7 @@ from .muon import Muon
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageConfig:
     """One stage's settings, read from its file.
 
     blocks: those trained. needs: those that must be there already. steps, batch (pictures), learning_rate, warmup
@@ -45,7 +45,7 @@ class Stage:
     sample_every: int = 2000
 
     @classmethod
-    def read(cls, path: Path, **changes) -> Stage:
+    def read(cls, path: Path, **changes) -> StageConfig:
         data = json.loads(path.read_text(encoding="utf-8")) | {k: v for k, v in changes.items() if v is not None}
         unknown = set(data) - {f.name for f in fields(cls)}
         if unknown:
@@ -66,7 +66,7 @@ class EMA:
         torch._foreach_lerp_(list(self.average.values()), [parameters[n].float() for n in self.average], 1 - decay)
 
 
-def learning_rate(stage: Stage, step: int) -> float:
+def learning_rate(stage: StageConfig, step: int) -> float:
     """Linear warm-up, level, then linear to a twentieth; no step before the fall depends on how many there will be."""
     rise = (step + 1) / stage.warmup if stage.warmup else 1.0
     fall = (stage.steps - step) / (stage.cooldown * stage.steps) if stage.cooldown else 1.0
@@ -74,11 +74,11 @@ def learning_rate(stage: Stage, step: int) -> float:
 
 
 def train(
-    stage: Stage,
+    stage: StageConfig,
     learner: nn.Module,
     blocks: dict[str, nn.Module],
     folder: Path,
-    batch_of: Callable[[int], tuple],
+    get_batch: Callable[[int], tuple],
     validation: list[tuple],
     precision: str = "no",
     minutes: float | None = None,
@@ -120,7 +120,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, step)
         learner.train()
-        losses = wrapped(*batch_of(stage.seed + step * accelerator.num_processes + accelerator.process_index))
+        losses = wrapped(*get_batch(stage.seed + step * accelerator.num_processes + accelerator.process_index))
         optimizer.zero_grad()
         accelerator.backward(losses["loss"])
         accelerator.clip_grad_norm_(named.values(), stage.clip)
