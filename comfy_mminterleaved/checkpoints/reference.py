@@ -67,8 +67,8 @@ def native_name(name: str) -> tuple[str, str]:
         if name.startswith(prefix):
             name = native + name[len(prefix) :]
             if block in ("encoder", "synchronizer"):
-                for theirs, native in INNER:
-                    name = name.replace(theirs, native)
+                for reference, inner in INNER:
+                    name = name.replace(reference, inner)
             return block, name
     raise KeyError(name)
 

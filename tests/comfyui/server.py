@@ -47,14 +47,19 @@ class Server:
     """ComfyUI as a process with this project among its custom nodes, and folders of its own."""
 
     def __init__(
-        self, folder: Path, path: str, python: str | None = None, arguments=("--cpu", "--preview-method", "latent2rgb")
+        self,
+        folder: Path,
+        path: str,
+        python: str | None = None,
+        arguments=("--cpu", "--preview-method", "latent2rgb"),
+        package: Path = ROOT,
     ):
         self.folder, self.path = folder, path
         for name in ("input", "output", "temp", "user", "models", "custom_nodes"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         link = folder / "custom_nodes" / "comfy-mminterleaved"
         if not link.exists():
-            link.symlink_to(ROOT, target_is_directory=True)
+            link.symlink_to(package, target_is_directory=True)
         (folder / "custom_nodes" / "probe.py").write_text(PROBE)
         paths = folder / "paths.yaml"
         paths.write_text(

@@ -20,6 +20,20 @@ def pictures(comfyui, outputs):
     return found
 
 
+SAVED = sorted((Path(__file__).parent / "saved").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SAVED, ids=lambda path: path.stem)
+def test_workflows_saved_before_still_run(comfyui, definitions, path):
+    """The seven templates as they were before nodes and inputs got other titles."""
+    prompt = to_prompt(path, definitions)
+    for entry in prompt.values():
+        if "steps" in entry["inputs"]:
+            entry["inputs"]["steps"] = 2
+    done = comfyui.run(prompt)
+    assert any(shown.get("images") or shown.get("text") for shown in done["outputs"].values())
+
+
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 def test_template(comfyui, definitions, path):
     prompt = to_prompt(path, definitions)
@@ -63,8 +77,8 @@ def test_workflows_saved_by_this_version_will_still_load(definitions):
     kept = json.loads((Path(__file__).parent / "schema.json").read_text(encoding="utf-8"))
     for name, entry in kept.items():
         now = definitions[name]
-        for section, slots in entry["inputs"].items():
-            for slot, kind in slots.items():
+        for section, input_ids in entry["inputs"].items():
+            for slot, kind in input_ids.items():
                 raw = now["input"].get(section, {})[slot][0]
                 assert (raw if isinstance(raw, str) else "COMBO") == kind, f"{name}: {slot}"
         for slot, settings in now["input"].get("required", {}).items():
@@ -82,8 +96,8 @@ def test_names_in_every_language(definitions):
         names = json.loads(path.read_text(encoding="utf-8"))
         assert set(names) == ours
         for name, entry in names.items():
-            slots = {s for section in ("required", "optional") for s in definitions[name]["input"].get(section, {})}
-            assert entry["display_name"] and set(entry["inputs"]) == slots, (language, name)
+            input_ids = {s for section in ("required", "optional") for s in definitions[name]["input"].get(section, {})}
+            assert entry["display_name"] and set(entry["inputs"]) == input_ids, (language, name)
 
 
 def test_a_help_page_with_a_picture_for_every_node(comfyui, definitions):
