@@ -247,3 +247,24 @@ def test_the_library_never_imports_comfyui_and_prints_nothing():
         code = path.read_text(encoding="utf-8")
         assert not re.search(r"^\s*(import|from) (comfy|comfy_api|folder_paths|nodes|server)\b", code, re.M), path
         assert not re.search(r"^\s*print\(", code, re.M), path
+
+
+@pytest.mark.parametrize(
+    "new, old",
+    [
+        ("tell --image a.png", "tell --picture a.png"),
+        ("tell --image-first", "tell --picture-first"),
+        ("tell --no-image-first", "tell --no-picture-first"),
+        ("tell --num-beams 3", "tell --beams 3"),
+        ("tell --guidance-scale 2", "tell --guidance 2"),
+        ("tell --context-images 2", "tell --look-back 2"),
+        ("tell --mmfs-scale 0.5 --mmfs-start 0.1 --mmfs-end 0.9", "tell --strength 0.5 --start 0.1 --end 0.9"),
+        ("draw --init-image a.png", "draw --begin a.png"),
+    ],
+)
+def test_flags_keep_their_former_spelling(new, old, capsys):
+    assert vars(_parser().parse_args(new.split())) == vars(_parser().parse_args(old.split()))
+    with pytest.raises(SystemExit):
+        _parser().parse_args([new.split()[0], "--help"])
+    shown = capsys.readouterr().out
+    assert new.split()[1] in shown and f"{old.split()[1]} " not in shown.replace(new.split()[1], "")

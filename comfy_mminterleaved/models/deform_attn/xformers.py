@@ -29,20 +29,19 @@ def mmfs_attention(
 
 
 def _aligned(logits):
-    """`(R, M)` in a buffer whose rows start at multiples of 8 values, as the operator wants a bias."""
+    """`(R, M)` -> `(R, 1, 1, M)`, with strides that are multiples of 8, as the operator wants a bias."""
     rows, count = logits.shape
-    buffer = logits.new_zeros(rows, -(-count // 8) * 8)
-    buffer[:, :count] = logits
-    return buffer[:, :count]
+    buffer = logits.new_zeros(rows, 1, 1, -(-count // 8) * 8)
+    buffer[:, 0, 0, :count] = logits
+    return buffer[..., :count]
 
 
 def _attend(samples, bias):
-    """Softmax of `bias` `(R, M)` over `samples` `(R, M, D)`: the attention of a query of zeros."""
+    """Softmax of `bias` `(R, 1, 1, M)` over `samples` `(R, M, D)`: the attention of a query of zeros."""
     rows, _, d = samples.shape
-    query = samples.new_zeros(1, 1, 1, d).expand(rows, 1, 1, d).contiguous()
+    query = samples.new_zeros(rows, 1, 1, d)
     value = samples.unsqueeze(2)  # (R, M, 1, D), the operator's order
-    keys = torch.zeros_like(value)
-    return _memory_efficient_attention()(query, keys, value, attn_bias=bias[:, None, None])
+    return _memory_efficient_attention()(query, torch.zeros_like(value), value, attn_bias=bias)
 
 
 def _memory_efficient_attention():
