@@ -1,4 +1,4 @@
-"""Writes the help pages, a picture of each node among them: python web/build.py http://127.0.0.1:8188
+"""Writes the help pages with an image of each node, and README's canvases: python web/build.py http://127.0.0.1:8188
 
 Needs a running ComfyUI with this package, playwright and Chromium. The words about each node are in
 web/docs/about.json.
@@ -6,14 +6,22 @@ web/docs/about.json.
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
-DOCS = Path(__file__).parent / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "web" / "docs"
 PREFIX = "MMInterleaved"
+# Template -> file, zoom, top left corner on the canvas, size in px.
+CANVASES = {
+    "1 Tell a story": ("canvas-tell.png", 0.72, (-50, -390), (950, 1070)),
+    "2 The four blocks": ("canvas-blocks.png", 0.6, (-70, -110), (1400, 825)),
+}
 
 
 def main(server: str) -> None:
@@ -46,31 +54,75 @@ def photograph(server: str, nodes: list[str]) -> None:
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 1000})
+        page = browser.new_page(viewport={"width": 1800, "height": 1300})
         page.goto(server)
         page.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=60000)
         page.wait_for_timeout(2500)
         page.keyboard.press("Escape")
         for name in nodes:
-            box = page.evaluate(
-                """async name => {
-                    const app = window.app;
-                    app.graph.clear();
-                    const node = window.LiteGraph.createNode(name);
-                    node.pos = [0, 0];
-                    app.graph.add(node);
-                    node.setSize([Math.max(330, node.computeSize()[0]), node.computeSize()[1]]);
-                    app.canvas.ds.scale = 1;
-                    app.canvas.ds.offset = [420, 160];
-                    app.canvas.draw(true, true);
-                    return [node.size[0], node.size[1]];
-                }""",
-                name,
-            )
-            page.wait_for_timeout(600)
-            clip = {"x": 440, "y": 140, "width": box[0] + 40, "height": min(860, box[1] + 70)}
-            page.screenshot(path=str(DOCS / f"{name}.png"), clip=clip)
+            photograph_node(page, name)
+        for template, where in CANVASES.items():
+            photograph_canvas(server, page, template, *where)
         browser.close()
+
+
+def photograph_node(page, name: str) -> None:
+    box = page.evaluate(
+        """async name => {
+            const app = window.app;
+            app.graph.clear();
+            const node = window.LiteGraph.createNode(name);
+            node.pos = [0, 0];
+            app.graph.add(node);
+            node.setSize([Math.max(330, node.computeSize()[0]), node.computeSize()[1]]);
+            app.canvas.ds.scale = 1;
+            app.canvas.ds.offset = [420, 160];
+            app.canvas.draw(true, true);
+            const canvas = app.canvas.canvas.getBoundingClientRect();
+            return [canvas.left + 420, canvas.top + 160, node.size[0], node.size[1]];
+        }""",
+        name,
+    )
+    page.wait_for_timeout(600)
+    left, top, width, height = box
+    title = 50  # and the badge over it
+    clip = {"x": left - 20, "y": top - title - 10, "width": width + 40, "height": height + title + 30}
+    page.screenshot(path=str(DOCS / f"{name}.png"), clip=clip)
+
+
+def photograph_canvas(server: str, page, template: str, file: str, scale: float, corner, size) -> None:
+    """A template on the canvas after a run."""
+    path = ROOT / "workflows" / f"{template}.json"
+    page.evaluate(
+        """async ([name, data]) => {
+            const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+            await window.app.handleFile(new File([bytes], name, {type: "application/json"}));
+        }""",
+        [path.name, base64.b64encode(path.read_bytes()).decode()],
+    )
+    page.wait_for_timeout(1500)
+
+    def num_finished() -> int:
+        with urllib.request.urlopen(f"{server}/history") as answer:
+            return len(json.load(answer))
+
+    before = num_finished()
+    page.evaluate("window.app.queuePrompt(0, 1)")
+    while num_finished() == before:
+        time.sleep(0.5)
+    x, y = 90, 110  # beside the side bar, below the menu
+    page.evaluate(
+        """([scale, x, y, left, top]) => {
+            const canvas = window.app.canvas.canvas.getBoundingClientRect();
+            window.app.canvas.ds.scale = scale;
+            window.app.canvas.ds.offset = [(x - canvas.left) / scale - left, (y - canvas.top) / scale - top];
+            window.app.canvas.setDirty(true, true);
+        }""",
+        [scale, x, y, *corner],
+    )
+    page.wait_for_timeout(1500)
+    width, height = size
+    page.screenshot(path=str(ROOT / "docs" / file), clip={"x": x, "y": y, "width": width, "height": height})
 
 
 if __name__ == "__main__":
