@@ -118,6 +118,31 @@ def mixtures(encoder, llm, synchronizer, unet, story) -> dict[str, str]:
     return found
 
 
+def reused_tokens(encoder, llm, story) -> list[int]:
+    """How many tokens each of four growing stories takes over from the one before, with loads by ComfyUI between."""
+    from mmi.nodes.segments import encode_story
+
+    lengths, reused = [], []
+    forward = llm.module.forward
+
+    def counted(x, *args, **kwargs):
+        lengths.append(x.shape[1])
+        return forward(x, *args, **kwargs)
+
+    llm.module.forward = counted
+    try:
+        llm.generator.clear_cache()
+        for _ in range(4):
+            lengths.clear()
+            llm.load(story)
+            llm.prefill(story)
+            reused.append(len(llm.generator.tokenize(story)) - sum(lengths))
+            story = encode_story(encoder, story.add(story.images[0].pixels, "She waves."))
+    finally:
+        del llm.module.forward
+    return reused
+
+
 def main(comfyui: str) -> None:
     sys.path.insert(0, comfyui)
     sys.argv = ["main.py", "--cpu"]
@@ -208,6 +233,7 @@ def main(comfyui: str) -> None:
             drawn[name] = native
         result["looking changes it"] = float((drawn["stronger"] - drawn["off"]).abs().max() * 255)
         result |= {
+            "reused tokens": reused_tokens(encoder, llm, encode_story(encoder, story)),
             "two passes": passes(synchronizer, llm, unet, encode_story(encoder, story)),
             "a ControlNet": controlled(llm, synchronizer, unet, encode_story(encoder, story)),
             **mixtures(encoder, llm, synchronizer, unet, story),

@@ -53,6 +53,7 @@ class Server:
         python: str | None = None,
         arguments=("--cpu", "--preview-method", "latent2rgb"),
         package: Path = ROOT,
+        python_path: str = "",
     ):
         self.folder, self.path = folder, path
         for name in ("input", "output", "temp", "user", "models", "custom_nodes"):
@@ -105,7 +106,7 @@ class Server:
             str(folder / "user"),
             *arguments,
         ]
-        environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, cwd=path, env=environment, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 180

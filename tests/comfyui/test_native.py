@@ -1,4 +1,4 @@
-"""KSampler's route and drawing.py draw the same picture."""
+"""KSampler and the library's own loop draw the same image."""
 
 import json
 import os
@@ -55,3 +55,9 @@ def test_blocks_of_different_models_are_told_so(found):
     assert "LLM has width 96" in found["other LLM"] and "an LLM of width 192" in found["other LLM"]
     assert "tokens of width 192" in found["other encoder"] and "LLM has width 96" in found["other encoder"]
     assert found["no encoder"].startswith("StoryError: An image of the story was not encoded")
+
+
+def test_the_llm_keeps_its_cache_when_comfyui_loads_it_again(found):
+    """A load detaches the patches for a moment; the weights stay, and so does what was prefilled."""
+    first, *others = found["reused tokens"]
+    assert first == 0 and all(0 < a < b for a, b in zip(others, others[1:]))
