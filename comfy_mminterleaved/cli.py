@@ -84,9 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--story", metavar="FOLDER", help="a story to continue: its folder, or its story.json")
         if grows:
             p.add_argument(
-                "--drop-oldest-panels", action="store_true", help="drop the oldest panels of too long a story"
+                "--drop-oldest-panels", action="store_true", help="drop the oldest panels if the story is too long"
             )
-        p.add_argument("--seed", type=int, help="of text and images (default: that of --story, else 0)")
+        p.add_argument("--seed", type=int, help="seed of text and images (default: the story's, else 0)")
         p.set_defaults(opening=None)
 
     def text_options(p, default="the model's own"):
@@ -107,9 +107,15 @@ def _parser() -> argparse.ArgumentParser:
         group.add_argument("--scheduler", help="ddpm, ddim, dpm++, euler, unipc, or a class of diffusers")
         group.add_argument("--size", metavar="WxH", help="in px")
         _add(group, "--context-images", "--look-back", type=int, help="how many earlier images the U-Net attends to")
-        _add(group, "--mmfs-scale", "--strength", type=float, help="scale of the synchronizer at the U-Net")
-        _add(group, "--mmfs-start", "--start", type=float, help="when it starts, as a fraction of the steps")
-        _add(group, "--mmfs-end", "--end", type=float, help="when it ends")
+        _add(
+            group,
+            "--mmfs-scale",
+            "--strength",
+            type=float,
+            help="scale of MMFS in the U-Net; 0 turns it off",
+        )
+        _add(group, "--mmfs-start", "--start", type=float, help="when MMFS starts, as a fraction of the steps")
+        _add(group, "--mmfs-end", "--end", type=float, help="when MMFS ends, as a fraction of the steps")
 
     p = command("tell", "Tells an illustrated story: a folder with story.html, story.json and the images.")
     story_options(p)
@@ -124,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "--introduce",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="say in the text who is in an opening image, where the model's stories do so",
+        help="add a sentence that says who is in an opening image, if the model's stories have one",
     )
     p.add_argument("--title")
     p.add_argument(
@@ -165,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--to", choices=("native", "reference", "own"), default="native", metavar="{native,reference}")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
 
-    p = command("info", "Says what a checkpoint holds.")
+    p = command("info", "Shows what a checkpoint contains.")
     p.add_argument("source", help="a checkpoint folder, starter or tiny-random")
     return parser
 
@@ -270,7 +276,7 @@ def _pipeline(args, opening: _Opening, *stories):
     size, trained = opening.image_config.size, pipeline.config.synchronizer.image_size
     if size is not None and size != (trained, trained) and pipeline.known_words is not None:
         _print_status(
-            f"Note: this model was trained at {trained} x {trained} px; in other sizes it repeats what it draws."
+            f"Note: this model was trained at {trained} x {trained} px; at other sizes it tends to repeat objects."
         )
     return pipeline
 
@@ -278,7 +284,9 @@ def _pipeline(args, opening: _Opening, *stories):
 def _warn_unknown_words(pipeline, stories) -> None:
     words = list(dict.fromkeys(word for story in stories for word in pipeline.find_unknown_words(story)))
     if words:
-        _print_status(f"Note: this model does not know the words {', '.join(words)}; it may go on with others.")
+        _print_status(
+            f"Note: this model does not know the words {', '.join(words)}; it may continue with different words."
+        )
 
 
 # ---- output ----
@@ -338,11 +346,11 @@ def _tell(args) -> int:
         raise SettingError(f"--panels must be at least 1 and at most {MAX_PANELS}, not {args.panels}.")
     if args.storyboard:
         if args.opening or args.story:
-            raise SettingError("--storyboard has its own openings; leave --text, --image and --story away.")
+            raise SettingError("--storyboard has its own openings; omit --text, --image and --story.")
         if args.title or args.panels or args.image_first is not None:
             raise SettingError(
-                "A storyboard's stories have their own title, panels and image_first; leave --title, --panels and "
-                "--image-first away."
+                "A storyboard's stories have their own title, panels and image_first; omit --title, --panels and "
+                "--image-first."
             )
         plans = load_storyboard(args.storyboard)
     opening = _opening(args, required=not args.storyboard)

@@ -159,7 +159,10 @@ class PatchedLLM(PatchedBlock):
         if words:
             self.warned.update(words)
             unknown = ", ".join(words)
-            logging.warning("MM-Interleaved: this model does not know the words %s; it may go on with others.", unknown)
+            logging.warning(
+                "MM-Interleaved: this model does not know the words %s; it may continue with different words.",
+                unknown,
+            )
 
     def check(self, story: Story) -> None:
         """Raises StoryError for a story whose images this LLM cannot use."""
@@ -169,7 +172,7 @@ class PatchedLLM(PatchedBlock):
                 raise StoryError("An image of the story was not encoded; connect an encoder where it is added.")
             if image.features.visual_tokens.shape[-1] != width:
                 raise StoryError(
-                    f"The encoder makes tokens of width {image.features.visual_tokens.shape[-1]}, but the LLM has width "
+                    f"The encoder gives visual tokens of width {image.features.visual_tokens.shape[-1]}, but the LLM has width "
                     f"{width}; use an encoder and an LLM of the same model."
                 )
 

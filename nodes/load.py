@@ -94,7 +94,7 @@ class LoadMMInterleaved(io.ComfyNode):
             ],
             outputs=[
                 EncoderSocket.Output("encoder_out", display_name="encoder", tooltip="Encodes images."),
-                LLMSocket.Output("llm_out", display_name="LLM", tooltip="Reads and writes the story."),
+                LLMSocket.Output("llm_out", display_name="LLM", tooltip="Continues the story with text."),
                 SynchronizerSocket.Output(
                     "synchronizer_out",
                     display_name="synchronizer",

@@ -41,17 +41,17 @@ class SaveStory(io.ComfyNode):
             node_id="MMInterleavedSaveStory",
             display_name="Save Story",
             category=CATEGORY,
-            description="Saves a story as a folder: numbered pictures with the workflow in them, story.json, and "
-            "story.html, one page that holds everything.",
+            description="Saves a story as a folder: numbered images with the workflow embedded, story.json, and story.html, "
+            "a single self-contained page.",
             is_output_node=True,
             inputs=[
                 StorySocket.Input("story", tooltip="The story to save."),
                 io.String.Input(
                     "filename_prefix",
                     default="stories/story",
-                    tooltip="Where in ComfyUI's output folder; a number is put behind it.",
+                    tooltip="Path below ComfyUI's output folder; a number is appended.",
                 ),
-                io.String.Input("title", default="", tooltip="Stands over the story on its page."),
+                io.String.Input("title", default="", tooltip="Title at the top of the page."),
             ],
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],

@@ -84,21 +84,21 @@ class IntroduceCharacter(io.ComfyNode):
             node_id="MMInterleavedIntroduce",
             display_name="Introduce Character",
             category=CATEGORY,
-            description="Says in the story who is in its opening picture, so that the same character comes back whatever "
-            "the picture is. A story that does so already stays as it is.",
+            description="Adds a sentence that says who is in the story's opening image, so the same character returns in "
+            "every panel. A story that already has one is unchanged.",
             inputs=[
-                LLMSocket.Input("llm", tooltip="Reads the picture and writes the sentence."),
-                StorySocket.Input("story", tooltip="A story that opens with one picture, with text or without."),
+                LLMSocket.Input("llm", tooltip="Looks at the image and writes the sentence."),
+                StorySocket.Input("story", tooltip="A story that opens with one image, with or without text."),
                 io.Combo.Input(
                     "order",
                     options=list(ORDERS),
                     default="as the model's stories",
-                    tooltip="Whether each text stands before its picture or after it.",
+                    tooltip="Whether each text comes before or after its image.",
                 ),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story"),
-                io.String.Output("text_out", display_name="text", tooltip="The text of the opening picture."),
+                io.String.Output("text_out", display_name="text", tooltip="The text of the opening image."),
             ],
         )
 

@@ -53,17 +53,17 @@ class LoadStoryboard(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Which story of the file, from 0; 'increment' and a batch count queue them all.",
                 ),
-                EncoderSocket.Input("encoder", optional=True, tooltip="Needed if the story opens with pictures."),
+                EncoderSocket.Input("encoder", optional=True, tooltip="Needed if the story opens with images."),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story", tooltip="What the story opens with."),
-                io.Int.Output("panels_out", display_name="panels", tooltip="How many panels are wanted."),
+                io.Int.Output("panels_out", display_name="panels", tooltip="How many panels to add."),
                 io.Int.Output("seed_out", display_name="seed"),
                 io.String.Output("title_out", display_name="title"),
                 PlanSocket.Output(
                     "plan_out",
                     display_name="plan",
-                    tooltip="For Tell Story: the texts that panels have already, and stories of text alone.",
+                    tooltip="For Tell Story: the texts given for panels, and stories of text alone.",
                 ),
             ],
         )

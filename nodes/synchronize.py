@@ -33,7 +33,7 @@ def check_blocks(llm: PatchedLLM, synchronizer: PatchedSynchronizer, model) -> N
     context_dim = model.model.model_config.unet_config.get("context_dim")
     if channels != list(c.block_channels) or context_dim != c.perceiver.hidden_size:
         raise SettingError(
-            f"The MODEL's U-Net has skips of widths {channels} and reads contexts of width {context_dim}, but the "
+            f"The MODEL's U-Net has skips of widths {channels} and takes conditioning of width {context_dim}, but the "
             f"synchronizer was made for {list(c.block_channels)} and {c.perceiver.hidden_size}; use the model that "
             "belongs to it."
         )
@@ -94,7 +94,7 @@ class ApplySynchronizer(io.ComfyNode):
             description="Prepares the next image of a story for a stock KSampler: the LLM's context becomes the conditioning, and "
             "the U-Net attends to the earlier images.",
             inputs=[
-                LLMSocket.Input("llm", tooltip="Reads the story; its hidden states become the conditioning."),
+                LLMSocket.Input("llm", tooltip="Its hidden states of the story become the conditioning."),
                 SynchronizerSocket.Input("synchronizer", tooltip="Lets the U-Net attend to the earlier images."),
                 StorySocket.Input("story", optional=True, tooltip="The story up to the image to draw."),
                 io.Model.Input("model", tooltip="The U-Net that belongs to the synchronizer; with LoRAs if you like."),

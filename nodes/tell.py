@@ -40,7 +40,7 @@ def chosen_seeds(seed: int, seeds: str, numbers: list[int]) -> list[int]:
     chosen, panels = [(seed + number) % 2**63 for number in numbers], len(numbers)
     places = [place.strip() for place in seeds.replace("\n", ",").split(",")] if seeds.strip() else []
     if len(places) > panels:
-        raise SettingError(f"There are {len(places)} seeds for {panels} panels; give at most one a panel.")
+        raise SettingError(f"There are {len(places)} seeds for {panels} panels; give at most one per panel.")
     for number, place in enumerate(places):
         if place and not (place.isdecimal() and len(place) < 20 and int(place) < 2**63):
             raise SettingError(
@@ -58,12 +58,12 @@ class TellStory(io.ComfyNode):
             node_id="MMInterleavedTellStory",
             display_name="Tell Story",
             category=CATEGORY,
-            description="Tells a story: each panel is written and drawn in view of all before it. It expands to Write Story Text, "
+            description="Tells a story panel by panel; each text and image takes all earlier panels into account. It expands to Write Story Text, "
             "Apply Synchronizer, KSampler, VAE Decode and Add Story Image, so a new seed for a panel leaves the earlier ones alone.",
             enable_expand=True,
             inputs=[
                 EncoderSocket.Input("encoder", tooltip="Encodes the images as they are made."),
-                LLMSocket.Input("llm", tooltip="Reads and writes the story."),
+                LLMSocket.Input("llm", tooltip="Continues the story with text."),
                 SynchronizerSocket.Input("synchronizer", tooltip="Lets the U-Net attend to the earlier images."),
                 io.Model.Input("model", tooltip="The U-Net, with LoRAs if you like."),
                 io.Vae.Input("vae", tooltip="Decodes the images."),
@@ -78,7 +78,7 @@ class TellStory(io.ComfyNode):
                     tooltip="The text of the first panel. If empty, the model writes it.",
                 ),
                 io.Int.Input("panels", default=3, min=0, max=64, tooltip="How many images are drawn, exactly."),
-                seed_input("the whole story; each panel has this plus its number"),
+                seed_input("the whole story; panel k uses it plus k"),
                 io.String.Input(
                     "seeds",
                     default="",
@@ -90,7 +90,7 @@ class TellStory(io.ComfyNode):
                     default=DEFAULTS.image.num_inference_steps,
                     min=1,
                     max=1000,
-                    tooltip="Steps of the sampler for each picture.",
+                    tooltip="Sampling steps per image.",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -146,14 +146,14 @@ class TellStory(io.ComfyNode):
                 io.Boolean.Input(
                     "picture_first",
                     default=False,
-                    tooltip="On: each panel's image is drawn before its text. Off: as the story or its "
-                    "storyboard says, else as the model's stories are.",
+                    tooltip="On: each panel's image comes before its text. Off: the order of the story or its "
+                    "storyboard, else the model's own.",
                 ),
                 *sampling_inputs(),
                 PlanSocket.Input(
                     "plan",
                     optional=True,
-                    tooltip="Of Load Storyboard: instead of the number of panels, with their texts.",
+                    tooltip="From Load Storyboard: the panels and their texts; replaces the number of panels.",
                 ),
             ],
             outputs=[

@@ -56,11 +56,11 @@ class WriteStoryText(io.ComfyNode):
             category=CATEGORY,
             description="Continues the story with text, up to where the model ends it or requests an image.",
             inputs=[
-                LLMSocket.Input("llm", tooltip="Reads the story and writes."),
+                LLMSocket.Input("llm", tooltip="Continues the story."),
                 StorySocket.Input(
                     "story",
                     optional=True,
-                    tooltip="The story so far. Only what is new since the last node is read. May be left out.",
+                    tooltip="The story so far; only its new tokens are computed. May be left out.",
                 ),
                 seed_input("the text"),
                 *sampling_inputs(),

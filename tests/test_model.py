@@ -93,7 +93,7 @@ def test_a_story_too_long_says_by_how_much(tiny_random):
     story = Story.of("x" * 1100)
     with pytest.raises(
         StoryTooLongError,
-        match=r"needs 1110 tokens \(1101 to read and up to 9 to come\), 86 more than the LLM's context of 1024",
+        match=r"needs 1110 tokens \(1101 of the story and up to 9 new\), 86 more than the LLM's context of 1024",
     ):
         tiny_random.generate_text(story, S)
     with pytest.raises(StoryTooLongError, match="drop_oldest"):

@@ -110,7 +110,7 @@ class Saved:
 
 
 def read(source: str | Path) -> Saved:
-    """A checkpoint by any name that `MMInterleaved.load` takes."""
+    """A checkpoint by any name that `MMInterleavedPipeline.load` takes."""
     from ..generation.config import GenerationConfig, read_generation_config
 
     folder = model_folder(source)

@@ -47,9 +47,7 @@ def parse_block_metadata(metadata: dict | None, block: str, label: str) -> tuple
         about = json.loads((metadata or {})[METADATA])
         name, config = about["block"], about["config"]
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(
-            f"{label} is no block of MM-Interleaved; it must be a file that `convert` wrote."
-        ) from None
+        raise CheckpointError(f"{label} is not an MM-Interleaved block; use a file that `convert` wrote.") from None
     if name != block:
         raise CheckpointError(f"{label} holds the block {name!r}, not {block!r}.")
     return Config.from_dict(config), about
@@ -64,7 +62,7 @@ def save(
     generation=None,
     words: frozenset[str] | None = None,
 ) -> None:
-    """Writes a checkpoint in this project's layout; a folder that is there already is refused, a failed one removed."""
+    """Writes a checkpoint in this project's layout; raises OutputError if the folder is not empty."""
     with atomic_dir(folder) as temp_path:
         write_json(temp_path / "config.json", config.to_dict())
         write_beside(temp_path, generation, words)

@@ -274,7 +274,7 @@ def _is_known(name: str) -> bool:
 
 
 def read_reference(folder: Path) -> tuple[Config, dict[str, dict[str, torch.Tensor]]]:
-    """Config and tensors, by block and own name, of a reference checkpoint; one CheckpointError names all faults."""
+    """Config and tensors, by block and native name, of a reference checkpoint; one CheckpointError names all faults."""
     tensors: dict[str, torch.Tensor] = {}
     for shard in _shards(folder):
         tensors |= read_tensors(shard)

@@ -72,7 +72,7 @@ class ImageGenerationConfig:
         size: `(width, height)` in px; None for the size that the model was trained at.
         num_context_images: How many of the previous images the U-Net attends to; None for the model's own number.
         mmfs_scale: Scale of the U-Net's MMFS residuals, between the steps `mmfs_start` and `mmfs_end` (fractions).
-        denoise: With an initial image, how much of the noise schedule is run; 1 ignores it.
+        denoise: With an initial image, the fraction of the noise schedule that is run; at 1 it hardly counts.
     """
 
     num_inference_steps: int = 30
@@ -140,11 +140,11 @@ class RankedOption:
 
 @dataclass(frozen=True)
 class Introduction:
-    """How this model's stories introduce a character, as prompts that the model completes behind a picture of it.
+    """How this model's stories introduce a character, as prompts that the model completes after an image of it.
 
     Args:
         prompt: The start of the sentence that tells how `{name}` looks.
-        scene_prompts: Starts of the sentence that tells what the picture shows; the likeliest is completed.
+        scene_prompts: Starts of the sentence that tells what the image shows; the likeliest is completed.
         names: Names that the model knows; the first is used where the story has none.
     """
 
@@ -212,12 +212,12 @@ OLD_IMAGE_NAMES = {
 
 
 def text_settings(data) -> dict:
-    """`Sampling` fields of settings from a file, under either name; raises SettingError."""
+    """TextGenerationConfig fields from a file, under current or former names; raises SettingError."""
     return _settings(data, TextGenerationConfig, OLD_TEXT_NAMES, "text_generation")
 
 
 def image_settings(data) -> dict:
-    """`Drawing` fields of settings from a file, under either name; raises SettingError."""
+    """ImageGenerationConfig fields from a file, under current or former names; raises SettingError."""
     values = _settings(data, ImageGenerationConfig, OLD_IMAGE_NAMES, "image_generation")
     if values.get("size") is not None:
         size = values["size"]

@@ -102,8 +102,8 @@ class TextGenerator:
                     )
                 else:
                     fault = (
-                        f"needs {length + reserve_tokens} tokens ({length} to read and up to {reserve_tokens} to come),"
-                        f" {excess} more than the LLM's context of {c.max_position_embeddings}"
+                        f"needs {length + reserve_tokens} tokens ({length} of the story and up to {reserve_tokens} new)"
+                        f", {excess} more than the LLM's context of {c.max_position_embeddings}"
                     )
                 raise StoryTooLongError(
                     f"{label} {fault}; make it shorter, or let its oldest panels be dropped "

@@ -47,8 +47,8 @@ class StoryTokens:
             or len(starts) != len(images)
         ):
             raise StoryError(
-                f"These token ids hold {ids.count(c.special_tokens.image)} image tokens for {len(images)} images; a "
-                f"image is a start-of-image token and {c.num_img_token} image tokens."
+                f"These token ids hold {ids.count(c.special_tokens.image)} image tokens for {len(images)} images; each "
+                f"image is one start-of-image token and {c.num_img_token} image tokens."
             )
         return cls(ids, images, tuple(i + c.num_img_token for i in starts), tuple(segment_ends))
 
@@ -100,5 +100,7 @@ def tokenize_story(story: Story, tokenizer, c: LlamaMMFSConfig) -> StoryTokens:
 def require_tokenizer(tokenizer):
     """The tokenizer, or a StoryError if the checkpoint came without one."""
     if tokenizer is None:
-        raise StoryError("This checkpoint has no tokenizer, so text cannot be read; put its tokenizer.json beside it.")
+        raise StoryError(
+            "This checkpoint has no tokenizer, so text cannot be tokenized; put its tokenizer.json beside it."
+        )
     return tokenizer

@@ -1,4 +1,4 @@
-"""MMFS attached to diffusers' U-Net: hooks on its up blocks, for the time of a drawing."""
+"""MMFS attached to diffusers' U-Net: hooks on its up blocks, while an image is generated."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ def attention(q, k, v, mask=None, causal=False):
     Args:
         q: (N, H, Q, D).
         k, v: (N, H or a divisor of H, K, D); fewer heads are shared by groups of queries' heads.
-        mask: bool, broadcastable to (N, H, Q, K); True may be looked at.
+        mask: bool, broadcastable to (N, H, Q, K); True where a query may attend.
         causal: query i sees keys up to i + K - Q, so that the last sees all; with no mask.
 
     Returns:

@@ -63,7 +63,7 @@ def diffusers_model(settings: dict):
     name = settings.get("_class_name", "")
     if name not in ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderTiny"):
         raise CheckpointError(
-            f"The decoder's class {name!r} must be UNet2DConditionModel, AutoencoderKL or AutoencoderTiny."
+            f"The U-Net or VAE class {name!r} must be UNet2DConditionModel, AutoencoderKL or AutoencoderTiny."
         )
     return getattr(diffusers, name).from_config(dict(settings))
 

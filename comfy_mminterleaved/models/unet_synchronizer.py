@@ -21,11 +21,11 @@ from .vit_adapter import get_reference_points
 
 @dataclass(frozen=True)
 class UNetImageValues:
-    """Context images, projected for every MMFS block; made once for all steps of a drawing.
+    """Context images, projected for every MMFS block; computed once for all steps of an image.
 
     Args:
         blocks: Of each MMFS block.
-        image_mask: bool `(N, P)`, or `(R, N, P)` for R drawings of each row that attend to different images.
+        image_mask: bool `(N, P)`, or `(R, N, P)` for R copies of each row that attend to different images.
         pos_cache: Positions and reference points by block and size of its skip, filled on first use.
     """
 
@@ -64,7 +64,7 @@ class MMFSBlock(nn.Module):
             self.conv = nn.Identity()
 
     def forward(self, x, values: MMFSValues, image_mask, positions, reference_points):
-        """x `(R * N, C, h, w)`, R drawings (or halves of guidance) for each of N rows of images -> the same shape."""
+        """x `(R * N, C, h, w)`, R copies (as for guidance) of each of N rows of images -> the same shape."""
         n = image_mask.shape[-2]
         rows, c, h, w = x.shape
         groups = rows // n

@@ -47,7 +47,7 @@ def read_image(path: str | Path) -> torch.Tensor:
 
 
 def read_image_file(path: str | Path) -> tuple[torch.Tensor, ImageFile | None]:
-    """`read_picture`, and the file's bytes if its format is one of SUFFIXES."""
+    """`read_image`, and the file's bytes if its format is one of SUFFIXES."""
     path = Path(path)
     if not _is_file(path):
         raise ImageError(f"There is no image file {str(path)!r}.")

@@ -143,7 +143,7 @@ class Story:
 
     @property
     def is_image_first(self) -> bool:
-        """Whether each text belongs to the picture before it: `image_first`, or if that is None, as it opens and ends.
+        """Whether each text belongs to the image before it: `image_first`, or if that is None, as it opens and ends.
 
         A story that opens with an image and ends with text is.
         """
@@ -153,7 +153,7 @@ class Story:
 
     @property
     def opens_image_first(self) -> bool:
-        """Whether it is one picture, or opens with an image and ends with text."""
+        """Whether it is a single image, or opens with an image and ends with text."""
         first = self.segments[:1]
         return (
             bool(first)
@@ -163,7 +163,7 @@ class Story:
 
     @property
     def text(self) -> str:
-        """All text, a line a stretch between pictures."""
+        """All text, one line per stretch between images."""
         return "\n".join(panel.text for panel in self.panels() if panel.text)
 
     def panels(self) -> tuple[Panel, ...]:
@@ -232,7 +232,7 @@ class Story:
     # ---- JSON ----
 
     def to_json(self, image_names: list[str] | None = None) -> dict:
-        """A JSON-ready dict; pictures are named by `picture_names`, or carried as PNG data URLs."""
+        """A JSON-ready dict; images are named by `image_names`, or carried as PNG data URLs."""
         names = iter(image_names or [])
         segments = []
         for segment in self.segments:

@@ -102,10 +102,10 @@ def _own(entry: dict, folder: Path, name: str) -> StoryPlan:
     if not isinstance(opening, list):
         raise StoryError(f"{name}: opening must be text or a list of texts and images, not {opening!r:.60}.")
     panels, script = _panels(entry.get("panels", 3), f"{name}: panels")
-    digest = "image_first" if "image_first" in entry else "picture_first"
-    image_first = entry.get(digest)
+    key = "image_first" if "image_first" in entry else "picture_first"
+    image_first = entry.get(key)
     if not isinstance(image_first, bool | None):
-        raise StoryError(f"{name}: {digest} must be true or false, not {image_first!r:.60}.")
+        raise StoryError(f"{name}: {key} must be true or false, not {image_first!r:.60}.")
     title = entry.get("title", "")
     if not isinstance(title, str):
         raise StoryError(f"{name}: title must be text, not {title!r:.60}.")
@@ -172,7 +172,7 @@ def panel_seeds(story: Story, plan) -> list[int]:
 def _annotation(entry: dict, folder: Path, name: str) -> StoryPlan:
     """As `load_annt_data` of the reference's inference.py places them."""
     sentences, images, places, firsts = (
-        entry.get(digest) for digest in ("sentences", "images", "sentence_ixs", "image_first")
+        entry.get(key) for key in ("sentences", "images", "sentence_ixs", "image_first")
     )
     if not all(isinstance(v, list) for v in (sentences, images, places, firsts)):
         raise StoryError(f"{name} must have the lists sentences, images, sentence_ixs and image_first.")

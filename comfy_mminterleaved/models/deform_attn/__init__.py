@@ -111,7 +111,7 @@ def mmfs_attention(
 
 
 def select_backend(value, query, choices=MMFS_BACKENDS) -> str:
-    """The fastest backend for these tensors (`python -m benchmarks.gather` measures them).
+    """The fastest backend for these tensors (`python -m benchmarks` measures them).
 
     On CUDA: Triton where it imports, compiles and the card supports the dtype, else xFormers where its operator accepts
     the tensors, else eager. The environment variable MMI_MMFS_BACKEND forces one.

@@ -1,4 +1,4 @@
-"""What every gather starts from: maps with a border of zeros, the four cells around each point, and their weights."""
+"""Bilinear sampling: maps padded with zeros, the four cells around each location, and their weights."""
 
 import torch
 
@@ -7,8 +7,8 @@ def pad_levels(value, spatial_shapes):
     """Maps with a border of zeros one cell wide, in which every point has its four cells.
 
     Args:
-        values: (N, P, S, H, D), for each of P pictures its levels' cells one after the other, S = sum of h * w.
-        sizes: the levels' (h, w).
+        value: `(N, P, S, H, D)`, the cells of all levels of each of P images, one level after the other.
+        spatial_shapes: `(h, w)` of each level.
 
     Returns:
         (N, P, H, S', D), S' = sum of (h + 2) * (w + 2): what one head reads lies together.
@@ -24,12 +24,12 @@ def bilinear_corners(spatial_shapes, sampling_locations, attention_weights, dtyp
     """Cells and weights of the four corners of every point.
 
     Args:
-        sizes: the levels' (h, w), without borders.
-        points: (..., P, L, K, 2), weights: (..., P, L, K), as in `gather`.
+        spatial_shapes: `(h, w)` of each level, without borders.
+        sampling_locations: `(..., P, L, K, 2)`; attention_weights: `(..., P, L, K)`, as in `ms_deform_attn`.
 
     Returns:
-        cells: integers of `dtype` (..., P, L, K, 4), within one picture's bordered cells.
-        weights: (..., P, L, K, 4), of the dtype of `weights`.
+        corner_index: Integers of `dtype`, `(..., P, L, K, 4)`, within one image's padded cells.
+        corner_weight: `(..., P, L, K, 4)`, of the dtype of `attention_weights`.
     """
     last, row, first, largest = level_geometry(spatial_shapes, sampling_locations)
     # A point outside is moved onto the border, where everything is zero.
@@ -47,7 +47,7 @@ def bilinear_corners(spatial_shapes, sampling_locations, attention_weights, dtyp
 
 
 def level_geometry(spatial_shapes, sampling_locations):
-    """Numbers of each level's bordered map, as tensors like `points`.
+    """Geometry of each level's padded map, as tensors like `sampling_locations`.
 
     Returns:
         last (L, 1, 2): the largest x and y that a point can have. row (L, 1): cells in a row. first (L, 1): the cell of

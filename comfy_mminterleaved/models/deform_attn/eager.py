@@ -17,11 +17,10 @@ def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
 
 def _gather(value, spatial_shapes, sampling_locations, attention_weights):
     n, p, h, s, d = value.shape
-    corner_index, corner_weight = bilinear_corners(
-        spatial_shapes, sampling_locations, attention_weights
-    )  # (N, Q, H, P, L, K, 4)
+    # Both (N, Q, H, P, L, K, 4).
+    corner_index, corner_weight = bilinear_corners(spatial_shapes, sampling_locations, attention_weights)
     batch = torch.arange(n, device=corner_index.device).view(n, 1, 1, 1, 1)
     head = torch.arange(h, device=corner_index.device).view(h, 1, 1)
-    picture = torch.arange(p, device=corner_index.device).view(p, 1)
-    xformers = value[batch, picture, head, corner_index.flatten(4)]  # (N, Q, H, P, L * K * 4, D)
-    return (xformers * corner_weight.flatten(4).unsqueeze(-1)).sum((3, 4)).flatten(2).to(value.dtype)
+    image = torch.arange(p, device=corner_index.device).view(p, 1)
+    samples = value[batch, image, head, corner_index.flatten(4)]  # (N, Q, H, P, L * K * 4, D)
+    return (samples * corner_weight.flatten(4).unsqueeze(-1)).sum((3, 4)).flatten(2).to(value.dtype)

@@ -10,7 +10,7 @@ from .locations import offsets_and_logits, reference_centers
 def mmfs_attention(
     value, spatial_shapes, scale_ratios, query_terms, relpos_table, image_relpos, reference_points, ignore_token
 ):
-    """`sampling.attend` without gradients: x and y are kept apart, for halves of pairs are slow to read."""
+    """`mmfs_attention` without gradients; x and y are separate tensors, because strided pairs are slow to read."""
     h = len(ignore_token)
     offsets, logits = offsets_and_logits(scale_ratios, query_terms, relpos_table, image_relpos, h)
     center, scale = reference_centers(spatial_shapes, scale_ratios, reference_points, offsets)
@@ -67,7 +67,7 @@ def _corners_with_grad(spatial_shapes, sampling_locations, attention_weights, sh
 
 
 def _fused_corners(spatial_shapes, x, y, attention_weights, shape, dtype):
-    """What `_differentiable` gives, its corners in another order; its time goes to memory, so nothing is moved.
+    """The corners that `bilinear_corners` gives, in another order, written in place to save memory traffic.
 
     Args:
         x, y: (N, Q, H, P, L, K), in cells; overwritten.

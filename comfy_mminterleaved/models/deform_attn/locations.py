@@ -1,4 +1,4 @@
-"""From what a query says to points in maps and their weights."""
+"""Query terms -> sampling locations and attention weights."""
 
 import torch
 
@@ -6,10 +6,11 @@ import torch
 def locations_and_weights(
     spatial_shapes, scale_ratios, query_terms, relpos_table, image_relpos, reference_points, heads: int
 ):
-    """Points, their weights, and what weight is left for the sinks; the arguments are those of `attend`.
+    """Sampling locations, attention weights and the ignore token's weight; arguments as in `mmfs_attention`.
 
     Returns:
-        points (N, Q, H, P, L, K, 2) in cells, float32 or finer; weights (N, Q, H, P, L, K); left (N, Q, H, 1).
+        sampling_locations `(N, Q, H, P, L, K, 2)` in cells, float32 or finer; attention_weights `(N, Q, H, P, L, K)`;
+        ignore_weight `(N, Q, H, 1)`.
     """
     sampling_locations, logits = locations_and_logits(
         spatial_shapes, scale_ratios, query_terms, relpos_table, image_relpos, reference_points, heads
@@ -25,7 +26,7 @@ def locations_and_weights(
 def locations_and_logits(
     spatial_shapes, scale_ratios, query_terms, relpos_table, image_relpos, reference_points, heads: int
 ):
-    """The same before the softmax: points, and logits (N, Q, H, P * L * K + 1), the last the sinks'."""
+    """The same before the softmax: locations, and logits `(N, Q, H, P * L * K + 1)`, the ignore token's last."""
     offsets, logits = offsets_and_logits(scale_ratios, query_terms, relpos_table, image_relpos, heads)
     center, scale = reference_centers(spatial_shapes, scale_ratios, reference_points, offsets)
     return torch.addcmul(center, offsets, scale), logits
@@ -48,7 +49,8 @@ def offsets_and_logits(scale_ratios, query_terms, relpos_table, image_relpos, he
     logits = query_terms[..., split:].view(n, q, heads, 1, levels, k) + added_logits.view(
         n, num_queries, p, heads, levels, k
     ).transpose(2, 3)
-    # The sinks have the constant logit -log(P * L) each: together they weigh like one with logit 0.
+    # The reference has an ignore token per image and level, each of logit -log(P * L): together they weigh like one of
+    # logit 0.
     return offsets.to(compute_dtype), torch.cat([logits.flatten(3), logits.new_zeros(n, q, heads, 1)], dim=-1)
 
 

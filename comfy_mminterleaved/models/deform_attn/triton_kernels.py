@@ -88,7 +88,7 @@ def _mmfs_kernel(
     offset_y = tl.load(query_terms + query * E + offset_at + 1, mask, 0.0).to(tl.float32)
     logit = tl.load(query_terms + query * E + logit_at, mask, 0.0).to(tl.float32)
 
-    # The sink is the first sample, of logit 0.
+    # The ignore token is the first sample, of logit 0.
     m_i = tl.full((), 0.0, tl.float32)
     total = tl.full((), 1.0, tl.float32)
     acc = tl.load(ignore_token + head * D + d_index, d_index < D, 0.0).to(tl.float32)
