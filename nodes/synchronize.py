@@ -11,7 +11,15 @@ from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.stories.story import Story
 from .blocks import PatchedLLM, PatchedSynchronizer
 from .native import skip_channels_of
-from .types import CATEGORY, LLMSocket, StorySocket, SynchronizerSocket, search_aliases
+from .types import (
+    CATEGORY,
+    LLMSocket,
+    StorySocket,
+    SynchronizerSocket,
+    context_images_input,
+    search_aliases,
+    strength_input,
+)
 
 KEY = "mm_interleaved"
 
@@ -98,14 +106,7 @@ class ApplySynchronizer(io.ComfyNode):
                 SynchronizerSocket.Input("synchronizer", tooltip="Lets the U-Net attend to the earlier images."),
                 StorySocket.Input("story", optional=True, tooltip="The story up to the image to draw."),
                 io.Model.Input("model", tooltip="The U-Net that belongs to the synchronizer; with LoRAs if you like."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How much the earlier images count in the U-Net; 0 draws from the text alone.",
-                ),
+                strength_input(),
                 io.Float.Input(
                     "start",
                     default=0.0,
@@ -122,13 +123,7 @@ class ApplySynchronizer(io.ComfyNode):
                     step=0.01,
                     tooltip="When the U-Net stops attending to them, as a fraction of the sampling.",
                 ),
-                io.Int.Input(
-                    "pictures",
-                    default=-1,
-                    min=-1,
-                    max=64,
-                    tooltip="How many of the last images the U-Net attends to; -1 for the model's own number.",
-                ),
+                context_images_input(),
             ],
             outputs=[
                 io.Model.Output("model_out", display_name="MODEL", tooltip="For any sampler."),

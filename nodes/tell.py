@@ -19,8 +19,10 @@ from .types import (
     PlanSocket,
     StorySocket,
     SynchronizerSocket,
+    context_images_input,
     sampling_inputs,
     seed_input,
+    strength_input,
 )
 from .write import text_config_from_inputs
 
@@ -128,21 +130,8 @@ class TellStory(io.ComfyNode):
                     step=8,
                     tooltip="In pixels; 0 for the size the model was trained at.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How much the earlier images count in the U-Net.",
-                ),
-                io.Int.Input(
-                    "pictures",
-                    default=-1,
-                    min=-1,
-                    max=64,
-                    tooltip="How many of the last images the U-Net attends to; -1 for the model's own number.",
-                ),
+                strength_input(),
+                context_images_input(),
                 io.Boolean.Input(
                     "picture_first",
                     default=False,

@@ -32,6 +32,27 @@ def seed_input(label: str, name: str = "seed"):
     )
 
 
+def strength_input():
+    return io.Float.Input(
+        "strength",
+        default=1.0,
+        min=-10.0,
+        max=10.0,
+        step=0.05,
+        tooltip="How much the earlier images count in the U-Net; 0 draws from the text alone.",
+    )
+
+
+def context_images_input():
+    return io.Int.Input(
+        "pictures",
+        default=-1,
+        min=-1,
+        max=64,
+        tooltip="How many of the last images the U-Net attends to; -1 for the model's own number.",
+    )
+
+
 def sampling_inputs():
     """Settings of writing."""
     text = DEFAULTS.text

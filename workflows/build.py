@@ -175,19 +175,18 @@ def load(w: Workflow, x=0, y=0) -> Node:
     return w.add("MMInterleavedLoad", x, y, (300, 150))
 
 
+def tell(w: Workflow, model: Node, x: int, **inputs) -> Node:
+    blocks = {name: model[output] for output, name in enumerate(("encoder", "llm", "synchronizer", "model", "vae"))}
+    return w.add("MMInterleavedTellStory", x, 0, (360, 640), **blocks, **inputs)
+
+
 def tell_a_story(w: Workflow) -> None:
     w.note(0, -340, (720, 200), "1 Tell a story")
     model = load(w)
-    told = w.add(
-        "MMInterleavedTellStory",
+    told = tell(
+        w,
+        model,
         360,
-        0,
-        (360, 640),
-        encoder=model[0],
-        llm=model[1],
-        synchronizer=model[2],
-        model=model[3],
-        vae=model[4],
         opening=MIA,
         panels=4,
         seed=3,
@@ -257,16 +256,10 @@ def own_picture(w: Workflow) -> None:
     picture = w.add("LoadImage", 0, 260, (300, 330), image="example.png")
     begun = w.add("MMInterleavedStoryText", 380, 0, (320, 130), text="Mia runs in the meadow with a kite.")
     shown = w.add("MMInterleavedStoryPicture", 380, 260, (320, 90), story=begun[0], encoder=model[0], image=picture[0])
-    told = w.add(
-        "MMInterleavedTellStory",
+    told = tell(
+        w,
+        model,
         780,
-        0,
-        (360, 640),
-        encoder=model[0],
-        llm=model[1],
-        synchronizer=model[2],
-        model=model[3],
-        vae=model[4],
         story=shown[0],
         panels=3,
         seed=8,
@@ -309,16 +302,10 @@ def storyboard_batch(w: Workflow) -> None:
     w.note(0, -370, (760, 230), "5 Storyboard batch")
     model = load(w)
     board = w.add("MMInterleavedLoadStoryboard", 0, 260, (300, 170), encoder=model[0], storyboard=EXAMPLE)
-    told = w.add(
-        "MMInterleavedTellStory",
+    told = tell(
+        w,
+        model,
         400,
-        0,
-        (360, 640),
-        encoder=model[0],
-        llm=model[1],
-        synchronizer=model[2],
-        model=model[3],
-        vae=model[4],
         story=board[0],
         panels=board[1],
         seed=board[2],
@@ -375,16 +362,10 @@ def own_sampler(w: Workflow) -> None:
 def reroll(w: Workflow) -> None:
     w.note(0, -370, (760, 230), "7 Draw a panel anew")
     model = load(w)
-    told = w.add(
-        "MMInterleavedTellStory",
+    told = tell(
+        w,
+        model,
         400,
-        0,
-        (360, 640),
-        encoder=model[0],
-        llm=model[1],
-        synchronizer=model[2],
-        model=model[3],
-        vae=model[4],
         opening=MIA,
         panels=4,
         seed=3,

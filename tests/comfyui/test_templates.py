@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -110,4 +111,5 @@ def test_a_help_page_with_a_picture_for_every_node(comfyui, definitions):
 
 def test_the_import_takes_less_than_half_a_second(comfyui):
     line = next(line for line in comfyui.text().splitlines() if line.endswith("comfy-mminterleaved"))
-    assert float(line.split()[0]) < 0.5 and "IMPORT FAILED" not in line
+    (seconds,) = re.findall(r"([\d.]+) seconds", line)  # newer cores put the time of day before it
+    assert float(seconds) < 0.5 and "IMPORT FAILED" not in line
