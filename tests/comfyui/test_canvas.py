@@ -24,6 +24,7 @@ def page(comfyui):
         page = browser.new_page(viewport={"width": 1800, "height": 1050})
         page.errors = []
         page.on("pageerror", lambda error: page.errors.append(f"{error}\n{error.stack}"))
+        comfyui.post("/settings/Comfy.TutorialCompleted", True)  # else newer pages open with a dialog over the canvas
         page.goto(f"http://127.0.0.1:{comfyui.port}/")
         page.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=60000)
         time.sleep(2)
