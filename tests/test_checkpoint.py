@@ -95,6 +95,15 @@ def test_convert_there_and_back(reference, tmp_path):
     assert same_text(models[0], models[1]) and same_text(models[0], models[2])
 
 
+def test_a_large_model_is_written_in_shards(reference, tmp_path, recorded_text):
+    config, blocks = checkpoint.read_state_dicts(reference)
+    reference_layout.save_reference(tmp_path / "sharded", config, blocks, max_shard_size=200_000)
+    written = {path.name: load_file(path) for path in (tmp_path / "sharded").glob("*.safetensors")}
+    index = json.loads((tmp_path / "sharded/model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert len(written) > 2 and index["weight_map"] == {key: name for name, part in written.items() for key in part}
+    assert text_of(MMInterleavedPipeline.load(tmp_path / "sharded", "cpu")) == recorded_text
+
+
 def test_shards_of_pickles(reference, recorded_text):
     tensors = load_file(reference / "model.safetensors")
     names = sorted(tensors)

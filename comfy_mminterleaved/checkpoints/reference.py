@@ -332,8 +332,14 @@ def save_reference(
     dtype=None,
     generation=None,
     words: frozenset[str] | None = None,
+    max_shard_size: int | str = "5GB",
 ) -> None:
-    """Writes a checkpoint in the reference's layout: one model.safetensors, and the component configs beside it."""
+    """Writes a checkpoint in the reference's layout: model.safetensors, and the component configs beside it.
+
+    A larger model is written in shards with an index, as transformers writes it.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
     files = to_reference(config)
     parts = dict(zip(("model", "llm", "clip", "unet", "vae", "scheduler"), files.values()))
     if replace(from_reference(parts), prompts=config.prompts) != config:
@@ -342,6 +348,10 @@ def save_reference(
             "settings; use --to native."
         )
     named = {reference_name(block, key): t for block, tensors in blocks.items() for key, t in tensors.items()}
+    sizes = {key: torch.empty(t.shape, dtype=dtype or t.dtype, device="meta") for key, t in named.items()}
+    shards = split_torch_state_dict_into_shards(
+        sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
     with atomic_dir(folder) as temp_path:
         for file, settings in files.items():
             (temp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -349,4 +359,8 @@ def save_reference(
         write_beside(temp_path, generation, words)
         if tokenizer is not None:
             tokenizer.save(temp_path / "llm" / "tokenizer.json")
-        write_tensors(temp_path / "model.safetensors", named, dtype)
+        for file, keys in shards.filename_to_tensors.items():
+            write_tensors(temp_path / file, {key: named[key] for key in keys}, dtype)
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            write_json(temp_path / "model.safetensors.index.json", index)

@@ -15,36 +15,27 @@ def _stop_tokens(llm: LlamaMMFS) -> dict[int, str]:
 
 
 def _logits_processors(llm: LlamaMMFS, s: TextGenerationConfig, warp: bool):
-    """Processes logits (or log-probabilities) in the order of transformers."""
+    """What changes logits (or log-probabilities) `(N, vocabulary)` before a token is chosen, in the order of transformers.
+
+    Called with ids `(N, 1 + new)`, bos and the new tokens, and the scores.
+    """
     from transformers.generation import logits_process as lp
 
     tokens = llm.config.special_tokens
-    stops = list(_stop_tokens(llm))
-    without_text = [tokens.bos, tokens.pad, tokens.image]
-    chain = [lp.RepetitionPenaltyLogitsProcessor(float(s.repetition_penalty))] if s.repetition_penalty != 1 else []
-    warpers = []
+    processors = lp.LogitsProcessorList()
+    if s.repetition_penalty != 1:
+        processors.append(lp.RepetitionPenaltyLogitsProcessor(float(s.repetition_penalty)))
+    if s.min_new_tokens > 1:  # the bos counts, as in the version that recorded the golden data
+        processors.append(lp.MinLengthLogitsProcessor(s.min_new_tokens, list(_stop_tokens(llm))))
+    if s.suppress_special_tokens:
+        processors.append(lp.SuppressTokensLogitsProcessor([tokens.bos, tokens.pad, tokens.image]))
     if warp and s.temperature != 1:
-        warpers.append(lp.TemperatureLogitsWarper(float(s.temperature)))
+        processors.append(lp.TemperatureLogitsWarper(float(s.temperature)))
     if warp and s.top_k:
-        warpers.append(lp.TopKLogitsWarper(min(s.top_k, llm.config.vocab_size)))
+        processors.append(lp.TopKLogitsWarper(min(s.top_k, llm.config.vocab_size)))
     if warp and s.top_p < 1:
-        warpers.append(lp.TopPLogitsWarper(float(s.top_p)))
-
-    def process(ids, scores):
-        """ids `(N, 1 + new)`: bos, then the new tokens; scores `(N, vocabulary)`."""
-        for step in chain:
-            scores = step(ids, scores)
-        suppressed = without_text if s.suppress_special_tokens else []
-        if ids.shape[1] < s.min_new_tokens:
-            suppressed = suppressed + stops
-        if suppressed:
-            scores = scores.clone()
-            scores[:, suppressed] = float("-inf")
-        for step in warpers:
-            scores = step(ids, scores)
-        return scores
-
-    return process
+        processors.append(lp.TopPLogitsWarper(float(s.top_p)))
+    return processors
 
 
 def generate(

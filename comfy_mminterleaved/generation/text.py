@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -42,7 +43,7 @@ class TextGenerator:
         self.llm, self.config, self.tokenizer = llm, config, tokenizer
         self.known_words, self.generation_config = known_words, generation_config
         self.cache: PrefixCache | None = None
-        self._decoded: dict[tuple[int, ...], str] = {}
+        self._tokenized: weakref.WeakKeyDictionary[Story, StoryTokens] = weakref.WeakKeyDictionary()
 
     def clear_cache(self) -> None:
         """Frees the cache of the most recent stories."""
@@ -58,18 +59,19 @@ class TextGenerator:
     # ---- tokens ----
 
     def tokenize(self, story: Story) -> StoryTokens:
-        """The story as token ids. Ids that another vocabulary gave to a text are ignored."""
-        segments = (self._checked(s) if isinstance(s, TextSegment) and s.token_ids else s for s in story.segments)
-        return tokenize_story(replace(story, segments=tuple(segments)), self.tokenizer, self.config.llm)
+        """The story as token ids, made once for each story. Ids that another vocabulary gave to a text are ignored."""
+        if story not in self._tokenized:
+            segments = (self._checked(s) if isinstance(s, TextSegment) and s.token_ids else s for s in story.segments)
+            tokens = tokenize_story(replace(story, segments=tuple(segments)), self.tokenizer, self.config.llm)
+            self._tokenized[story] = tokens
+        return self._tokenized[story]
 
     def _checked(self, text: TextSegment) -> TextSegment:
         """The text, without its ids if they are not this tokenizer's for it."""
         if self.tokenizer is None or not text.text:
             return text
-        if text.token_ids not in self._decoded:
-            is_known = max(text.token_ids) < self.tokenizer.vocab_size
-            self._decoded[text.token_ids] = self.decode(text.token_ids) if is_known else ""
-        return text if self._decoded[text.token_ids] == text.text else TextSegment(text.text)
+        is_known = max(text.token_ids) < self.tokenizer.vocab_size
+        return text if is_known and self.decode(text.token_ids) == text.text else TextSegment(text.text)
 
     def decode(self, token_ids) -> str:
         return self.tokenizer.decode(token_ids).strip() if self.tokenizer is not None else ""
