@@ -40,9 +40,9 @@ def environment(name: str, constraints: str, extra: str = "") -> Path:
 def check(command: list[str]) -> None:
     """Ends with a sentence for arguments that the command line would refuse, before anything is installed."""
     sys.path.insert(0, str(HERE))
-    from comfy_mminterleaved.cli import _parser  # of the standard library alone
+    from comfy_mminterleaved.cli import COMMANDS, make_parser  # of the standard library alone
 
-    args = _parser().parse_args(command)
+    args = make_parser(COMMANDS).parse_args(command)
     if args.opening and all(kind == "text" and not value.strip() for kind, value in args.opening) and not args.story:
         sys.exit("The text is empty; give one with --text.")
     files = [value for kind, value in args.opening or [] if kind == "image"]

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from places import HERE, TINY
 
-from comfy_mminterleaved.cli import _opening, _parser, main
+from comfy_mminterleaved.cli import COMMANDS, main, make_parser
+from comfy_mminterleaved.cli.commands import _opening
 from comfy_mminterleaved.stories.page import METADATA_KEY, load_story
 
 FAST = ["--steps", "1", "--scheduler", "ddim", "--max-new-tokens", "6", "--device", "cpu", "--quiet"]
@@ -132,7 +133,7 @@ def test_write_draw_ask_caption(tmp_path, photo, capsys):
 
 def test_how_much_of_a_picture_is_drawn_over():
     def denoise(*options):
-        return _opening(_parser().parse_args(["draw", "--text", "x", *options])).image_config.denoise
+        return _opening(make_parser(COMMANDS).parse_args(["draw", "--text", "x", *options])).image_config.denoise
 
     assert denoise() == 1.0 and denoise("--begin", "x.png") == 0.6
     assert denoise("--begin", "x.png", "--denoise", "0.3") == 0.3
@@ -263,8 +264,8 @@ def test_the_library_never_imports_comfyui_and_prints_nothing():
     ],
 )
 def test_flags_keep_their_former_spelling(new, old, capsys):
-    assert vars(_parser().parse_args(new.split())) == vars(_parser().parse_args(old.split()))
+    assert vars(make_parser(COMMANDS).parse_args(new.split())) == vars(_parser().parse_args(old.split()))
     with pytest.raises(SystemExit):
-        _parser().parse_args([new.split()[0], "--help"])
+        make_parser(COMMANDS).parse_args([new.split()[0], "--help"])
     shown = capsys.readouterr().out
     assert new.split()[1] in shown and f"{old.split()[1]} " not in shown.replace(new.split()[1], "")

@@ -1,8 +1,7 @@
-"""The command line: mminterleaved tell | write | draw | ask | caption | convert | info."""
+"""The commands: what each does with its arguments."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -10,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import MMInterleavedError, OutputError, SettingError
+from ..errors import OutputError, SettingError
+from .parser import DEFAULT_DENOISE, DEFAULT_OUT
 
 if TYPE_CHECKING:
-    from .generation.config import ImageGenerationConfig, TextGenerationConfig
-    from .stories.story import Story
+    from ..generation.config import ImageGenerationConfig, TextGenerationConfig
+    from ..stories.story import Story
 
 # Flag (argparse's name) -> field of TextGenerationConfig, of ImageGenerationConfig.
 TEXT_FLAGS = {
@@ -36,144 +36,6 @@ IMAGE_FLAGS = {
     "mmfs_start": "mmfs_start",
     "mmfs_end": "mmfs_end",
 }
-DTYPES = ("float32", "float16", "bfloat16")
-DEFAULT_OUT = "out/story"
-DEFAULT_DENOISE = 0.6  # of an initial image: its layout stays, its content can change
-
-
-class _Segment(argparse.Action):
-    """Collects --text and --image in the order given."""
-
-    def __call__(self, parser, namespace, value, option=None):
-        namespace.opening = [*(namespace.opening or []), (self.dest, value)]
-
-
-def _add(group, flag: str, old: str, **options) -> None:
-    """Adds a flag that also has an old spelling, which --help does not show."""
-    dest = flag[2:].replace("-", "_")
-    group.add_argument(flag, dest=dest, **options)
-    group.add_argument(old, dest=dest, **{**options, "help": argparse.SUPPRESS})
-
-
-def _parser() -> argparse.ArgumentParser:
-    from . import __version__
-
-    parser = argparse.ArgumentParser(prog="mminterleaved", description="Stories of interleaved text and images.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, summary: str):
-        p = commands.add_parser(name, help=summary, description=summary)
-        p.set_defaults(run=globals()[f"_{name}"])
-        p.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-        return p
-
-    def model_options(p):
-        p.add_argument(
-            "--model",
-            help="a checkpoint folder; starter: the small model that ships (the default); tiny-random: random weights",
-        )
-        p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-        p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, float16 on CUDA)")
-        p.add_argument("--compile", action="store_true", help="torch.compile: slow to start, for many images")
-        p.add_argument("--quiet", action="store_true", help="no progress bars")
-
-    def story_options(p, grows=True):
-        p.add_argument("--text", action=_Segment, help="text of the story; may be repeated, in order with --image")
-        _add(p, "--image", "--picture", action=_Segment, metavar="FILE", help="an image of the story; may be repeated")
-        p.add_argument("--story", metavar="FOLDER", help="a story to continue: its folder, or its story.json")
-        if grows:
-            p.add_argument(
-                "--drop-oldest-panels", action="store_true", help="drop the oldest panels if the story is too long"
-            )
-        p.add_argument("--seed", type=int, help="seed of text and images (default: the story's, else 0)")
-        p.set_defaults(opening=None)
-
-    def text_options(p, default="the model's own"):
-        group = p.add_argument_group("text generation", f"Defaults: those of --story, else {default}.")
-        group.add_argument("--max-new-tokens", type=int)
-        group.add_argument("--min-new-tokens", type=int)
-        group.add_argument("--greedy", action="store_true", help="no sampling: always the likeliest token")
-        group.add_argument("--temperature", type=float)
-        group.add_argument("--top-k", type=int, help="0 for all")
-        group.add_argument("--top-p", type=float)
-        group.add_argument("--repetition-penalty", type=float)
-        _add(group, "--num-beams", "--beams", type=int)
-
-    def image_options(p):
-        group = p.add_argument_group("image generation", "Defaults: those of --story, else the model's own.")
-        group.add_argument("--steps", type=int)
-        _add(group, "--guidance-scale", "--guidance", type=float)
-        group.add_argument("--scheduler", help="ddpm, ddim, dpm++, euler, unipc, or a class of diffusers")
-        group.add_argument("--size", metavar="WxH", help="in px")
-        _add(group, "--context-images", "--look-back", type=int, help="how many earlier images the U-Net attends to")
-        _add(
-            group,
-            "--mmfs-scale",
-            "--strength",
-            type=float,
-            help="scale of MMFS in the U-Net; 0 turns it off",
-        )
-        _add(group, "--mmfs-start", "--start", type=float, help="when MMFS starts, as a fraction of the steps")
-        _add(group, "--mmfs-end", "--end", type=float, help="when MMFS ends, as a fraction of the steps")
-
-    p = command("tell", "Tells an illustrated story: a folder with story.html, story.json and the images.")
-    story_options(p)
-    p.add_argument("--storyboard", metavar="FILE", help="a file of stories to tell; each gets a folder of its own")
-    p.add_argument("--panels", type=int, help="how many panels to add (default: 3)")
-    image_first = {"dest": "image_first", "action": argparse.BooleanOptionalAction}
-    p.add_argument(
-        "--image-first", **image_first, help="each panel's image before its text (default: as the story or the model)"
-    )
-    p.add_argument("--picture-first", **{**image_first, "help": argparse.SUPPRESS})
-    p.add_argument(
-        "--introduce",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="add a sentence that says who is in an opening image, if the model's stories have one",
-    )
-    p.add_argument("--title")
-    p.add_argument(
-        "--out",
-        help="the folder to write; if it holds another story, a free name beside it (default: that of --story, else "
-        f"{DEFAULT_OUT})",
-    )
-    p.add_argument("--overwrite", action="store_true", help="replace the story in --out")
-    text_options(p), image_options(p), model_options(p)
-
-    p = command("write", "Continues a story with text.")
-    story_options(p), text_options(p), model_options(p)
-    p.add_argument("--count", type=int, default=1, help="how many texts")
-
-    p = command("draw", "Draws the next image of a story.")
-    story_options(p), image_options(p), model_options(p)
-    p.add_argument("--count", type=int, default=1, help="how many images; the k-th has seed + k")
-    _add(p, "--init-image", "--begin", metavar="FILE", help="an image to start from")
-    p.add_argument(
-        "--denoise", type=float, help=f"how much of --init-image changes, up to 1 (default: {DEFAULT_DENOISE})"
-    )
-    p.add_argument("--out", default="out/image.png", help="the PNG to write (default: %(default)s)")
-
-    p = command("ask", "Answers a question about the images of a story.")
-    p.add_argument("question")
-    story_options(p, grows=False)
-    text_options(p, "the likeliest words, 30 at most"), model_options(p)
-    p.add_argument("--option", action="append", help="rank given answers instead of writing one; may be repeated")
-
-    p = command("caption", "Describes an image.")
-    story_options(p, grows=False)
-    text_options(p, "five beams, 30 tokens at most"), model_options(p)
-    p.add_argument("--count", type=int, default=1, help="how many captions")
-
-    p = command("convert", "Converts a checkpoint between the reference's layout and this project's.")
-    p.add_argument("source", help="a checkpoint folder, starter or tiny-random")
-    p.add_argument("target", help="a new folder")
-    p.add_argument("--to", choices=("native", "reference", "own"), default="native", metavar="{native,reference}")
-    p.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
-
-    p = command("info", "Shows what a checkpoint contains.")
-    p.add_argument("source", help="a checkpoint folder, starter or tiny-random")
-    return parser
 
 
 # ---- from arguments to values ----
@@ -203,11 +65,11 @@ def _opening(args, text_config: TextGenerationConfig | None = None, required: bo
     Args:
         text_config: The command's own settings, instead of the story's and the model's.
     """
-    from .checkpoints.load import model_folder
-    from .errors import StoryError
-    from .generation.config import GenerationConfig, image_settings, read_generation_config, text_settings
-    from .stories.page import load_book
-    from .stories.story import ImageSegment, Story
+    from ..checkpoints.load import model_folder
+    from ..errors import StoryError
+    from ..generation.config import GenerationConfig, image_settings, read_generation_config, text_settings
+    from ..stories.page import load_book
+    from ..stories.story import ImageSegment, Story
 
     book = load_book(args.story) if args.story else None
     story, settings = (book.story, book.settings) if book else (Story(), {})
@@ -267,15 +129,15 @@ def _denoise(args) -> float:
 
 def _pipeline(args, opening: _Opening, *stories):
     """The model, with a note if these stories hold words, or the settings a size, that it was not trained on."""
-    from .pipeline import MMInterleavedPipeline
+    from ..pipeline import MMInterleavedPipeline
 
     if opening.model in ("tiny-random", "untrained"):
-        _print_status(f"Note: the model '{opening.model}' has random weights; its texts and images mean nothing.")
+        print_status(f"Note: the model '{opening.model}' has random weights; its texts and images mean nothing.")
     pipeline = MMInterleavedPipeline.load(opening.model, args.device, _dtype(args.dtype), args.compile)
     _warn_unknown_words(pipeline, stories)
     size, trained = opening.image_config.size, pipeline.config.synchronizer.image_size
     if size is not None and size != (trained, trained) and pipeline.known_words is not None:
-        _print_status(
+        print_status(
             f"Note: this model was trained at {trained} x {trained} px; at other sizes it tends to repeat objects."
         )
     return pipeline
@@ -284,7 +146,7 @@ def _pipeline(args, opening: _Opening, *stories):
 def _warn_unknown_words(pipeline, stories) -> None:
     words = list(dict.fromkeys(word for story in stories for word in pipeline.find_unknown_words(story)))
     if words:
-        _print_status(
+        print_status(
             f"Note: this model does not know the words {', '.join(words)}; it may continue with different words."
         )
 
@@ -292,7 +154,7 @@ def _warn_unknown_words(pipeline, stories) -> None:
 # ---- output ----
 
 
-def _print_status(line: str) -> None:
+def print_status(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
@@ -336,11 +198,11 @@ class _ProgressBars:
 # ---- commands ----
 
 
-def _tell(args) -> int:
-    from .files import free_name, output_folder
-    from .generation.config import to_file
-    from .stories.page import has_book, save_story
-    from .stories.storyboard import MAX_PANELS, StoryPlan, load_storyboard
+def tell(args) -> int:
+    from ..files import free_name, output_folder
+    from ..generation.config import to_file
+    from ..stories.page import has_book, save_story
+    from ..stories.storyboard import MAX_PANELS, StoryPlan, load_storyboard
 
     if args.panels is not None and not 1 <= args.panels <= MAX_PANELS:
         raise SettingError(f"--panels must be at least 1 and at most {MAX_PANELS}, not {args.panels}.")
@@ -369,7 +231,7 @@ def _tell(args) -> int:
     with output_folder(out):
         pipeline, bars = _pipeline(args, opening, *(plan.opening for plan in plans)), _ProgressBars(args.quiet)
         if note:
-            _print_status(note)
+            print_status(note)
         jobs = []
         for plan in plans:  # everything is checked before anything is drawn
             story = plan.opening
@@ -393,7 +255,7 @@ def _tell(args) -> int:
                 if args.introduce and not args.story and plan.steps is None:
                     story = pipeline.introduce(story)
                     if len(story) > len(plan.opening):
-                        _print_status(f"Note: the opening image is introduced as: {story.text.splitlines()[0]}")
+                        print_status(f"Note: the opening image is introduced as: {story.text.splitlines()[0]}")
                         save(story)
                 pipeline.run_plan(
                     story,
@@ -416,7 +278,7 @@ def _folder_of(story: str) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _write(args) -> int:
+def write(args) -> int:
     opening = _opening(args)
     pipeline, bars = _pipeline(args, opening, opening.story), _ProgressBars(args.quiet)
     on_token = bars.on_token(opening.text_config.max_new_tokens)
@@ -428,10 +290,10 @@ def _write(args) -> int:
     return _emit(args, {"texts": records}, "\n".join(t.text for t in texts))
 
 
-def _draw(args) -> int:
-    from .files import atomic_write, output_folder
-    from .stories.images import encode_png
-    from .stories.story import ImageSegment
+def draw(args) -> int:
+    from ..files import atomic_write, output_folder
+    from ..stories.images import encode_png
+    from ..stories.story import ImageSegment
 
     opening, out = _opening(args), Path(args.out)
     if out.suffix.lower() != ".png":
@@ -449,8 +311,8 @@ def _draw(args) -> int:
     return _emit(args, {"images": [str(name) for name in names]}, "\n".join(map(str, names)))
 
 
-def _ask(args) -> int:
-    from .generation.text import ANSWER_CONFIG
+def ask(args) -> int:
+    from ..generation.text import ANSWER_CONFIG
 
     opening = _opening(args, ANSWER_CONFIG)
     if not args.question.strip():
@@ -464,8 +326,8 @@ def _ask(args) -> int:
     return _emit(args, {"answer": answer.text, "finish_reason": answer.finish_reason}, answer.text)
 
 
-def _caption(args) -> int:
-    from .generation.text import CAPTION_CONFIG
+def caption(args) -> int:
+    from ..generation.text import CAPTION_CONFIG
 
     opening = _opening(args, CAPTION_CONFIG)
     captions = _pipeline(args, opening).caption(opening.story, opening.text_config, args.count)
@@ -473,19 +335,19 @@ def _caption(args) -> int:
     return _emit(args, {"captions": records}, "\n".join(c.text for c in captions))
 
 
-def _convert(args) -> int:
-    from .checkpoints.load import read
-    from .checkpoints.native import save
-    from .checkpoints.reference import save_reference
+def convert(args) -> int:
+    from ..checkpoints.load import read
+    from ..checkpoints.native import save
+    from ..checkpoints.reference import save_reference
 
     saved = read(args.source)
-    write = save_reference if args.to == "reference" else save
-    write(args.target, saved.config, saved.blocks, saved.tokenizer, _dtype(args.dtype), saved.generation, saved.words)
+    save_as = save_reference if args.to == "reference" else save
+    save_as(args.target, saved.config, saved.blocks, saved.tokenizer, _dtype(args.dtype), saved.generation, saved.words)
     return _emit(args, {"folder": args.target}, f"Written: {args.target}")
 
 
-def _info(args) -> int:
-    from .checkpoints.load import read
+def info(args) -> int:
+    from ..checkpoints.load import read
 
     saved = read(args.source)
     config, tokenizer = saved.config, saved.tokenizer
@@ -510,17 +372,4 @@ def _info(args) -> int:
     return _emit(args, data, "\n".join(lines))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for what the user can fix, 130 for Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a Windows console may not hold every character of a story
-            stream.reconfigure(errors="replace")
-    args = _parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except MMInterleavedError as error:
-        _print_status(f"Error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        _print_status("Stopped; what was finished is kept.")
-        return 130
+COMMANDS = {command.__name__: command for command in (tell, write, draw, ask, caption, convert, info)}

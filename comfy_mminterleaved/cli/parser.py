@@ -1,0 +1,144 @@
+"""The parser of the command line."""
+
+import argparse
+from collections.abc import Callable
+
+from .. import __version__
+
+DTYPES = ("float32", "float16", "bfloat16")
+DEFAULT_OUT = "out/story"
+DEFAULT_DENOISE = 0.6  # of an initial image: its layout stays, its content can change
+
+
+class _Segment(argparse.Action):
+    """Collects --text and --image in the order given."""
+
+    def __call__(self, parser, namespace, value, option=None):
+        namespace.opening = [*(namespace.opening or []), (self.dest, value)]
+
+
+def _add(group, flag: str, old: str, **options) -> None:
+    """Adds a flag that also has an old spelling, which --help does not show."""
+    dest = flag[2:].replace("-", "_")
+    group.add_argument(flag, dest=dest, **options)
+    group.add_argument(old, dest=dest, **{**options, "help": argparse.SUPPRESS})
+
+
+def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
+    """The parser; `run` of what it returns is the function of the command in `commands`."""
+    parser = argparse.ArgumentParser(prog="mminterleaved", description="Stories of interleaved text and images.")
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, summary: str):
+        p = subparsers.add_parser(name, help=summary, description=summary)
+        p.set_defaults(run=commands[name])
+        p.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+        return p
+
+    def model_options(p):
+        p.add_argument(
+            "--model",
+            help="a checkpoint folder; starter: the small model that ships (the default); tiny-random: random weights",
+        )
+        p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+        p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, float16 on CUDA)")
+        p.add_argument("--compile", action="store_true", help="torch.compile: slow to start, for many images")
+        p.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    def story_options(p, grows=True):
+        p.add_argument("--text", action=_Segment, help="text of the story; may be repeated, in order with --image")
+        _add(p, "--image", "--picture", action=_Segment, metavar="FILE", help="an image of the story; may be repeated")
+        p.add_argument("--story", metavar="FOLDER", help="a story to continue: its folder, or its story.json")
+        if grows:
+            p.add_argument(
+                "--drop-oldest-panels", action="store_true", help="drop the oldest panels if the story is too long"
+            )
+        p.add_argument("--seed", type=int, help="seed of text and images (default: the story's, else 0)")
+        p.set_defaults(opening=None)
+
+    def text_options(p, default="the model's own"):
+        group = p.add_argument_group("text generation", f"Defaults: those of --story, else {default}.")
+        group.add_argument("--max-new-tokens", type=int)
+        group.add_argument("--min-new-tokens", type=int)
+        group.add_argument("--greedy", action="store_true", help="no sampling: always the likeliest token")
+        group.add_argument("--temperature", type=float)
+        group.add_argument("--top-k", type=int, help="0 for all")
+        group.add_argument("--top-p", type=float)
+        group.add_argument("--repetition-penalty", type=float)
+        _add(group, "--num-beams", "--beams", type=int)
+
+    def image_options(p):
+        group = p.add_argument_group("image generation", "Defaults: those of --story, else the model's own.")
+        group.add_argument("--steps", type=int)
+        _add(group, "--guidance-scale", "--guidance", type=float)
+        group.add_argument("--scheduler", help="ddpm, ddim, dpm++, euler, unipc, or a class of diffusers")
+        group.add_argument("--size", metavar="WxH", help="in px")
+        _add(group, "--context-images", "--look-back", type=int, help="how many earlier images the U-Net attends to")
+        _add(
+            group,
+            "--mmfs-scale",
+            "--strength",
+            type=float,
+            help="scale of MMFS in the U-Net; 0 turns it off",
+        )
+        _add(group, "--mmfs-start", "--start", type=float, help="when MMFS starts, as a fraction of the steps")
+        _add(group, "--mmfs-end", "--end", type=float, help="when MMFS ends, as a fraction of the steps")
+
+    p = command("tell", "Tells an illustrated story: a folder with story.html, story.json and the images.")
+    story_options(p)
+    p.add_argument("--storyboard", metavar="FILE", help="a file of stories to tell; each gets a folder of its own")
+    p.add_argument("--panels", type=int, help="how many panels to add (default: 3)")
+    image_first = {"dest": "image_first", "action": argparse.BooleanOptionalAction}
+    p.add_argument(
+        "--image-first", **image_first, help="each panel's image before its text (default: as the story or the model)"
+    )
+    p.add_argument("--picture-first", **{**image_first, "help": argparse.SUPPRESS})
+    p.add_argument(
+        "--introduce",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="add a sentence that says who is in an opening image, if the model's stories have one",
+    )
+    p.add_argument("--title")
+    p.add_argument(
+        "--out",
+        help="the folder to write; if it holds another story, a free name beside it (default: that of --story, else "
+        f"{DEFAULT_OUT})",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace the story in --out")
+    text_options(p), image_options(p), model_options(p)
+
+    p = command("write", "Continues a story with text.")
+    story_options(p), text_options(p), model_options(p)
+    p.add_argument("--count", type=int, default=1, help="how many texts")
+
+    p = command("draw", "Draws the next image of a story.")
+    story_options(p), image_options(p), model_options(p)
+    p.add_argument("--count", type=int, default=1, help="how many images; the k-th has seed + k")
+    _add(p, "--init-image", "--begin", metavar="FILE", help="an image to start from")
+    p.add_argument(
+        "--denoise", type=float, help=f"how much of --init-image changes, up to 1 (default: {DEFAULT_DENOISE})"
+    )
+    p.add_argument("--out", default="out/image.png", help="the PNG to write (default: %(default)s)")
+
+    p = command("ask", "Answers a question about the images of a story.")
+    p.add_argument("question")
+    story_options(p, grows=False)
+    text_options(p, "the likeliest words, 30 at most"), model_options(p)
+    p.add_argument("--option", action="append", help="rank given answers instead of writing one; may be repeated")
+
+    p = command("caption", "Describes an image.")
+    story_options(p, grows=False)
+    text_options(p, "five beams, 30 tokens at most"), model_options(p)
+    p.add_argument("--count", type=int, default=1, help="how many captions")
+
+    p = command("convert", "Converts a checkpoint between the reference's layout and this project's.")
+    p.add_argument("source", help="a checkpoint folder, starter or tiny-random")
+    p.add_argument("target", help="a new folder")
+    p.add_argument("--to", choices=("native", "reference", "own"), default="native", metavar="{native,reference}")
+    p.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
+
+    p = command("info", "Shows what a checkpoint contains.")
+    p.add_argument("source", help="a checkpoint folder, starter or tiny-random")
+    return parser
