@@ -264,7 +264,7 @@ def test_the_library_never_imports_comfyui_and_prints_nothing():
     ],
 )
 def test_flags_keep_their_former_spelling(new, old, capsys):
-    assert vars(make_parser(COMMANDS).parse_args(new.split())) == vars(_parser().parse_args(old.split()))
+    assert vars(make_parser(COMMANDS).parse_args(new.split())) == vars(make_parser(COMMANDS).parse_args(old.split()))
     with pytest.raises(SystemExit):
         make_parser(COMMANDS).parse_args([new.split()[0], "--help"])
     shown = capsys.readouterr().out

@@ -15,9 +15,9 @@ def _stop_tokens(llm: LlamaMMFS) -> dict[int, str]:
 
 
 def _logits_processors(llm: LlamaMMFS, s: TextGenerationConfig, warp: bool):
-    """What changes logits (or log-probabilities) `(N, vocabulary)` before a token is chosen, in the order of transformers.
+    """transformers' processors of logits or log-probabilities, in its order.
 
-    Called with ids `(N, 1 + new)`, bos and the new tokens, and the scores.
+    They are called with ids `(N, 1 + new)`, bos and the new tokens, and scores `(N, vocabulary)`.
     """
     from transformers.generation import logits_process as lp
 
