@@ -14,8 +14,8 @@ from .errors import OutputError
 
 
 @contextlib.contextmanager
-def _friendly_errors(path: Path, label: str):
-    """Turns the operating system's errors into one sentence."""
+def friendly_errors(path: Path, label: str):
+    """Turns the operating system's errors into one sentence, an OutputError."""
     try:
         yield
     except (OSError, ValueError) as error:  # a ValueError of a NUL in the name
@@ -28,7 +28,7 @@ def _friendly_errors(path: Path, label: str):
 def atomic_write(path: str | Path, data: bytes) -> None:
     """Writes a file whole or not at all; raises OutputError."""
     path = Path(path)
-    with _friendly_errors(path, "The file"):
+    with friendly_errors(path, "The file"):
         temp_path = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         handle = os.open(temp_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         try:
@@ -74,7 +74,7 @@ def write_json(path: str | Path, data) -> None:
 def ensure_writable_dir(path: str | Path) -> Path:
     """Creates a folder if needed and tries to write into it; raises OutputError before any heavy work."""
     path = Path(path)
-    with _friendly_errors(path, "The folder"):
+    with friendly_errors(path, "The folder"):
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
@@ -96,6 +96,20 @@ def output_folder(path: str | Path):
         raise
 
 
+def path_below(folder: str | Path, name: str) -> Path | None:
+    """`folder / name`, resolved; None if that is not below `folder`, or is a name that no file system holds.
+
+    Back slashes count as slashes: names written on Windows have them.
+    """
+    try:
+        folder = Path(folder).resolve()
+        path = (folder / name.replace("\\", "/")).resolve()
+        path.exists()
+    except (OSError, ValueError):  # too long; a NUL or half a character
+        return None
+    return path if path != folder and path.is_relative_to(folder) else None
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
@@ -115,7 +129,7 @@ def free_name(path: Path) -> Path:
 def atomic_dir(path: str | Path):
     """A folder that appears under its name only when it is complete; one that already exists is refused."""
     path = Path(path)
-    with _friendly_errors(path, "The folder"):
+    with friendly_errors(path, "The folder"):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise OutputError(f"Folder {str(path)!r} already exists; choose a new name.")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .ask import AskAboutStory, CaptionImage, RankAnswers
+from .inputs import check_inputs
 from .load import LoadEncoder, LoadMMInterleaved, LoadStoryLLM, LoadSynchronizer
 from .panels import PanelsInside, PanelsToStory, StoryToPanels
 from .save import SaveStory
@@ -36,7 +37,7 @@ NODES = [
 
 class MMInterleavedExtension(ComfyExtension):
     async def get_node_list(self):
-        return NODES
+        return [check_inputs(node) for node in NODES]
 
 
 async def comfy_entrypoint():

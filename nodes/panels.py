@@ -56,10 +56,13 @@ class PanelsInside(io.ComfyNode):
                 io.Image.Output("images_out", display_name="images"),
                 io.String.Output("texts_out", display_name="texts"),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
     def execute(cls, story) -> io.NodeOutput:
+        if cls.hidden.unique_id not in cls.hidden.dynprompt.ephemeral_prompt:
+            raise StoryError("This node is a part of Tell Story; use Story to Panels instead.")
         if not story.images:  # a storyboard may ask for text alone; what takes pictures then does not run
             return io.NodeOutput(ExecutionBlocker(None), [panel.text for panel in story.panels()])
         return io.NodeOutput(*split_panels(story))

@@ -11,7 +11,7 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import OutputError, StoryError
-from ..comfy_mminterleaved.files import atomic_dir
+from ..comfy_mminterleaved.files import atomic_dir, friendly_errors, path_below
 from ..comfy_mminterleaved.stories.page import save_story
 from .types import CATEGORY, StorySocket
 
@@ -20,17 +20,15 @@ def story_folder(prefix: str) -> Path:
     """A new folder's path below ComfyUI's output folder: PREFIX_00001, PREFIX_00002, ...; raises OutputError."""
     output = Path(folder_paths.get_output_directory())
     normal = os.path.normpath(prefix.replace("\\", "/"))
-    inside = (output / normal).resolve()
-    if (
-        not prefix.strip()
-        or prefix.strip().endswith(("/", "\\"))
-        or not inside.is_relative_to(output.resolve())
-        or inside == output.resolve()
-    ):
-        raise OutputError(f"The prefix {prefix!r} must name something below ComfyUI's output folder, as 'stories/mia'.")
-    parent, name, counter, _, _ = folder_paths.get_save_image_path(normal, str(output))
-    while (Path(parent) / f"{name}_{counter:05d}").exists():
-        counter += 1
+    folder = path_below(output, normal)
+    if not prefix.strip() or prefix.strip().endswith(("/", "\\")) or folder is None:
+        raise OutputError(
+            f"The prefix {prefix!r:.80} must name something below ComfyUI's output folder, as 'stories/mia'."
+        )
+    with friendly_errors(folder, "The folder"):
+        parent, name, counter, _, _ = folder_paths.get_save_image_path(normal, str(output))
+        while (Path(parent) / f"{name}_{counter:05d}").exists():
+            counter += 1
     return Path(parent) / f"{name}_{counter:05d}"
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import SettingError, StoryError
+from ..comfy_mminterleaved.files import path_below
 from ..comfy_mminterleaved.stories.storyboard import load_storyboard
 from .segments import encode_story
 from .types import CATEGORY, EncoderSocket, PlanSocket, StorySocket
@@ -26,12 +26,11 @@ def storyboards() -> list[str]:
 def storyboard_path(name: str) -> Path:
     if name == EXAMPLE:
         return EXAMPLE_PATH
-    folder = Path(folder_paths.get_input_directory()).resolve()
-    path = (folder / name).resolve()
-    if os.path.isabs(name) or not path.is_relative_to(folder):
-        raise StoryError(f"The storyboard {name!r} must be a file in ComfyUI's input folder.")
+    path = path_below(folder_paths.get_input_directory(), name)
+    if path is None:
+        raise StoryError(f"The storyboard {name!r:.80} must be a file in ComfyUI's input folder.")
     if not path.is_file():
-        raise StoryError(f"The storyboard {name!r} is not in ComfyUI's input folder.")
+        raise StoryError(f"The storyboard {name!r:.80} is not in ComfyUI's input folder.")
     return path
 
 

@@ -12,31 +12,8 @@ PROMPTS = sorted((Path(__file__).parent / "prompts").glob("*.json"))
 OURS = {name for name in vars(errors) if name.endswith("Error")}
 
 
-# Faults of today: each ends in an error of another type, or takes over a minute.
-FAULTS = {
-    "board_long",
-    "board_nul",
-    "board_surrogate",
-    "panels_inside_by_hand",
-    "random-14",
-    "random-202",
-    "random-222",
-    "random-75",
-    "save_300",
-    "save_nul_prefix",
-    "save_surrogate_prefix",
-    "syn_start_nan",
-    "tell_width_linked_7",
-}
-
-
-def case(path: Path):
-    marks = [pytest.mark.xfail(strict=True)] if path.stem in FAULTS else []
-    return pytest.param(path, id=path.stem, marks=marks)
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("path", map(case, PROMPTS))
+@pytest.mark.parametrize("path", PROMPTS, ids=lambda path: path.stem)
 def test_an_image_or_one_sentence(comfyui, path):
     prompt = json.loads(path.read_text(encoding="utf-8"))
     try:

@@ -1,0 +1,65 @@
+"""One check of a node's inputs against its own schema: ComfyUI checks neither what a link brings nor NaN."""
+
+from __future__ import annotations
+
+import functools
+import math
+from numbers import Integral, Real
+
+from comfy_api.latest import io
+
+from ..comfy_mminterleaved.errors import SettingError
+
+
+def check_value(spec, value) -> None:
+    """Raises SettingError for a value that the widget of an input could not hold.
+
+    Args:
+        spec: An input of an `io.Schema`.
+    """
+    if isinstance(spec, io.Int.Input):
+        low, high, step = spec.min, spec.max, spec.step or 1
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)  # numpy's are, too
+        if not is_whole or not low <= value <= high or (value - low) % step:
+            kind = "a whole number" if step == 1 else f"a multiple of {step}"
+            raise SettingError(f"{spec.id} must be {kind} from {low} to {high}, not {_shortened(value)}.")
+    elif isinstance(spec, io.Float.Input):
+        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not spec.min <= value <= spec.max:
+            raise SettingError(
+                f"{spec.id} must be a number from {spec.min:g} to {spec.max:g}, not {_shortened(value)}."
+            )
+    elif isinstance(spec, io.Boolean.Input):
+        if type(value) is not bool:
+            raise SettingError(f"{spec.id} must be true or false, not {_shortened(value)}.")
+    elif isinstance(spec, (io.String.Input, io.Combo.Input)):
+        if not isinstance(value, str):
+            raise SettingError(f"{spec.id} must be text, not {_shortened(value)}.")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise SettingError(f"{spec.id} has half a character at place {error.start}; type it anew.") from None
+
+
+def _shortened(value) -> str:
+    if type(value) is int and abs(value) >= 10**30:
+        return "one of over thirty digits"
+    return f"{value!r:.60}"
+
+
+def check_inputs(node):
+    """A class decorator: `execute` looks at its inputs before anything else."""
+    execute = node.execute.__func__
+    schema = node.define_schema()
+    specs = {spec.id: spec for spec in schema.inputs}
+
+    @functools.wraps(execute)
+    def checked(cls, *args, **inputs):
+        for name, value in inputs.items():
+            if name in specs and value is not None:
+                for item in value if schema.is_input_list else [value]:
+                    check_value(specs[name], item)
+        return execute(cls, *args, **inputs)
+
+    node.execute = classmethod(checked)
+    return node
