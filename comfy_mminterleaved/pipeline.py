@@ -140,9 +140,9 @@ class MMInterleavedPipeline:
 
         return story.map_images(encode)
 
-    def prefill(self, story: Story, on_segment: Callable[[int, int], object] | None = None) -> None:
+    def prefill(self, story: Story, on_progress: Callable[[int, int], object] | None = None) -> None:
         """Encodes a story and runs the LLM on it ahead of its use (`TextGenerator.prefill`)."""
-        self.text.prefill(self.encode_images(story), on_segment)
+        self.text.prefill(self.encode_images(story), on_progress)
 
     def context_features(self, stories: Sequence[Story]) -> list[torch.Tensor]:
         """LLM hidden states of each story (`TextGenerator.context_features`)."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import comfy.model_management
+import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.generation.config import TextGenerationConfig
+from ..comfy_mminterleaved.generation.decoding import MAX_OPTIONS
 from ..comfy_mminterleaved.stories.story import Story
 from .segments import encode_story, images_from_batch
 from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket, search_aliases
@@ -44,9 +47,9 @@ class AskAboutStory(io.ComfyNode):
         config = TextGenerationConfig(
             max_new_tokens=max_tokens, min_new_tokens=1, do_sample=False, repetition_penalty=1.0
         )
-        llm.load(story, max_tokens + 64)
         on_token = progress_callback(cls.hidden.unique_id, max_tokens)
-        answer = llm.generator.answer(story, question, config, on_token=on_token).text
+        story = llm.prepare(llm.generator.question_story(story, question), max_tokens)
+        answer = llm.generator.generate_text(story, config, on_token).text
         return io.NodeOutput(answer, ui=ui.PreviewText(answer))
 
 
@@ -73,6 +76,7 @@ class CaptionImage(io.ComfyNode):
                 io.Int.Input("max_tokens", default=40, min=1, max=1024, tooltip="Longest caption, in tokens."),
             ],
             outputs=[io.String.Output("captions_out", display_name="captions", is_output_list=True)],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -80,11 +84,12 @@ class CaptionImage(io.ComfyNode):
         config = TextGenerationConfig(
             max_new_tokens=max_tokens, min_new_tokens=1, repetition_penalty=1.0, num_beams=beams, do_sample=beams > 1
         )
+        images = encode_story(encoder, Story.of(*images_from_batch(image))).images
+        on_token = progress_callback(cls.hidden.unique_id, max_tokens * len(images))
         captions = []
-        for segment in images_from_batch(image):
-            story = encode_story(encoder, Story.of(segment))
-            llm.load(story, beams * (max_tokens + 64))
-            captions.append(llm.generator.caption(story, config)[0].text)
+        for segment in images:
+            story = llm.prepare(llm.generator.caption_story(Story.of(segment)), max_tokens, beams)
+            captions.append(llm.generator.generate_text(story, config, on_token).text)
         return io.NodeOutput(captions, ui=ui.PreviewText("\n".join(captions)))
 
 
@@ -126,8 +131,17 @@ class RankAnswers(io.ComfyNode):
         lines = [line.strip() for line in options.splitlines() if line.strip()]
         if len(lines) < 2:
             raise StoryError(f"There must be at least two options, one per line, not {len(lines)}.")
-        llm.load(story, 64 * len(lines))
-        ranked = llm.generator.rank(story, lines, question)
+        if question.strip():
+            story = llm.generator.question_story(story, question)
+        longest = max(len(llm.generator.tokenize(Story.of(line))) for line in lines)
+        story = llm.prepare(story, longest, min(len(lines), MAX_OPTIONS))
+        bar = comfy.utils.ProgressBar(len(lines))
+
+        def on_progress(count: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(count, total)
+
+        ranked = llm.generator.rank(story, lines, on_progress=on_progress)
         table = "\n".join(f"{option.log_prob:8.2f}  {option.text}" for option in ranked)
         return io.NodeOutput(
             ranked[0].text, [o.text for o in ranked], [o.log_prob for o in ranked], ui=ui.PreviewText(table)

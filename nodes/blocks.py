@@ -130,9 +130,33 @@ class PatchedLLM(PatchedBlock):
 
         self.patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, on_detach)
 
-    def load(self, story: Story, new_tokens: int = 1) -> None:
-        """Loads the LLM with memory for a story and `new_tokens` more; raises if it cannot use the story."""
+    def prepare(
+        self, story: Story, reserve_tokens: int = 1, num_rows: int = 1, drop_oldest: bool | None = None
+    ) -> Story:
+        """Loads the LLM and prefills a story, after a check that it can be used; progress and Cancel on the way.
+
+        Args:
+            reserve_tokens: How many more tokens of the story the LLM will process.
+            num_rows: How many continuations it will process at a time.
+            drop_oldest: `TextGenerator.truncate_to_context`'s.
+
+        Returns:
+            The story, without its oldest panels if they were dropped.
+        """
         self.check(story)
+        story = self.generator.truncate_to_context(story, reserve_tokens, drop_oldest)
+        self.load(story, reserve_tokens * num_rows)
+        bar = comfy.utils.ProgressBar(len(self.generator.tokenize(story)))
+
+        def on_progress(count: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(count, total)
+
+        self.generator.prefill(story, on_progress)
+        return story
+
+    def load(self, story: Story, new_tokens: int = 1) -> None:
+        """Loads the LLM with memory for a story and `new_tokens` more."""
         self.warn_unknown_words(story)
         c = self.config.llm
         tokens = len(self.generator.tokenize(story)) + new_tokens
@@ -142,16 +166,6 @@ class PatchedLLM(PatchedBlock):
         mmfs_layers = -(-c.num_hidden_layers // c.mmfs.cross_attention_frequency)
         super().load(3 * (cache + len(story.images) * cells * c.mmfs.d_model * size * mmfs_layers))
         self.module.device = self.device  # in a partial load the weights are in several places
-
-    def prefill(self, story: Story) -> None:
-        """Runs the LLM on a story, with progress and Cancel after each of its segments; call `load` first."""
-        bar = comfy.utils.ProgressBar(len(story))
-
-        def on_segment(count: int, segments: int) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(count, segments)
-
-        self.generator.prefill(story, on_segment)
 
     def warn_unknown_words(self, story: Story) -> None:
         """One line in the log for words that the model was not taught, once for each word."""

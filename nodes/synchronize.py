@@ -17,6 +17,7 @@ from .types import (
     StorySocket,
     SynchronizerSocket,
     context_images_input,
+    drop_oldest_input,
     search_aliases,
     strength_input,
 )
@@ -124,6 +125,7 @@ class ApplySynchronizer(io.ComfyNode):
                     tooltip="When the U-Net stops attending to them, as a fraction of the sampling.",
                 ),
                 context_images_input(),
+                drop_oldest_input(),
             ],
             outputs=[
                 io.Model.Output("model_out", display_name="MODEL", tooltip="For any sampler."),
@@ -133,7 +135,9 @@ class ApplySynchronizer(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, llm, synchronizer, model, strength, start, end, pictures, story=None) -> io.NodeOutput:
+    def execute(
+        cls, llm, synchronizer, model, strength, start, end, pictures, story=None, drop_oldest=False
+    ) -> io.NodeOutput:
         check_blocks(llm, synchronizer, model)
         story = story or Story()
         c = synchronizer.config.synchronizer
@@ -141,10 +145,7 @@ class ApplySynchronizer(io.ComfyNode):
         max_images = c.mmfs.max_num_image_per_seq - 1
         if num_images > max_images:
             raise SettingError(f"This synchronizer can attend to {max_images} images at most, not {num_images}.")
-        llm.check(story)
-        llm.generator.truncate_to_context(story, 1)
-        llm.load(story)
-        llm.prefill(story)
+        story = llm.prepare(story, drop_oldest=drop_oldest)
         context = llm.generator.context_features([story])
         synchronizer.load(context[0].numel() * 64)
         context = [states.to(synchronizer.device, synchronizer.dtype) for states in context]

@@ -20,6 +20,7 @@ from .types import (
     StorySocket,
     SynchronizerSocket,
     context_images_input,
+    drop_oldest_input,
     sampling_inputs,
     seed_input,
     strength_input,
@@ -144,6 +145,7 @@ class TellStory(io.ComfyNode):
                     optional=True,
                     tooltip="From Load Storyboard: the panels and their texts; replaces the number of panels.",
                 ),
+                drop_oldest_input(),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story"),
@@ -176,6 +178,7 @@ class TellStory(io.ComfyNode):
         picture_first,
         story=None,
         plan=None,
+        drop_oldest=False,
         **settings,
     ) -> io.NodeOutput:
         if plan is None and panels < 1:
@@ -189,7 +192,9 @@ class TellStory(io.ComfyNode):
             image_first = llm.generator.resolve_image_first(opening_story, picture_first or None)
             opening_story = opening_story.arrange(image_first)
         panel_steps = plan_panels(opening_story, panels) if plan is None else plan.steps_after(opening_story)
-        llm.generator.check_context_length(opening_story, panel_steps, text_config_from_inputs(seed, **settings))
+        llm.generator.check_context_length(
+            opening_story, panel_steps, text_config_from_inputs(seed, **settings), drop_oldest
+        )
         seeds = chosen_seeds(seed, seeds, panel_seeds(opening_story, panel_steps))
         size = synchronizer.config.synchronizer.image_size
 
@@ -217,6 +222,7 @@ class TellStory(io.ComfyNode):
                         f"write {number}",
                         llm=links["llm"],
                         seed=seed,
+                        drop_oldest=drop_oldest,
                         **_optional(story=story),
                         **settings,
                     )
@@ -232,6 +238,7 @@ class TellStory(io.ComfyNode):
                     start=0.0,
                     end=1.0,
                     pictures=pictures,
+                    drop_oldest=drop_oldest,
                     **_optional(story=story),
                 )
                 samples = graph.node(

@@ -53,6 +53,16 @@ def context_images_input():
     )
 
 
+def drop_oldest_input():
+    return io.Boolean.Input(
+        "drop_oldest",
+        default=False,
+        optional=True,
+        tooltip="On: a story that is too long for the LLM is continued without its oldest panels, which stay in the "
+        "story. Off: it is an error.",
+    )
+
+
 def sampling_inputs():
     """Settings of writing."""
     text = DEFAULTS.text

@@ -10,7 +10,7 @@ from server import PromptServer
 from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.generation.config import TextGenerationConfig
 from ..comfy_mminterleaved.stories.story import Story, TextSegment
-from .types import CATEGORY, LLMSocket, StorySocket, sampling_inputs, search_aliases, seed_input
+from .types import CATEGORY, LLMSocket, StorySocket, drop_oldest_input, sampling_inputs, search_aliases, seed_input
 
 
 def progress_callback(node_id: str | None, limit: int):
@@ -64,6 +64,7 @@ class WriteStoryText(io.ComfyNode):
                 ),
                 seed_input("the text"),
                 *sampling_inputs(),
+                drop_oldest_input(),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story", tooltip="The story with the new text."),
@@ -78,14 +79,10 @@ class WriteStoryText(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, llm, seed, story=None, **settings) -> io.NodeOutput:
+    def execute(cls, llm, seed, story=None, drop_oldest=False, **settings) -> io.NodeOutput:
         config, story = text_config_from_inputs(seed, **settings), story or Story()
-        llm.check(story)
-        llm.generator.truncate_to_context(story, config.max_new_tokens)
-        llm.load(story, config.max_new_tokens)
-        llm.prefill(story)
-        text = llm.generator.generate_text(
-            story, config, progress_callback(cls.hidden.unique_id, config.max_new_tokens)
-        )
+        on_token = progress_callback(cls.hidden.unique_id, config.max_new_tokens)
+        context = llm.prepare(story, config.max_new_tokens, drop_oldest=drop_oldest)
+        text = llm.generator.generate_text(context, config, on_token)
         story = story.add(TextSegment(text.text, text.tokens))
         return io.NodeOutput(story, text.text, text.requests_image, ui=ui.PreviewText(text.text))

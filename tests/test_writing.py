@@ -195,6 +195,24 @@ def test_forked_readings_do_not_touch_each_other(tiny_random, pictures):
     assert torch.isfinite(reading.hidden_states[0]).all()
 
 
+def test_forks_share_what_was_prefilled(tiny_random, pictures):
+    """Sixty-four beams hold their own tokens, not sixty-four copies of the story; what they compute is the same."""
+    from comfy_mminterleaved.generation.prefix_cache import prefill
+
+    layout = tiny_random.text.tokenize(tiny_random.encode_images(Story.of(pictures[0], "Hello " * 40, pictures[1])))
+    whole = prefill(tiny_random.llm, [layout])
+    fork = whole.fork([0] * 64)
+    fork.extend(tiny_random.llm, [[5 + i % 7] for i in range(64)])
+    states = fork.extend(tiny_random.llm, [[9, 8, 7][: 1 + i % 3] for i in range(64)])
+    cells = 64 * 128 * len(tiny_random.llm.layers) * tiny_random.config.llm.hidden_size * 2 * 4
+    assert fork.kv_cache.nbytes <= cells and fork.image_values is whole.image_values
+    for i in (0, 1, 2, 63):
+        alone = prefill(tiny_random.llm, [layout])
+        alone.extend(tiny_random.llm, [[5 + i % 7]])
+        expected = alone.extend(tiny_random.llm, [[9, 8, 7][: 1 + i % 3]])[0]
+        assert torch.allclose(states[i], expected, atol=2e-5, rtol=1e-4)
+
+
 def test_beams_go_on_while_a_longer_text_may_still_be_better(tiny_random, story, monkeypatch):
     """The bound on what may still come counts bos and the token being added, as in the reference's beam search.
 

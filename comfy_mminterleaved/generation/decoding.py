@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..errors import SettingError
 from ..models.llama_mmfs import LlamaMMFS
 from .config import GeneratedText, OnToken, TextGenerationConfig
 from .prefix_cache import PrefixCache
+
+# Of a batch of options to score: bounds memory, and how long Cancel takes.
+MAX_OPTIONS, MAX_OPTION_TOKENS = 16, 256
 
 
 def _stop_tokens(llm: LlamaMMFS) -> dict[int, str]:
@@ -152,17 +157,30 @@ def _beam_search(
 
 
 @torch.no_grad()
-def score_options(llm: LlamaMMFS, prefix: PrefixCache, options: list[list[int]], batch_size: int = 16) -> list[float]:
-    """Summed log-probability of each option's tokens after the one story of `prefix`, which stays unchanged."""
+def score_options(
+    llm: LlamaMMFS,
+    prefix: PrefixCache,
+    options: list[list[int]],
+    on_progress: Callable[[int, int], object] | None = None,
+) -> list[float]:
+    """Summed log-probability of each option's tokens after the one story of `prefix`, which stays unchanged.
+
+    Args:
+        on_progress: Called with the number of options that have their score and of all.
+    """
     if any(not option for option in options):
         raise SettingError("An option to score must not be empty.")
     first = llm.logits(prefix.last_hidden_state()).float().log_softmax(-1)[0]
     scores = []
-    for start in range(0, len(options), batch_size):
-        batch = options[start : start + batch_size]
+    while len(scores) < len(options):
+        batch = options[len(scores) : len(scores) + MAX_OPTIONS]
+        while len(batch) > 1 and len(batch) * max(map(len, batch)) > MAX_OPTION_TOKENS:
+            batch.pop()
         fork = prefix.fork([0] * len(batch))
         for option, hidden in zip(batch, fork.extend(llm, batch)):
             log_probs = llm.logits(hidden[:-1]).float().log_softmax(-1)
             tokens = torch.tensor(option, device=first.device)
             scores.append((first[tokens[0]] + log_probs.gather(1, tokens[1:, None]).sum()).item())
+        if on_progress is not None:
+            on_progress(len(scores), len(options))
     return scores

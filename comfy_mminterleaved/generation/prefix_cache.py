@@ -31,14 +31,24 @@ class PrefixCache:
     num_cached_tokens: int = 0
 
     def fork(self, rows: list[int]) -> PrefixCache:
-        """An independent cache whose story i is this one's story rows[i]."""
+        """A cache whose story i continues this one's story rows[i]; of hidden states it has the last alone.
+
+        Forks of a single story share its keys, values and images, which must not change meanwhile.
+        """
         columns = self.input_ids, self.image_digests, self.visible_images
+        is_shared = len(self.input_ids) == 1 or self.kv_cache.prefix is not None
         return PrefixCache(
             *([list(column[i]) for i in rows] for column in columns),
-            hidden_states=[self.hidden_states[i] for i in rows],
-            kv_cache=self.kv_cache.select_rows(rows),
-            image_values=self.image_values.select_rows(rows),
+            hidden_states=[self.hidden_states[i][-1:] for i in rows],
+            kv_cache=self.kv_cache.fork(len(rows)) if len(self.input_ids) == 1 else self.kv_cache.select_rows(rows),
+            image_values=self.image_values if is_shared else self.image_values.select_rows(rows),
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds, without a prefix shared with another cache."""
+        images = self.image_values.nbytes if self.image_values is not None else 0
+        return self.kv_cache.nbytes + images + sum(h.nbytes for h in self.hidden_states)
 
     def common_prefix_length(self, tokens: StoryTokens, num_img_token: int) -> int:
         """How many tokens a story shares with the cached one from the start; 0 for a batch of several."""

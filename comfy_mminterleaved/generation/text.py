@@ -80,11 +80,14 @@ class TextGenerator:
         self,
         story: Story,
         reserve_tokens: int,
-        drop_oldest: bool = False,
+        drop_oldest: bool | None = False,
         label: str = "The story",
         reserve_images: int = 0,
     ) -> Story:
         """The story if it leaves `reserve_tokens` of the LLM's context free, else without its oldest panels.
+
+        Args:
+            drop_oldest: Whether panels may be dropped; None if the caller has no such switch: then no error names it.
 
         Raises:
             StoryTooLongError: If `drop_oldest` is off, or nothing that is left fits.
@@ -107,10 +110,10 @@ class TextGenerator:
                         f"needs {length + reserve_tokens} tokens ({length} of the story and up to {reserve_tokens} new)"
                         f", {excess} more than the LLM's context of {c.max_position_embeddings}"
                     )
-                raise StoryTooLongError(
-                    f"{label} {fault}; make it shorter, or let its oldest panels be dropped "
-                    "(drop_oldest, on the command line --drop-oldest-panels)."
-                )
+                advice = "make it shorter"
+                if drop_oldest is False:
+                    advice += ", or let its oldest panels be dropped (drop_oldest, --drop-oldest-panels)"
+                raise StoryTooLongError(f"{label} {fault}; {advice}.")
             story = story.drop_oldest_panel()
 
     def check_context_length(
@@ -132,14 +135,14 @@ class TextGenerator:
 
     # ---- prefill ----
 
-    def prefill(self, story: Story, on_segment: Callable[[int, int], object] | None = None) -> None:
-        """Runs the LLM on a story ahead of its use, segment by segment, and caches the result.
+    def prefill(self, story: Story, on_progress: Callable[[int, int], object] | None = None) -> None:
+        """Runs the LLM on a story ahead of its use, piece by piece, and caches the result.
 
-        The pieces are always the same: a given text at once, a generated text token by token, an image after its
-        start-of-image token. So a story that is resumed has the same states, to the bit, as one that never stopped.
+        The pieces are always the same: `PIECE` tokens of a given text, each token of a generated text, an image after
+        its start-of-image token. So a story that is resumed has the same states, to the bit, as one that never stopped.
 
         Args:
-            on_segment: Called with the number of cached segments and of all; if it raises, what is cached is kept.
+            on_progress: Called with the number of cached tokens and of all; if it raises, what is cached is kept.
         """
         self._require_features(story)
         num_img_token, tokens = self.config.llm.num_img_token, self.tokenize(story)
@@ -151,12 +154,10 @@ class TextGenerator:
             self.cache.truncate(cached)
         else:
             self.cache = None
-        for count, ends in enumerate(pieces, 1):
-            for end in ends:
-                if end > cached:
-                    self._prefill([tokens.prefix(end, num_img_token)])
-            if on_segment is not None:
-                on_segment(count, len(story))
+        for end in (end for ends in pieces for end in ends if end > cached):
+            self._prefill([tokens.prefix(end, num_img_token)])
+            if on_progress is not None:
+                on_progress(end, len(tokens))
 
     def _prefill(self, batch: list[StoryTokens]) -> PrefixCache:
         cached, self.cache = self.cache, None  # after an error the old cache is in no known state
@@ -183,7 +184,7 @@ class TextGenerator:
         config: TextGenerationConfig | None = None,
         num_outputs: int = 1,
         on_token: Callable[[int, str], object] | None = None,
-        drop_oldest: bool = False,
+        drop_oldest: bool | None = False,
     ) -> list[list[GeneratedText]]:
         """Continues each story with `num_outputs` texts, up to where the model ends them or requests an image.
 
@@ -205,7 +206,7 @@ class TextGenerator:
         story: Story,
         config: TextGenerationConfig | None = None,
         on_token: Callable[[str], object] | None = None,
-        drop_oldest: bool = False,
+        drop_oldest: bool | None = False,
     ) -> GeneratedText:
         """Continues one story with text (see `generate`)."""
         return self.generate([story], config, 1, on_token and (lambda _, text: on_token(text)), drop_oldest)[0][0]
@@ -218,8 +219,17 @@ class TextGenerator:
         batch = [replace(tokens, input_ids=(*tokens.input_ids, soi)) for tokens in batch]
         return list(self._prefill(batch).hidden_states)
 
-    def score(self, story: Story, options: Sequence[str | list[int]]) -> list[float]:
-        """Summed log-probability of each option after a story, in the order given."""
+    def score(
+        self,
+        story: Story,
+        options: Sequence[str | list[int]],
+        on_progress: Callable[[int, int], object] | None = None,
+    ) -> list[float]:
+        """Summed log-probability of each option after a story, in the order given.
+
+        Args:
+            on_progress: Called with the number of options that have their score and of all.
+        """
         if not options:
             raise StoryError("There are no options to score; give at least one.")
         tokenizer = self.tokenizer
@@ -228,9 +238,9 @@ class TextGenerator:
         ]
         if not all(encoded):
             raise StoryError("An option must not be empty.")
-        story = self.truncate_to_context(story, max(map(len, encoded)))
+        story = self.truncate_to_context(story, max(map(len, encoded)), None)
         self._prefill_stories([story])
-        return score_options(self.llm, self._prefill([self.tokenize(story)]), encoded)
+        return score_options(self.llm, self._prefill([self.tokenize(story)]), encoded, on_progress)
 
     # ---- questions ----
 
@@ -243,9 +253,11 @@ class TextGenerator:
         on_token=None,
     ) -> GeneratedText:
         """Answers a question about a story's images; `prompt` has {story} and {question}, None is the model's own."""
-        return self.generate_text(self._question(story, question, prompt), config or ANSWER_CONFIG, on_token)
+        story = self.question_story(story, question, prompt)
+        return self.generate_text(story, config or ANSWER_CONFIG, on_token, None)
 
-    def _question(self, story: Story, question: str, prompt: str | None) -> Story:
+    def question_story(self, story: Story, question: str, prompt: str | None = None) -> Story:
+        """A story inside the prompt of a question, for `generate_text` or `score` to go on with."""
         if not question.strip():
             raise StoryError("A question must not be empty.")
         return prompted(prompt or self.config.prompts["ask"], story, question=question.strip())
@@ -254,17 +266,22 @@ class TextGenerator:
         self, story: Story, config: TextGenerationConfig | None = None, num_outputs: int = 1, prompt: str | None = None
     ) -> list[GeneratedText]:
         """`num_outputs` captions of a story's last image; by default by the reference's five beams."""
+        config = config or replace(CAPTION_CONFIG, num_beams=max(5, num_outputs))
+        return self.generate([self.caption_story(story, prompt)], config, num_outputs, drop_oldest=None)[0]
+
+    def caption_story(self, story: Story, prompt: str | None = None) -> Story:
+        """A story inside the prompt of a caption, for `generate` to go on with."""
         if not story.images:
             raise StoryError("There is no image to caption; add one to the story.")
-        config = config or replace(CAPTION_CONFIG, num_beams=max(5, num_outputs))
-        return self.generate([prompted(prompt or self.config.prompts["caption"], story)], config, num_outputs)[0]
+        return prompted(prompt or self.config.prompts["caption"], story)
 
     def rank(
-        self, story: Story, options: Sequence[str], question: str = "", prompt: str | None = None
+        self, story: Story, options: Sequence[str], question: str = "", prompt: str | None = None, on_progress=None
     ) -> list[RankedOption]:
         """Ranks options, likeliest first, as the next text of a story, or as answers to a question about it."""
-        story = self._question(story, question, prompt) if question.strip() else story
-        ranked = [RankedOption(text, log_prob) for text, log_prob in zip(options, self.score(story, options))]
+        story = self.question_story(story, question, prompt) if question.strip() else story
+        scores = self.score(story, options, on_progress)
+        ranked = [RankedOption(text, log_prob) for text, log_prob in zip(options, scores)]
         return sorted(ranked, key=lambda option: -option.log_prob)
 
     # ---- openings ----
@@ -282,6 +299,7 @@ class TextGenerator:
         return introduce(self, story)
 
 
+PIECE = 256  # tokens of a given text that are prefilled at once: bounds memory, and how long Cancel takes
 ANSWER_CONFIG = TextGenerationConfig(max_new_tokens=30, min_new_tokens=1, do_sample=False, repetition_penalty=1.0)
 CAPTION_CONFIG = TextGenerationConfig(max_new_tokens=30, min_new_tokens=8, repetition_penalty=1.0, num_beams=5)
 
@@ -292,4 +310,6 @@ def _pieces(segment: TextSegment | ImageSegment, start: int, end: int) -> list[i
         return []
     if isinstance(segment, ImageSegment):
         return [max(start, 1) + 1, end]
-    return [end] if segment.token_ids is None else list(range(start + 1, end + 1))
+    if segment.token_ids is None:
+        return [*range(start + PIECE, end, PIECE), end]
+    return list(range(start + 1, end + 1))

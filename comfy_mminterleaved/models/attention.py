@@ -29,6 +29,34 @@ def attention(q, k, v, mask=None, causal=False):
     )
 
 
+def shared_prefix_attention(q, prefix_k, prefix_v, k, v, mask):
+    """Attention of several rows to keys that all share, followed by keys of their own.
+
+    The shared part is one matrix product, so its keys are stored once, however many rows there are.
+
+    Args:
+        q: (N, H, Q, D).
+        prefix_k, prefix_v: (H or a divisor of H, P, D).
+        k, v: (N, H or a divisor of H, K, D).
+        mask: bool, broadcastable to (N, 1, Q, K), over the keys of a row's own.
+
+    Returns:
+        (N, H, Q, D).
+    """
+    q = q.unflatten(1, (k.shape[1], -1))  # (N, key heads, query heads of each, Q, D)
+    logits = torch.cat(
+        [
+            torch.einsum("nhgqd,hpd->nhgqp", q, prefix_k),
+            torch.einsum("nhgqd,nhkd->nhgqk", q, k).masked_fill(~mask.unsqueeze(1), float("-inf")),
+        ],
+        dim=-1,
+    )
+    weights = (logits.float() * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype)
+    shared, own = weights.split([prefix_k.shape[1], k.shape[2]], dim=-1)
+    out = torch.einsum("nhgqp,hpd->nhgqd", shared, prefix_v) + torch.einsum("nhgqk,nhkd->nhgqd", own, v)
+    return out.flatten(1, 2)
+
+
 def causal_lower_right(q, k):
     """The mask of `causal`: bool (Q, K)."""
     queries, keys = q.shape[2], k.shape[2]

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import LlamaMMFSConfig
 from .attention import attention as default_attention
+from .attention import shared_prefix_attention
 from .mmfs import MMFS, MMFSValues
 
 _STEP = 128  # the cache grows by whole steps, so that a token rarely moves it
@@ -19,10 +20,13 @@ class KVCache:
     """Keys and values of a batch of token sequences, each with its own length.
 
     `lengths` has the number of valid tokens of each row; what is stored beyond them gets overwritten.
+
+    Args:
+        prefix: A cache of one row that all rows continue. It is shared, not copied, and must not change meanwhile.
     """
 
-    def __init__(self, rows: int):
-        self.lengths = [0] * rows
+    def __init__(self, rows: int, prefix: KVCache | None = None):
+        self.prefix, self.lengths = prefix, [0] * rows
         self.keys: list[torch.Tensor | None] = []
         self.values: list[torch.Tensor | None] = []
 
@@ -44,6 +48,23 @@ class KVCache:
                 store[layer][row, :, start : start + new.shape[2]] = new[row]
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    @property
+    def prefix_length(self) -> int:
+        return self.prefix.lengths[0] if self.prefix is not None else 0
+
+    def prefix_layer(self, layer: int):
+        """Keys and values `(H, P, D)` of the shared prefix."""
+        return tuple(store[layer][0, :, : self.prefix_length] for store in (self.prefix.keys, self.prefix.values))
+
+    def fork(self, rows: int) -> KVCache:
+        """A cache of several rows that continue this one's only row."""
+        return KVCache(rows, self) if self.prefix is None else self.select_rows([0] * rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what it holds itself, without a shared prefix."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
     def _runs(self):
         """Rows to write to and where: all at once when their lengths agree."""
         if len(set(self.lengths)) == 1:
@@ -52,7 +73,7 @@ class KVCache:
 
     def select_rows(self, index: list[int]) -> KVCache:
         """A cache whose row i is this one's row index[i]."""
-        other = KVCache(len(index))
+        other = KVCache(len(index), self.prefix)
         other.lengths = [self.lengths[i] for i in index]
         other.keys = [k[index] for k in self.keys]
         other.values = [v[index] for v in self.values]
@@ -68,6 +89,10 @@ class LlamaImageValues:
     @property
     def num_images(self) -> int:
         return self.layers[0].num_images if self.layers else 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.value.nbytes for layer in self.layers)
 
     def select_rows(self, index: list[int]) -> LlamaImageValues:
         return LlamaImageValues(tuple(replace(layer, value=layer.value[index]) for layer in self.layers))
@@ -247,7 +272,7 @@ class LlamaMMFS(nn.Module):
 
         Args:
             x: `(N, L, hidden_size)`; each row continues what `cache` holds of it.
-            image_values: From `project_images`; None means no images.
+            image_values: From `project_images`, of N rows, or of one that all rows share; None means no images.
             image_mask: bool `(N, L, P)`, the images that each position may attend to.
             cache: Extended in place.
             counts: How many of the L are valid in each row, from the left; None means all.
@@ -258,10 +283,11 @@ class LlamaMMFS(nn.Module):
         n, length, _ = x.shape
         starts = cache.lengths if cache is not None else [0] * n
         positions = torch.tensor(starts, device=x.device)[:, None] + torch.arange(length, device=x.device)
-        rotary = self.rotary_emb(positions, x.dtype)
+        prefix = cache.prefix if cache is not None else None
+        rotary = self.rotary_emb(positions + (cache.prefix_length if prefix else 0), x.dtype)
         is_even = len(set(starts)) == 1  # else rows have keys beyond their end, which a mask must hide
         causal, mask = is_even and length > 1, None
-        if not is_even:
+        if not is_even or prefix:
             keys = torch.arange(max(starts) + length, device=x.device)
             mask = (keys <= positions[:, :, None])[:, None]  # (N, 1, L, K)
         if image_values is None:
@@ -274,7 +300,11 @@ class LlamaMMFS(nn.Module):
             q, k, v = part.project_qkv(x, *rotary)
             if cache is not None:
                 k, v = cache.update(i, k, v)
-            x = part.add_attention(x, layer.self_attn.attention_fn(q, k, v, mask=mask, causal=causal))
+            if prefix:
+                out = shared_prefix_attention(q, *cache.prefix_layer(i), k, v, mask)
+            else:
+                out = layer.self_attn.attention_fn(q, k, v, mask=mask, causal=causal)
+            x = part.add_attention(x, out)
             if layer.llama_cross_attn is not None:
                 x = x + layer.llama_cross_attn(x, next(values), image_mask)
             x = part.feed_forward(x)

@@ -132,7 +132,7 @@ class MMFS(nn.Module):
 
         Args:
             query: `(N, Q, d_query)`, normed.
-            values: From `project_images`, oldest image first.
+            values: From `project_images`, oldest image first; N rows, or one that all rows share.
             image_mask: bool `(N, P)` or `(N, Q, P)`.
             reference_points: `(Q, 2)` or `(1, 2)`, x and y in [0, 1].
 
@@ -149,6 +149,10 @@ class MMFS(nn.Module):
             weight, bias, relpos_table = self._fused_weights()
             query_terms = nn.functional.linear(query, weight, bias)
         image_mask = image_mask.unsqueeze(1) if image_mask.ndim == 2 else image_mask  # (N, 1 or Q, P)
+        if values.value.shape[0] < n:  # rows that share their images are queries of one row
+            query_terms = query_terms.flatten(0, 1).unsqueeze(0)
+            image_mask = image_mask.expand(n, q, -1).flatten(0, 1).unsqueeze(0)
+            reference_points = reference_points.expand(q, -1).repeat(n, 1)
         mask = image_mask.long()
         image_relpos = (mask.sum(-1, keepdim=True) + 1 - mask.cumsum(-1)) * mask  # 1 is the newest, 0 not visible
         out = mmfs_attention(
@@ -161,7 +165,7 @@ class MMFS(nn.Module):
             reference_points,
             ignore_token,
         )
-        return self.output_proj(out)
+        return self.output_proj(out).view(n, q, -1)
 
 
 def fuse_mmfs(block: nn.Module) -> nn.Module:

@@ -134,8 +134,7 @@ def reused_tokens(encoder, llm, story) -> list[int]:
         llm.generator.clear_cache()
         for _ in range(4):
             lengths.clear()
-            llm.load(story)
-            llm.prefill(story)
+            llm.prepare(story)
             reused.append(len(llm.generator.tokenize(story)) - sum(lengths))
             story = encode_story(encoder, story.add(story.images[0].pixels, "She waves."))
     finally:

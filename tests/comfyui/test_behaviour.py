@@ -144,6 +144,51 @@ BAD = {
         },
         "at least two options",
     ),
+    "question after a text too long": (
+        {
+            "1": LOAD,
+            "2": node("MMInterleavedStoryText", text="Mia is a fox. " * 7000),
+            "3": node("MMInterleavedAsk", llm=["1", 1], story=["2", 0], question="Who?", max_tokens=5),
+            "4": show(["3", 0]),
+        },
+        "more than the LLM's context of 1024; make it shorter.",
+    ),
+    "option too long": (
+        {
+            "1": LOAD,
+            "2": node("MMInterleavedStoryText", text="Hello."),
+            "3": node(
+                "MMInterleavedChoose",
+                llm=["1", 1],
+                story=["2", 0],
+                options="a fox\n" + "Mia is a fox. " * 7000,
+                question="",
+            ),
+            "4": show(["3", 0]),
+        },
+        "more than the LLM's context of 1024; make it shorter.",
+    ),
+    "not a number": (
+        {**tell(), "2": node("MMInterleavedTellStory", **{**tell()["2"]["inputs"], "cfg": float("nan")})},
+        "cfg must be a number from 0 to 100, not nan",
+    ),
+    "linked size": (
+        {**tell(width=["9", 0]), "9": node("PrimitiveInt", value=7)},
+        "width must be a multiple of 8 from 0 to 4096, not 7",
+    ),
+    "prefix too long": (
+        {**tell(panels=1), "3": node("MMInterleavedSaveStory", story=["2", 0], title="", filename_prefix="a" * 300)},
+        "must name something below ComfyUI's output folder",
+    ),
+    "a node of Tell Story's own": (
+        {
+            "1": LOAD,
+            "2": node("MMInterleavedStoryText", text="Hello."),
+            "3": node("MMInterleavedPanelsInside", story=["2", 0]),
+            "4": show(["3", 1]),
+        },
+        "part of Tell Story; use Story to Panels",
+    ),
     "storyboard outside": (
         {"1": node("MMInterleavedLoadStoryboard", storyboard="../secret.json", index=0), "2": show(["1", 1])},
         "must be a file in ComfyUI's input folder",
@@ -333,8 +378,9 @@ def test_a_story_read_shows_its_progress(comfyui):
     }
     done = comfyui.run(story)
     steps = [e["data"] for e in done["events"] if not isinstance(e, bytes) and e["type"] == "progress"]
-    for number in "34":
-        assert [s["value"] for s in steps if s["node"] == number and s["max"] == 6][-1] == 6
+    for number, total in ("3", 6), ("4", 1 + 6 * 17):  # images encoded, tokens prefilled
+        values = [s["value"] for s in steps if s["node"] == number and s["max"] == total]
+        assert values[-1] == total and len(set(values)) >= 6
 
 
 def test_a_picture_of_ones_own_is_drawn_over(comfyui):
