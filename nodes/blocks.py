@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 
 import comfy.model_management
 import comfy.model_patcher
@@ -40,6 +41,35 @@ def attention(q, k, v, mask=None, causal=False):
     return kernel(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True)
 
 
+def block_patcher(module: torch.nn.Module, load_device: torch.device, offload_device: torch.device):
+    """ComfyUI's ModelPatcher for a block, which counts and frees what lies in memory beside the weights."""
+    base = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+
+    class BlockPatcher(base):
+        generator: Callable[[], TextGenerator | None] = staticmethod(lambda: None)
+
+        def cache_size(self) -> int:
+            """Bytes of the generator's prefix cache."""
+            generator = self.generator()
+            return generator.cache.nbytes if generator is not None and generator.cache is not None else 0
+
+        def model_size(self):
+            return super().model_size() + self.cache_size()
+
+        def loaded_size(self):
+            return super().loaded_size() + self.cache_size()
+
+        def partially_unload(self, device_to, memory_to_free=0, **options):
+            freed = self.cache_size()
+            if freed:  # it costs less to compute again than weights to load again
+                self.generator().clear_cache()
+            if freed >= memory_to_free:
+                return freed
+            return freed + super().partially_unload(device_to, memory_to_free - freed, **options)
+
+    return BlockPatcher(module, load_device=load_device, offload_device=offload_device)
+
+
 class PatchedBlock:
     """One block: its module in a ModelPatcher, and the config it was made from."""
 
@@ -53,8 +83,7 @@ class PatchedBlock:
         module = build(config, (self.name,), operations=comfy.ops.manual_cast, attention=attention)[self.name]
         check_shapes(param_shapes(module), {key: tuple(tensor.shape) for key, tensor in tensors.items()}, label)
         module.load_state_dict({k: t.to(offload_device, self.dtype) for k, t in tensors.items()}, assign=True)
-        make = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-        self.patcher = make(fuse_mmfs(module), load_device=load_device, offload_device=offload_device)
+        self.patcher = block_patcher(fuse_mmfs(module), load_device, offload_device)
 
     @property
     def module(self) -> torch.nn.Module:
@@ -122,7 +151,7 @@ class PatchedLLM(PatchedBlock):
         self.warned: set[str] = set()
         # The cache lies beside the weights and goes when they do. A load only detaches the patches for a moment. The
         # patcher must not hold the block, or neither goes before the garbage collector runs.
-        generator = weakref.ref(self.generator)
+        self.patcher.generator = generator = weakref.ref(self.generator)
 
         def on_detach(_, unpatch_all: bool = True) -> None:
             if unpatch_all and generator() is not None:

@@ -142,6 +142,74 @@ def reused_tokens(encoder, llm, story) -> list[int]:
     return reused
 
 
+def released(llm, story) -> dict[str, bool]:
+    """Whether the LLM's cache counts as its memory, and goes when ComfyUI needs the memory."""
+    import comfy.model_management as management
+
+    def prefilled() -> int:
+        llm.prepare(story)
+        return llm.generator.cache.nbytes
+
+    result, patcher = {}, llm.patcher
+    weights = patcher.loaded_size() if llm.generator.cache is None else patcher.loaded_size() - patcher.cache_size()
+    size = prefilled()
+    result["counted"] = patcher.loaded_size() - weights == size > 0 == patcher.model_size() - weights - size
+    result["kept at a load"] = not management.load_models_gpu([patcher]) and llm.generator.cache is not None
+    result["first of all"] = patcher.partially_unload(llm.device, size // 2) == size and llm.generator.cache is None
+    prefilled()
+    result["then weights"] = patcher.partially_unload(llm.device, size + 1) > size and llm.generator.cache is None
+    prefilled()
+    management.unload_all_models()
+    result["unloaded"] = llm.generator.cache is None
+    prefilled()
+    return result
+
+
+def partly_loaded(encoder, llm, synchronizer, story) -> dict[str, float]:
+    """Blocks whose weights stay where they are (one byte of room) in a dtype of their own: each layer must cast.
+
+    The largest difference to the whole block, and the share of weights that no layer of ComfyUI's holds.
+    """
+    import copy
+
+    import comfy.model_patcher
+    import torch
+
+    maps = [level.unsqueeze(0).unsqueeze(0) for level in story.images[0].features.feature_maps]
+    pixels = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(2))
+    states = torch.randn(7, llm.config.llm.hidden_size, generator=torch.Generator().manual_seed(3))
+
+    def run_llm(module):
+        values = module.project_images(maps)
+        x = module.embed_inputs(torch.tensor([[1, 5, 6, 768]])).to(states)
+        mask = torch.ones(1, 4, 1, dtype=torch.bool)
+        return module.logits(module(x, values, mask))
+
+    def run_synchronizer(module):
+        net = module.mmfs_module
+        values = net.project_images(maps, torch.ones(1, 1, dtype=torch.bool), torch.float32)
+        channels = synchronizer.config.synchronizer.block_channels
+        h = torch.ones(1, channels[0], 16, 16)
+        return net.add_residual(0, h, values, 1.0).flatten()[:1000] + module.conditioner.prompt_embeds([states]).mean()
+
+    result = {}
+    for name, block, run in (
+        ("encoder", encoder, lambda module: module(pixels)[0].visual_tokens),
+        ("llm", llm, run_llm),
+        ("synchronizer", synchronizer, run_synchronizer),
+    ):
+        expected = run(block.module).float()
+        module = copy.deepcopy(block.module).half()
+        patcher = comfy.model_patcher.ModelPatcher(module, block.device, torch.device("cpu"))
+        patcher.patch_model(block.device, lowvram_model_memory=1)
+        result[name] = float((run(module).float() - expected).abs().max() / expected.abs().max())
+        leaves = [m for m in module.modules() if hasattr(m, "comfy_cast_weights")]
+        held = {id(p) for m in leaves for p in m.parameters(recurse=False)}
+        loose = sum(p.numel() for p in (*module.parameters(), *module.buffers()) if id(p) not in held)
+        result[f"{name}, loose"] = loose / sum(p.numel() for p in module.parameters())
+    return result
+
+
 def main(comfyui: str) -> None:
     sys.path.insert(0, comfyui)
     sys.argv = ["main.py", "--cpu"]
@@ -233,6 +301,8 @@ def main(comfyui: str) -> None:
         result["looking changes it"] = float((drawn["stronger"] - drawn["off"]).abs().max() * 255)
         result |= {
             "reused tokens": reused_tokens(encoder, llm, encode_story(encoder, story)),
+            "released": released(llm, encode_story(encoder, story)),
+            "partly loaded": partly_loaded(encoder, llm, synchronizer, encode_story(encoder, story)),
             "two passes": passes(synchronizer, llm, unet, encode_story(encoder, story)),
             "a ControlNet": controlled(llm, synchronizer, unet, encode_story(encoder, story)),
             **mixtures(encoder, llm, synchronizer, unet, story),

@@ -10,7 +10,7 @@ from test_behaviour import LOAD, node, show, story_of, tell
 
 
 def cancel_after(comfyui, prompt, is_time, delay: float = 0.0) -> float | None:
-    """Presses Cancel `delay` s after the first event that `is_time`; the seconds to the end, None if that came first."""
+    """Presses Cancel `delay` s after the first event that `is_time`; seconds to the end, None if that came first."""
     pressed, armed = [], []
 
     def press():

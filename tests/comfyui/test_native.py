@@ -57,6 +57,17 @@ def test_blocks_of_different_models_are_told_so(found):
     assert found["no encoder"].startswith("StoryError: An image of the story was not encoded")
 
 
+def test_the_llms_cache_counts_as_memory_and_goes_when_that_is_needed(found):
+    assert all(found["released"].values()), found["released"]
+
+
+@pytest.mark.parametrize("block", ["encoder", "llm", "synchronizer"])
+def test_a_partly_loaded_block_runs(found, block):
+    """Half-precision weights, activations of float32; what newer cores load whole whatever the room is small."""
+    assert found["partly loaded"][block] < 0.02
+    assert found["partly loaded"][f"{block}, loose"] < (0.2 if block == "synchronizer" else 0.05)  # its positions
+
+
 def test_the_llm_keeps_its_cache_when_comfyui_loads_it_again(found):
     """A load detaches the patches for a moment; the weights stay, and so does what was prefilled."""
     first, *others = found["reused tokens"]
