@@ -1,7 +1,6 @@
-"""Runs inside ComfyUI's Python: the nodes against the library's own loop, and MODELs that do not fit. Prints JSON."""
+"""Runs inside ComfyUI: the nodes against the library's own loop, and MODELs that do not fit."""
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -210,19 +209,12 @@ def partly_loaded(encoder, llm, synchronizer, story) -> dict[str, float]:
     return result
 
 
-def main(comfyui: str) -> None:
-    sys.path.insert(0, comfyui)
-    sys.argv = ["main.py", "--cpu"]
-    importlib.import_module("utils.install_util")  # ComfyUI's, before anything else of that name
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
+def checks() -> dict:
     import comfy.sample
     import comfy.samplers
     import diffusers
     import torch
 
-    torch.set_num_threads(1)
     package()
     from mmi.comfy_mminterleaved.generation.config import ImageGenerationConfig
     from mmi.comfy_mminterleaved.generation.image import denoise
@@ -334,8 +326,4 @@ def main(comfyui: str) -> None:
                 ApplySynchronizer.execute(llm, synchronizer, other, 1.0, 0.0, 1.0, 1, story)
             except Exception as error:
                 result[name] = f"{type(error).__name__}: {error}"
-    sys.stdout.write(f"RESULT {json.dumps(result)}\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return result

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,22 +28,6 @@ class Failed(AssertionError):
         self.kind = details.get("exception_type", "")
 
 
-PROBE = """
-import gc
-import torch
-from aiohttp import web
-from server import PromptServer
-
-@PromptServer.instance.routes.get("/probe")
-async def probe(request):
-    gc.collect()
-    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
-    return web.json_response({"tensors": len(tensors), "bytes": sum(t.nbytes for t in tensors)})
-
-NODE_CLASS_MAPPINGS = {}
-"""  # what a ComfyUI under test holds
-
-
 class Server:
     """ComfyUI as a process with this project among its custom nodes, and folders of its own."""
 
@@ -61,7 +46,7 @@ class Server:
         link = folder / "custom_nodes" / "comfy-mminterleaved"
         if not link.exists():
             link.symlink_to(package, target_is_directory=True)
-        (folder / "custom_nodes" / "probe.py").write_text(PROBE)
+        shutil.copy(Path(__file__).with_name("probe.py"), folder / "custom_nodes")
         paths = folder / "paths.yaml"
         paths.write_text(
             json.dumps(
