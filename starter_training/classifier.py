@@ -1,10 +1,9 @@
-"""Small classifiers that judge pictures: trained on the generator's own drawings and on nothing else.
+"""The classifier that judges images in the evaluation, trained only on renderings of the world.
 
-One convolutional net with a head for everything a scene has: how many heroes, the look of each from left to right, the
-action, place, prop, sky, and whether it is far. `python -m starter_training.classifier` trains it on stories of
-all combinations, those held out of the model's training too: a judge that never saw a trumpet in the snow takes it for
-a teddy. Half of the drawings are softened, or it would take any raccoon whose edges are not quite the generator's for
-a koala. It reports how often each head is right on other stories, of held-out combinations only.
+It is a convolutional net with a head for each attribute of a scene. `python -m starter_training.classifier` trains it
+on stories of all combinations, including those held out of the model's training: a judge that never saw a trumpet in
+the snow takes it for a teddy. Half of the images are blurred; otherwise it takes raccoons with soft edges for koalas.
+It reports the accuracy of each head on other stories, of held-out combinations only.
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ from torch import nn
 from comfy_mminterleaved.errors import CheckpointError, MMInterleavedError
 from comfy_mminterleaved.files import ensure_writable_dir, write_json
 
+from .augmentation import random_blur
 from .dataset import StoryDataset
-from .targets import ABSENT, APPEARANCE, ATTRIBUTES, guide
+from .targets import ABSENT, APPEARANCE, ATTRIBUTES, attribute_loss
 
-TWO_CHARACTER_PROB = 0.5  # of the drawings, only such as show two heroes, whose faces are the smallest
-BLUR_PROB = 0.5  # of the drawings
+TWO_CHARACTER_PROB = 0.5  # of the images: drawn only from those with two heroes, whose faces are the smallest
+BLUR_PROB = 0.5
 SHIPPED = Path(__file__).with_name("classifier.safetensors")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the judge sees in a picture; `looks` from left to right."""
+    """Attributes that the classifier predicts for an image; `looks` from left to right."""
 
     looks: tuple[tuple[str, str, str], ...]
     action: str
@@ -41,7 +41,7 @@ class Prediction:
     prop: str
 
 
-class Residual(nn.Module):
+class ResidualBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
@@ -52,58 +52,63 @@ class Residual(nn.Module):
 
 
 class AttributeClassifier(nn.Module):
-    """Pictures (N, 3, 128, 128) in [0, 1] -> logits by head; `features` are those before the heads."""
+    """Images (N, 3, 128, 128) in [0, 1] -> logits by head; `features` returns the activations before the heads."""
 
     def __init__(self, widths=(24, 48, 96, 160), feature_width: int = 384):
         super().__init__()
-        layers, inner = [], 3
+        layers, channels = [], 3
         for width in widths:
-            layers += [nn.Conv2d(inner, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), Residual(width)]
-            inner = width
-        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(inner, 48, 1), nn.ReLU(), nn.Flatten())
+            layers += [
+                nn.Conv2d(channels, width, 3, 2, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                ResidualBlock(width),
+            ]
+            channels = width
+        self.layers = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(channels, 48, 1), nn.ReLU(), nn.Flatten())
         self.squeeze = nn.Linear(48 * 8 * 8, feature_width)
         self.heads = nn.ModuleDict({name: nn.Linear(feature_width, len(values)) for name, values in ATTRIBUTES.items()})
 
-    def features(self, pictures):
-        return F.relu(self.squeeze(self.layers(pictures * 2 - 1)))
+    def features(self, images):
+        return F.relu(self.squeeze(self.layers(images * 2 - 1)))
 
-    def forward(self, pictures) -> dict[str, torch.Tensor]:
-        features = self.features(pictures)
+    def forward(self, images) -> dict[str, torch.Tensor]:
+        features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    def judge(self, pictures: torch.Tensor) -> list[Prediction]:
-        """The likeliest reading of each picture; a second hero counts only if all its parts are seen."""
+    def predict(self, images: torch.Tensor) -> list[Prediction]:
+        """Returns the most likely attributes of each image; a hero counts only if all its parts are present."""
         self.eval()
-        found = {name: logits.argmax(-1).tolist() for name, logits in self(pictures).items()}
-        verdicts = []
-        for i in range(len(pictures)):
-            said = {name: ATTRIBUTES[name][values[i]] for name, values in found.items()}
-            looks = [tuple(said[f"{part}{slot}"] for part in APPEARANCE) for slot in (0, 1)]
-            shown = tuple(look for look in looks if ABSENT not in look)
-            verdicts.append(Prediction(shown, said["action"], said["place"], said["prop"]))
-        return verdicts
+        classes = {name: logits.argmax(-1).tolist() for name, logits in self(images).items()}
+        predictions = []
+        for i in range(len(images)):
+            attributes = {name: ATTRIBUTES[name][indices[i]] for name, indices in classes.items()}
+            looks = [tuple(attributes[f"{part}{position}"] for part in APPEARANCE) for position in (0, 1)]
+            present = tuple(look for look in looks if ABSENT not in look)
+            predictions.append(Prediction(present, attributes["action"], attributes["place"], attributes["prop"]))
+        return predictions
 
 
-def train_judge(
-    book: StoryDataset,
+def train_classifier(
+    dataset: StoryDataset,
     steps: int,
     batch: int = 64,
     learning_rate: float = 2e-3,
     seed: int = 0,
     judge: AttributeClassifier | None = None,
 ) -> AttributeClassifier:
-    """Trains a new judge, or an old one on, on a book's pictures: cross-entropy of all heads, a one-cycle schedule."""
+    """Trains a new classifier, or continues an old one: cross-entropy of all heads, AdamW, a one-cycle schedule."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     judge = (judge or AttributeClassifier()).train()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     for step in range(steps):
-        rows = book.random_rows(batch, rng, TWO_CHARACTER_PROB)
-        pictures = random_blur(book.pictures(rows), rng)
-        pictures = (pictures + torch.randn_like(pictures) * 0.02).clamp(0, 1)  # a drawing model is never quite flat
-        loss = guide(torch.cat(list(judge(pictures).values()), -1), book.labels[rows])
+        indices = dataset.random_indices(batch, rng, TWO_CHARACTER_PROB)
+        images = random_blur(dataset.images(indices), rng, BLUR_PROB)
+        images = (images + torch.randn_like(images) * 0.02).clamp(0, 1)  # generated images are never quite flat
+        loss = attribute_loss(torch.cat(list(judge(images).values()), -1), dataset.labels[indices])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
@@ -114,36 +119,25 @@ def train_judge(
     return judge.eval()
 
 
-def random_blur(pictures: torch.Tensor, rng: random.Random, share: float = BLUR_PROB) -> torch.Tensor:
-    """Pictures (N, 3, side, side), a share of them as they look when made smaller, down to half, and large again."""
-    side, made = pictures.shape[-1], []
-    for picture in pictures.split(1):
-        if rng.random() < share:
-            small = F.interpolate(picture, size=rng.randint(side // 2, side - 1), mode="area")
-            picture = F.interpolate(small, size=side, mode="bicubic", align_corners=False).clamp(0, 1)
-        made.append(picture)
-    return torch.cat(made)
-
-
 @torch.no_grad()
-def accuracy(judge: AttributeClassifier, book: StoryDataset, soft: bool = False) -> dict[str, float]:
-    """How often each head is right on a book's drawings, or on these `random_blur`, and how often all are."""
-    right: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, "all")}
+def accuracy(judge: AttributeClassifier, dataset: StoryDataset, blur: bool = False) -> dict[str, float]:
+    """Returns the accuracy of each head, and of all heads together, on rendered images or on blurred ones."""
+    correct: dict[str, list[bool]] = {name: [] for name in (*ATTRIBUTES, "all")}
     rng = random.Random(0)
-    for start in range(0, len(book), 64):
-        rows = range(start, min(start + 64, len(book)))
-        pictures = book.pictures(rows)
-        logits = judge(random_blur(pictures, rng, 1.0) if soft else pictures)
-        labels = book.labels[rows.start : rows.stop].T
-        per_head = {name: logits[name].argmax(-1) == wanted for name, wanted in zip(ATTRIBUTES, labels)}
-        for name, found in per_head.items():
-            right[name] += found.tolist()
-        right["all"] += torch.stack(list(per_head.values())).all(0).tolist()
-    return {name: sum(found) / len(found) for name, found in right.items()}
+    for start in range(0, len(dataset), 64):
+        indices = range(start, min(start + 64, len(dataset)))
+        images = dataset.images(indices)
+        logits = judge(random_blur(images, rng, 1.0) if blur else images)
+        labels = dataset.labels[indices.start : indices.stop].T
+        per_head = {name: logits[name].argmax(-1) == target for name, target in zip(ATTRIBUTES, labels)}
+        for name, matches in per_head.items():
+            correct[name] += matches.tolist()
+        correct["all"] += torch.stack(list(per_head.values())).all(0).tolist()
+    return {name: sum(cases) / len(cases) for name, cases in correct.items()}
 
 
 def save(judge: AttributeClassifier, path: Path) -> None:
-    """Writes a judge, its floats as float16."""
+    """Writes a classifier; floats become float16."""
     from safetensors.torch import save_file
 
     tensors = judge.state_dict()
@@ -152,7 +146,7 @@ def save(judge: AttributeClassifier, path: Path) -> None:
 
 
 def load(path: str | Path = SHIPPED) -> AttributeClassifier:
-    """A judge saved by `save`, computing in float32; raises CheckpointError."""
+    """Reads a classifier written by `save`, in float32; raises CheckpointError."""
     from comfy_mminterleaved.checkpoints.tensors import read_tensors
     from comfy_mminterleaved.models.build import param_shapes
 
@@ -161,7 +155,9 @@ def load(path: str | Path = SHIPPED) -> AttributeClassifier:
         raise CheckpointError(f"There is no judge {str(path)!r}; train it with python -m starter_training.classifier.")
     judge, tensors = AttributeClassifier(), read_tensors(path)
     if param_shapes(judge) != {name: tuple(t.shape) for name, t in tensors.items()}:
-        raise CheckpointError(f"{str(path)!r} is no judge, or one of another size; training.judge makes one.")
+        raise CheckpointError(
+            f"{str(path)!r} is no judge, or one of another size; python -m starter_training.classifier makes one."
+        )
     judge.load_state_dict(tensors)
     return judge.eval()
 
@@ -172,21 +168,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stories", type=int, default=6000)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--judge", help="one to train on, instead of a new one")
+    parser.add_argument("--judge", help="a classifier to continue instead of a new one")
     args = parser.parse_args(argv)
     try:
-        old = load(args.judge) if args.judge else None
+        judge = load(args.judge) if args.judge else None
         out = ensure_writable_dir(args.out)
     except MMInterleavedError as error:
         sys.stderr.write(f"Error: {error}\n")
         return 2
-    book = StoryDataset(out, args.stories, held_out=None)
-    judge = train_judge(book, args.steps, learning_rate=args.learning_rate, judge=old)
+    dataset = StoryDataset(out, args.stories, held_out=None)
+    judge = train_classifier(dataset, args.steps, learning_rate=args.learning_rate, judge=judge)
     save(judge, out / "judge.safetensors")
-    other = StoryDataset(out, 300, held_out=True)
-    found = {"drawings": accuracy(judge, other), "softened": accuracy(judge, other, soft=True)}
-    write_json(out / "accuracy.json", found)
-    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    held_out = StoryDataset(out, 300, held_out=True)
+    result = {"drawings": accuracy(judge, held_out), "softened": accuracy(judge, held_out, blur=True)}
+    write_json(out / "accuracy.json", result)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
     return 0
 
 

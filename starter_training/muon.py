@@ -1,7 +1,7 @@
-"""Muon (Jordan et al. 2024): momentum made orthogonal for weight matrices, AdamW for everything else.
+"""Muon (Jordan et al. 2024): orthogonalized momentum for weight matrices, AdamW for everything else.
 
-torch.optim.Muon takes two-dimensional parameters only and multiplies in bfloat16, which processors without units for it
-do a hundred times slower; here convolutions count as matrices, and multiplications are in float32.
+torch.optim.Muon takes two-dimensional parameters only and multiplies in bfloat16, a hundred times slower on processors
+without bfloat16 units. This one treats convolutions as matrices and multiplies in float32.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import torch
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-SMALLEST = 16  # rows and columns of a matrix worth it
+MIN_SIZE = 16  # rows and columns of the smallest matrix that is orthogonalized
 
 
 def is_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether a parameter maps activations to activations: tables of embeddings do not."""
-    return parameter.ndim > 1 and min(parameter.flatten(1).shape) >= SMALLEST and "embed" not in name
+    """Whether a parameter maps activations to activations, which embedding tables do not."""
+    return parameter.ndim > 1 and min(parameter.flatten(1).shape) >= MIN_SIZE and "embed" not in name
 
 
 def orthogonalized(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """About the nearest semi-orthogonal matrix: all singular values between 0.7 and 1.2 (Newton-Schulz, quintic).
+    """Moves all singular values to between 0.7 and 1.2 (quintic Newton-Schulz iteration).
 
-    All factors are polynomials of the first Gram matrix, so they commute: for a matrix much wider than high, as a
-    convolution's is, they are multiplied among themselves and meet it only once, at the end.
+    The factors are polynomials of the first Gram matrix, so they commute. For a matrix much wider than high, such as a
+    convolution's, their product is computed first and multiplies the matrix once, at the end.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
@@ -42,24 +42,24 @@ def orthogonalized(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of the size AdamW's would have (Liu et al. 2025), so both kinds of parameters share a learning rate.
+    """Muon with updates of AdamW's size (Liu et al. 2025), so that matrices and the rest share a learning rate.
 
     Args:
         named: parameters by name.
-        lr, weight_decay: of both; vectors are not decayed.
+        lr, weight_decay: of all parameters; vectors are not decayed.
         momentum: of the matrices.
-        betas: of the rest.
+        betas: AdamW's, of the other parameters.
     """
 
     def __init__(
         self, named: dict[str, torch.Tensor], lr: float, weight_decay: float, momentum=0.95, betas=(0.9, 0.98)
     ):
         matrices = [p for name, p in named.items() if is_matrix(name, p)]
-        rest = [p for name, p in named.items() if not is_matrix(name, p)]
+        others = [p for name, p in named.items() if not is_matrix(name, p)]
         groups = [
             {"params": matrices, "orthogonal": True, "weight_decay": weight_decay},
-            {"params": [p for p in rest if p.ndim > 1], "orthogonal": False, "weight_decay": weight_decay},
-            {"params": [p for p in rest if p.ndim <= 1], "orthogonal": False, "weight_decay": 0.0},
+            {"params": [p for p in others if p.ndim > 1], "orthogonal": False, "weight_decay": weight_decay},
+            {"params": [p for p in others if p.ndim <= 1], "orthogonal": False, "weight_decay": 0.0},
         ]
         super().__init__([g for g in groups if g["params"]], {"lr": lr, "momentum": momentum, "betas": betas})
 
@@ -84,8 +84,8 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(gradient)
         mean = state["momentum"].lerp_(gradient, 1 - group["momentum"])
         update = orthogonalized(gradient.lerp(mean, group["momentum"]).flatten(1))  # Nesterov's
-        size = 0.2 * max(update.shape) ** 0.5  # AdamW's updates have a root mean square of about 0.2
-        parameter.add_(update.view_as(parameter), alpha=-group["lr"] * size)
+        scale = 0.2 * max(update.shape) ** 0.5  # the RMS of AdamW's updates is about 0.2
+        parameter.add_(update.view_as(parameter), alpha=-group["lr"] * scale)
 
     def _adam(self, parameters, group) -> None:
         first, second = group["betas"]
@@ -97,6 +97,6 @@ class Muon(torch.optim.Optimizer):
             state["step"] += 1
             mean = state["mean"].lerp_(gradient, 1 - first)
             square = state["square"].lerp_(gradient.square(), 1 - second)
-            done = float(state["step"])
-            root = (square / (1 - second**done)).sqrt_().add_(1e-8)
-            parameter.addcdiv_(mean, root, value=-group["lr"] / (1 - first**done))
+            step = float(state["step"])
+            root = (square / (1 - second**step)).sqrt_().add_(1e-8)
+            parameter.addcdiv_(mean, root, value=-group["lr"] / (1 - first**step))

@@ -1,8 +1,7 @@
-"""Draws scenes of the picture-book world as SVG, and as pixels.
+"""Renders scenes of the picture-book world as SVG and as pixels.
 
-A sky, a horizon, a place behind, a ground to stand on; heroes with a drawn body under a head of the icon set, so that
-coats and poses show; the prop beside them. Everything a text says can be seen, and nothing else is left to chance but
-where exactly it stands.
+A scene has a sky, a horizon, a place and a ground; heroes with a drawn body, so that coats and poses show, under a head
+from an icon set; and a prop beside them. Everything in a text is visible, and only exact positions are random.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ FUR = {
     "wolf": "#9B9B9B",
     "raccoon": "#9B9B9B",
 }
-ATTRIBUTES = {name: name for name in FUR} | {
+HEAD_ICONS = {name: name for name in FUR} | {
     name: f"{name}-face" for name in ("cat", "dog", "rabbit", "tiger", "pig", "monkey", "mouse", "cow")
 }
-COAT_HEADS = {  # colour, and its shade
+COAT_COLOURS = {  # the coat and its hem
     "red": ("#E8222F", "#A8101F"),
     "orange": ("#FF8A1F", "#C65F00"),
     "yellow": ("#FFD93B", "#D9A400"),
@@ -105,11 +104,11 @@ def _icons() -> dict[str, str]:
 
 
 def icon(name: str, x: float, y: float, size: float, flip: bool = False) -> str:
-    """An icon of 32 units whose foot is at (x, y), `size` wide."""
+    """Places an icon, `size` wide, with its bottom centre at (x, y)."""
     scale = size / 32
-    turn = f"translate({x + size / 2:.2f} {y - size:.2f}) scale({-scale:.4f} {scale:.4f})"
-    keep = f"translate({x - size / 2:.2f} {y - size:.2f}) scale({scale:.4f})"
-    return f'<g transform="{turn if flip else keep}">{_icons()[name]}</g>'
+    mirrored = f"translate({x + size / 2:.2f} {y - size:.2f}) scale({-scale:.4f} {scale:.4f})"
+    upright = f"translate({x - size / 2:.2f} {y - size:.2f}) scale({scale:.4f})"
+    return f'<g transform="{mirrored if flip else upright}">{_icons()[name]}</g>'
 
 
 def _rect(x, y, w, h, fill, more="") -> str:
@@ -165,7 +164,7 @@ def _row(name: str, rng: random.Random, count: int, size: float, y: float, jitte
 
 
 def _place(scene: Scene, rng: random.Random) -> str:
-    """What stands behind, from the sky down to the ground."""
+    """Draws the place, from the horizon to the ground."""
     ground = _rect(0, HORIZON, SIDE, SIDE - HORIZON, GROUND[scene.place])
     side = rng.choice((-1, 1))
     x = 64 + side * rng.uniform(28, 42)
@@ -239,7 +238,7 @@ def _place(scene: Scene, rng: random.Random) -> str:
 
 
 def _above(scene: Scene, rng: random.Random) -> str:
-    """Sun, moon, stars and clouds."""
+    """Draws sun, moon, stars and clouds."""
     x = rng.uniform(18, 110)
     if scene.sky == "night":
         stars = "".join(_oval(rng.uniform(3, 125), rng.uniform(3, 45), 0.9, 0.9, "#FFF6CF") for _ in range(22))
@@ -262,7 +261,7 @@ def _weather(scene: Scene, rng: random.Random) -> str:
 
 
 def _limbs(action: str) -> tuple[tuple, tuple]:
-    """Ends of (left arm, right arm) and (left leg, right leg), from shoulders at +-(10, 27) and hips at +-(5, 9)."""
+    """Returns the ends of both arms and of both legs; shoulders are at +-(10, 27), hips at +-(5, 9)."""
     return {
         "wave": (((-16, -14), (19, -44)), ((-6, 0), (6, 0))),
         "jump": (((-20, -42), (20, -42)), ((-13, -4), (13, -4))),
@@ -274,8 +273,8 @@ def _limbs(action: str) -> tuple[tuple, tuple]:
 
 
 def _hero(hero: Hero, action: str) -> str:
-    """A hero about 66 units tall whose feet are at the origin."""
-    fur, (coat, shade) = FUR[hero.species], COAT_HEADS[hero.colour]
+    """Draws a hero, about 66 units tall, with its feet at the origin."""
+    fur, (coat, shade) = FUR[hero.species], COAT_COLOURS[hero.colour]
     (left_arm, right_arm), (left_leg, right_leg) = _limbs(action)
     legs = _line(-5, -9, *left_leg, fur, 6.5) + _line(5, -9, *right_leg, fur, 6.5)
     shoes = _oval(left_leg[0] - 1, left_leg[1], 4.6, 3, "#4A3A3A") + _oval(
@@ -286,26 +285,28 @@ def _hero(hero: Hero, action: str) -> str:
     body += _rect(-15, -11, 30, 4, shade, 'rx="2"') + _oval(0, -24, 1.4, 1.4, "#FFF") + _oval(0, -17, 1.4, 1.4, "#FFF")
     arms = _line(-10, -27, *left_arm, coat, 6.5) + _line(10, -27, *right_arm, coat, 6.5)
     paws = _oval(*left_arm, 3.6, 3.6, fur) + _oval(*right_arm, 3.6, 3.6, fur)
-    head = icon(ATTRIBUTES[hero.species], 0, -29, 37)
+    head = icon(HEAD_ICONS[hero.species], 0, -29, 37)
     match hero.accessory:
         case "hat":
-            worn = icon("top-hat", 0, -55, 26)
+            accessory = icon("top-hat", 0, -55, 26)
         case "crown":
-            worn = icon("crown", 0, -56, 25)
+            accessory = icon("crown", 0, -56, 25)
         case "bow":
-            worn = icon("ribbon", 11, -49, 20)
+            accessory = icon("ribbon", 11, -49, 20)
         case "glasses":
-            worn = icon("sunglasses", 0, -36, 30)
+            accessory = icon("sunglasses", 0, -36, 30)
         case "flower":
-            worn = icon("hibiscus", -12, -49, 18)
+            accessory = icon("hibiscus", -12, -49, 18)
         case _:
-            worn = _rect(-13, -34, 26, 7, "#FFF4DC", 'rx="3.5"') + _rect(4, -30, 7, 16, "#FFF4DC", 'rx="2"')
-            worn += "".join(_rect(dx, -34, 2.6, 7, "#C9302C") for dx in (-9, -2)) + _rect(4, -20, 7, 2.6, "#C9302C")
-    return legs + shoes + body + arms + paws + head + worn
+            accessory = _rect(-13, -34, 26, 7, "#FFF4DC", 'rx="3.5"') + _rect(4, -30, 7, 16, "#FFF4DC", 'rx="2"')
+            accessory += "".join(_rect(dx, -34, 2.6, 7, "#C9302C") for dx in (-9, -2)) + _rect(
+                4, -20, 7, 2.6, "#C9302C"
+            )
+    return legs + shoes + body + arms + paws + head + accessory
 
 
 def _posed(hero: Hero, action: str, x: float, y: float, scale: float) -> str:
-    """A hero doing something, feet or back on the ground at (x, y)."""
+    """Draws a hero in the pose of an action, feet or back on the ground at (x, y)."""
     figure = _hero(hero, action)
     shadow = _oval(x, y + 0.5, 17 * scale, 3.4 * scale, "#000", 'opacity=".22"')
     lift, turn, extra = 0.0, 0.0, ""
@@ -337,10 +338,10 @@ def _posed(hero: Hero, action: str, x: float, y: float, scale: float) -> str:
 
 @dataclass(frozen=True)
 class Composition:
-    """A scene laid out: what is behind and before, as SVG, and where heroes and prop stand (feet, in units of 128)."""
+    """Layout of a scene: background and foreground as SVG, positions of the feet and sizes in px of 128."""
 
-    behind: str
-    before: str
+    background: str
+    foreground: str
     heroes: tuple[tuple[float, float], ...]
     scale: float
     prop: tuple[float, float]
@@ -349,7 +350,7 @@ class Composition:
 
 
 def compose(scene: Scene) -> Composition:
-    """Where everything in a scene stands."""
+    """Lays out a scene."""
     rng = random.Random(scene.seed)
     parts = [_rect(0, 0, SIDE, SIDE, SKY[scene.sky]), _above(scene, rng), _place(scene, rng)]
     if scene.sky == "night":
@@ -357,9 +358,9 @@ def compose(scene: Scene) -> Composition:
     elif scene.sky != "day":
         parts.append(_rect(0, 0, SIDE, SIDE, "#51617A", 'opacity=".16"'))
 
-    two, lies = len(scene.heroes) > 1, scene.action == "sleep"
+    two, lying = len(scene.heroes) > 1, scene.action == "sleep"
     y = rng.uniform(97, 101) if scene.far else rng.uniform(117, 121)
-    scale = (0.82 if scene.far else 1.12) * (0.9 if two else 1) * (0.82 if lies and two else 1)
+    scale = (0.82 if scene.far else 1.12) * (0.9 if two else 1) * (0.82 if lying and two else 1)
     direction = -1 if scene.left else 1
     if two:
         places = (
@@ -369,46 +370,46 @@ def compose(scene: Scene) -> Composition:
     else:
         places = [64 + direction * rng.uniform(14, 24)]
         prop_x = 64 - direction * rng.uniform(24, 32)
-        if lies:
+        if lying:
             places, prop_x = [64 + direction * rng.uniform(18, 22)], 64 - direction * rng.uniform(36, 42)
     size = (30 if scene.far else 38) * (0.86 if two else 1)
     flies = scene.prop in ("balloon", "kite")
     prop_y = y - rng.uniform(22, 34) if flies else y + 2
     heroes = []
     for i, x in enumerate(places):
-        # Two lie one behind the other, or they would not fit.
-        dx, dy = ((64 - x) * 0.5, -22 * scale if i == 0 else 0) if lies and two else (0, 0)
+        # Side by side, two lying heroes would not fit: one lies behind the other.
+        dx, dy = ((64 - x) * 0.5, -22 * scale if i == 0 else 0) if lying and two else (0, 0)
         heroes.append((x + dx, y + dy))
     return Composition("".join(parts), _weather(scene, rng), tuple(heroes), scale, (prop_x, prop_y), size, y)
 
 
-def boxes(scene: Scene) -> list[tuple[float, float, float, float]]:
-    """What the scene is about, each hero and the prop, as (left, top, right, bottom) in units of 128, about."""
-    laid = compose(scene)
-    x, y = laid.prop
-    found = [(x - laid.prop_size / 2, y - laid.prop_size, x + laid.prop_size / 2, y)]
+def bounding_boxes(scene: Scene) -> list[tuple[float, float, float, float]]:
+    """Returns approximate boxes of the prop and then of each hero: (left, top, right, bottom) in px of 128."""
+    layout = compose(scene)
+    x, y = layout.prop
+    boxes = [(x - layout.prop_size / 2, y - layout.prop_size, x + layout.prop_size / 2, y)]
     left, top, right = (-38, -34, 38) if scene.action == "sleep" else (-22, -96 if scene.action == "jump" else -82, 22)
-    for x, y in laid.heroes:
-        found.append(tuple(a + laid.scale * b for a, b in zip((x, y, x, y), (left, top, right, 3))))
-    return found
+    for x, y in layout.heroes:
+        boxes.append(tuple(a + layout.scale * b for a, b in zip((x, y, x, y), (left, top, right, 3))))
+    return boxes
 
 
 def svg(scene: Scene) -> str:
-    """A scene as an SVG of 128 x 128 units."""
-    laid = compose(scene)
-    (x, y), size = laid.prop, laid.prop_size
-    parts = [laid.behind, _oval(x, laid.ground + 1, size * 0.36, 2.6, "#000", 'opacity=".2"')]
+    """Renders a scene as an SVG of 128 x 128 units."""
+    layout = compose(scene)
+    (x, y), size = layout.prop, layout.prop_size
+    parts = [layout.background, _oval(x, layout.ground + 1, size * 0.36, 2.6, "#000", 'opacity=".2"')]
     parts.append(icon(PROP_ICONS[scene.prop], x, y, size))
-    parts += [_posed(hero, scene.action, *feet, laid.scale) for hero, feet in zip(scene.heroes, laid.heroes)]
+    parts += [_posed(hero, scene.action, *feet, layout.scale) for hero, feet in zip(scene.heroes, layout.heroes)]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {SIDE} {SIDE}" width="{SIDE}" height="{SIDE}">'
-        + "".join([*parts, laid.before])
+        + "".join([*parts, layout.foreground])
         + "</svg>"
     )
 
 
 def paint(scene: Scene, side: int = SIDE) -> np.ndarray:
-    """A scene as pixels, uint8 (side, side, 3); the same scene is always the same picture."""
+    """Renders a scene to pixels, uint8 (side, side, 3); deterministic."""
     import resvg_py
     from PIL import Image
 

@@ -1,7 +1,8 @@
-"""What a training run keeps in its folder: the blocks as each stage left them, tokenizer, latents, model."""
+"""The files of a training run: the blocks as each stage left them, tokenizer, latents, exported model."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,114 +20,141 @@ from comfy_mminterleaved.models.build import check_shapes, diffusers_model, init
 from . import world
 from .dataset import StoryDataset
 from .slim_vae import crop_to_slim, pad_to_stock, slim_autoencoder
-from .starter_config import GENERATION, TEXT_VOCAB_SIZE, make_tokenizer, starter
+from .starter_config import GENERATION, TEXT_VOCAB_SIZE, make_tokenizer, starter_config
 
 STAGES = ("vae", "encoder", "detail", "language", "decoder", "look", "joint")
+# The stage folder in which `begin` puts each block.
 TRAINED_BY = {"vae": "vae", "encoder": "encoder", "llm": "language", "synchronizer": "look", "unet": "decoder"}
 
 
-def load_run(out: Path, needs=()) -> tuple[Config, dict[str, torch.nn.Module]]:
-    """The config and blocks of a run as they are now: each from the last stage that trained it, else fresh."""
-    config = starter()
-    if (out / "config.json").exists():
-        config = Config.from_dict(read_json(out / "config.json"))
+def load_run(run_dir: Path, required=()) -> tuple[Config, dict[str, torch.nn.Module]]:
+    """Returns a run's config and blocks, each as its last stage left it, or initialized if no stage trained it."""
+    config = starter_config()
+    if (run_dir / "config.json").exists():
+        config = Config.from_dict(read_json(run_dir / "config.json"))
     blocks = init_modules(config)
     for name, block in blocks.items():
-        if path := latest_weights(out, name):
+        if path := latest_weights(run_dir, name):
             tensors = read_tensors(path)
             expected, shapes = param_shapes(block), {key: tuple(t.shape) for key, t in tensors.items()}
             check_shapes(expected, shapes, repr(str(path)))
             block.load_state_dict(tensors)
-        elif name in needs:
-            raise CheckpointError(f"The run {str(out)!r} has no trained {name} yet; run its stage first.")
+        elif name in required:
+            raise CheckpointError(f"The run {str(run_dir)!r} has no trained {name} yet; run its stage first.")
     return config, blocks
 
 
-def latest_weights(out: Path, name: str) -> Path | None:
-    """The file of a block in a run, from the last stage that trained it: the one written last, whatever its stage."""
-    found = [path for stage in STAGES if (path := out / stage / f"{name}.safetensors").exists()]
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+def latest_weights(run_dir: Path, block: str) -> Path | None:
+    """Returns a block's newest file, by modification time, whichever stage wrote it."""
+    paths = [path for stage in STAGES if (path := run_dir / stage / f"{block}.safetensors").exists()]
+    return max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
-def tokenizer_of(out: Path):
-    """The run's tokenizer, made when first asked for."""
+def run_tokenizer(run_dir: Path):
+    """Returns the run's tokenizer; the first call makes it."""
     from comfy_mminterleaved.tokenizer import Tokenizer
 
-    path = out / "tokenizer.json"
+    path = run_dir / "tokenizer.json"
     if not path.exists():
         make_tokenizer().save(path)
-    return Tokenizer.load(path, starter().llm.special_tokens, TEXT_VOCAB_SIZE)
+    return Tokenizer.load(path, starter_config().llm.special_tokens, TEXT_VOCAB_SIZE)
 
 
-def newest_thin_vae(out: Path, config: Config):
-    """The run's VAE in its thin form, with the decoder half of the detail stage if that is done."""
-    stage = "detail" if (out / "detail" / "vae.safetensors").exists() else "vae"
-    thin = slim_autoencoder(diffusers_model(config.vae)).to(memory_format=torch.channels_last)
-    thin.load_state_dict(read_tensors(out / stage / "thin.safetensors"))
-    return thin
+def latest_slim_vae(run_dir: Path, config: Config):
+    """Returns the run's VAE in its slim form, with the decoder half of the stage `detail` if there is one."""
+    stage = "detail" if (run_dir / "detail" / "vae.safetensors").exists() else "vae"
+    vae = slim_autoencoder(diffusers_model(config.vae)).to(memory_format=torch.channels_last)
+    vae.load_state_dict(read_tensors(run_dir / stage / "thin.safetensors"))
+    return vae
 
 
 @torch.no_grad()
-def latents_of(out: Path, book: StoryDataset, config: Config) -> np.ndarray:
-    """Scaled latents of all pictures of a book, float16, made once for a VAE, by its thin form, which is the same."""
-    made = int((out / "vae" / "vae.safetensors").stat().st_mtime)
-    path = out / f"latents-{book.name}-{made}.npy"
+def cached_latents(run_dir: Path, dataset: StoryDataset, config: Config) -> np.ndarray:
+    """Returns the scaled latents of all images, float16; computed once per VAE, with its slim form."""
+    version = int((run_dir / "vae" / "vae.safetensors").stat().st_mtime)
+    path = run_dir / f"latents-{dataset.name}-{version}.npy"
     if not path.exists():
-        thin = newest_thin_vae(out, config).eval()
-        parts = [encode_latents(thin, book.pictures(range(i, min(i + 64, len(book))))) for i in range(0, len(book), 64)]
+        vae, size = latest_slim_vae(run_dir, config).eval(), len(dataset)
+        parts = [encode_latents(vae, dataset.images(range(i, min(i + 64, size)))) for i in range(0, size, 64)]
         with atomic_path(path) as temp_path, open(temp_path, "wb") as file:
             np.save(file, torch.cat(parts).half().numpy())
     return np.load(path, mmap_mode="r")
 
 
-def begin(out: Path, *models: Path) -> None:
-    """Makes a run of a checkpoint, as if its stages were done: each then goes on from its weights, at step 0.
+def begin(run_dir: Path, *checkpoints: Path) -> None:
+    """Makes a run from a checkpoint; each stage then starts from its weights at step 0.
 
-    Of several checkpoints it is the mean of their weights (Wortsman et al. 2022, uniform soup). Raises SettingError for
-    a folder that holds a run, CheckpointError if the VAE was not made by this training or checkpoints do not fit.
+    Several checkpoints are averaged (uniform soup, Wortsman et al. 2022).
+
+    Raises:
+        SettingError: If the folder already holds a run.
+        CheckpointError: If this training did not make the VAE, or the checkpoints have different configs.
     """
     from safetensors.torch import save_file
 
-    if (out / "config.json").exists():
-        raise SettingError(f"The folder {str(out)!r} holds a run already; name another with --out.")
-    model, *others = models
-    config, tensors = read_state_dicts(model)
-    tokenizer = read_tokenizer(model, config)
-    tensors = _mean(config, tensors, others)
+    if (run_dir / "config.json").exists():
+        raise SettingError(f"The folder {str(run_dir)!r} already holds a run; choose another with --out.")
+    checkpoint, *others = checkpoints
+    config, tensors = read_state_dicts(checkpoint)
+    tokenizer = read_tokenizer(checkpoint, config)
+    tensors = _average(config, tensors, others)
     if tokenizer is None:
-        raise CheckpointError(f"The checkpoint {str(model)!r} has no tokenizer.")
-    thin_vae = slim_autoencoder(diffusers_model(config.vae))
-    thin = crop_to_slim(thin_vae, tensors["vae"])
-    again, sizes = pad_to_stock(diffusers_model(config.vae), thin), {name: tuple(t.shape) for name, t in thin.items()}
-    same = all(torch.equal(again[name], tensor) for name, tensor in tensors["vae"].items())
-    if not same or sizes != param_shapes(thin_vae):
-        raise CheckpointError(f"The VAE of {str(model)!r} was not made by this training; it has no thin form.")
+        raise CheckpointError(f"The checkpoint {str(checkpoint)!r} has no tokenizer.")
+    slim_vae = slim_autoencoder(diffusers_model(config.vae))
+    slim = crop_to_slim(slim_vae, tensors["vae"])
+    padded, shapes = pad_to_stock(diffusers_model(config.vae), slim), {name: tuple(t.shape) for name, t in slim.items()}
+    is_padded = all(torch.equal(padded[name], tensor) for name, tensor in tensors["vae"].items())
+    if not is_padded or shapes != param_shapes(slim_vae):
+        raise CheckpointError(f"The VAE of {str(checkpoint)!r} was not made by this training; it has no slim form.")
     for name, stage in TRAINED_BY.items():
-        ensure_writable_dir(out / stage)
-        save_file({key: t.float() for key, t in tensors[name].items()}, out / stage / f"{name}.safetensors")
-    save_file({key: t.float() for key, t in thin.items()}, out / "vae" / "thin.safetensors")
-    tokenizer.save(out / "tokenizer.json")
-    write_json(out / "config.json", config.to_dict())
+        ensure_writable_dir(run_dir / stage)
+        save_file({key: t.float() for key, t in tensors[name].items()}, run_dir / stage / f"{name}.safetensors")
+    save_file({key: t.float() for key, t in slim.items()}, run_dir / "vae" / "thin.safetensors")
+    tokenizer.save(run_dir / "tokenizer.json")
+    write_json(run_dir / "config.json", config.to_dict())
 
 
-def _mean(config: Config, tensors: dict[str, dict[str, torch.Tensor]], others) -> dict[str, dict[str, torch.Tensor]]:
-    """The mean of the blocks' tensors and those of other checkpoints, in the tensors' own types."""
-    every = [tensors]
+def _average(config: Config, tensors: dict[str, dict[str, torch.Tensor]], others) -> dict[str, dict[str, torch.Tensor]]:
+    """Averages the blocks' tensors with those of other checkpoints, in the tensors' own dtypes."""
+    soup = [tensors]
     for path in others:
-        other, found = read_state_dicts(path)
-        if other != config:
-            raise CheckpointError(f"The checkpoint {str(path)!r} has another config; a mean needs all of one config.")
-        every.append(found)
+        other_config, other_tensors = read_state_dicts(path)
+        if other_config != config:
+            raise CheckpointError(
+                f"The checkpoint {str(path)!r} has another config; only equal configs can be averaged."
+            )
+        soup.append(other_tensors)
 
-    def mean(name: str, key: str) -> torch.Tensor:
-        return torch.stack([found[name][key].float() for found in every]).mean(0).to(tensors[name][key].dtype)
+    def mean(block: str, key: str) -> torch.Tensor:
+        return (
+            torch.stack([ingredient[block][key].float() for ingredient in soup]).mean(0).to(tensors[block][key].dtype)
+        )
 
-    return {name: {key: mean(name, key) for key in block} for name, block in tensors.items()}
+    return {block: {key: mean(block, key) for key in keys} for block, keys in tensors.items()}
 
 
-def export(out: Path) -> Path:
-    """Writes the run's model as a checkpoint of this project's layout, float16: `out`/model."""
-    config, blocks = load_run(out, ("vae", "encoder", "llm", "synchronizer", "unet"))
+@torch.no_grad()
+def set_scaling_factor(run_dir: Path, config: Config, images: torch.Tensor) -> None:
+    """Sets the VAE's scaling factor in the run's config so that the latents of `images` have unit variance."""
+    scale = 1 / float(latest_slim_vae(run_dir, config).encode(images * 2 - 1).latents.std())
+    config = replace(config, vae={**config.vae, "scaling_factor": round(scale, 4)})
+    write_json(run_dir / "config.json", config.to_dict())
+
+
+def export_padded_vae(stage_dir: Path, config: Config) -> None:
+    """Writes the stock form of a stage's slim VAE."""
+    from safetensors.torch import save_file
+
+    vae = diffusers_model(config.vae)
+    vae.load_state_dict(pad_to_stock(vae, read_tensors(stage_dir / "thin.safetensors")))
+    with atomic_path(stage_dir / "vae.safetensors") as temp_path:
+        save_file(vae.state_dict(), temp_path)
+
+
+def export(run_dir: Path) -> Path:
+    """Writes the run's model as a float16 checkpoint in the native layout: `run_dir`/model."""
+    config, blocks = load_run(run_dir, ("vae", "encoder", "llm", "synchronizer", "unet"))
     tensors = {name: block.state_dict() for name, block in blocks.items()}
-    native.save(out / "model", config, tensors, tokenizer_of(out), torch.float16, GENERATION, frozenset(world.words()))
-    return out / "model"
+    vocabulary = frozenset(world.words())
+    native.save(run_dir / "model", config, tensors, run_tokenizer(run_dir), torch.float16, GENERATION, vocabulary)
+    return run_dir / "model"

@@ -1,4 +1,4 @@
-"""What the starter model is: its config and its vocabulary."""
+"""Config, generation settings and tokenizer of the starter model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from comfy_mminterleaved.tokenizer import Tokenizer
 from . import world
 
 TEXT_VOCAB_SIZE = 768
-LATENT_CHANNELS = 16  # channels; in 4 small faces and props are lost
+LATENT_CHANNELS = 16  # with 4, small faces and props are lost
 PROMPTS = {"caption": "{story}Caption:", "ask": "{story}Question: {question} Answer:"}
 
 
-def starter() -> Config:
-    """A model of 18 million values: 128 px, 16 visual tokens an image, a U-Net on 16 x 16 latents."""
+def starter_config() -> Config:
+    """18 million parameters: 128 px, 16 visual tokens per image, a U-Net on 16 x 16 latents."""
     hidden_size, d_value, num_queries = 192, 128, 16
     channels, layers = [64, 128, 192], 1
     mmfs = {"n_heads": 4, "n_points": 4, "d_model": d_value, "d_value": d_value}
@@ -89,7 +89,7 @@ def starter() -> Config:
     )
 
 
-# What the model generates with unless told otherwise, and how its stories introduce a hero.
+# Default generation settings, and how stories introduce a hero.
 GENERATION = GenerationConfig(
     TextGenerationConfig(max_new_tokens=60, min_new_tokens=4, temperature=0.7, repetition_penalty=1.0),
     ImageGenerationConfig(num_inference_steps=20, guidance_scale=3.0, scheduler="dpm++"),
@@ -100,8 +100,8 @@ GENERATION = GenerationConfig(
 )
 
 
-def make_tokenizer(stories: int = 4000) -> Tokenizer:
-    """Byte-level BPE over the world's texts: any text can be typed, the world's words are whole tokens."""
+def make_tokenizer(num_stories: int = 4000) -> Tokenizer:
+    """Trains byte-level BPE on the world's texts: it encodes any text, and the world's words are single tokens."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -113,14 +113,14 @@ def make_tokenizer(stories: int = 4000) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=TEXT_VOCAB_SIZE, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(_texts(stories), trainer)
-    return Tokenizer(backend, starter().llm.special_tokens, TEXT_VOCAB_SIZE)
+    backend.train_from_iterator(_texts(num_stories), trainer)
+    return Tokenizer(backend, starter_config().llm.special_tokens, TEXT_VOCAB_SIZE)
 
 
-def _texts(stories: int):
-    for seed in range(stories):
-        for page in world.make_story(seed):
-            yield page.text
-            yield f"Caption: {world.caption(page.scene)}"
-            for question, answer in world.questions(page.scene):
+def _texts(num_stories: int):
+    for seed in range(num_stories):
+        for panel in world.make_story(seed):
+            yield panel.text
+            yield f"Caption: {world.caption(panel.scene)}"
+            for question, answer in world.questions(panel.scene):
                 yield f"Question: {question} Answer: {answer}"

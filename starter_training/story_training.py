@@ -1,7 +1,4 @@
-"""What is learned from whole stories: to write them, to say what is to be drawn, to look at the pictures before.
-
-Paper 3.3; the reference's `MMInterleaved.forward`.
-"""
+"""Training objectives on whole stories (paper section 3.3; the reference's `MMInterleaved.forward`)."""
 
 from __future__ import annotations
 
@@ -14,260 +11,281 @@ from comfy_mminterleaved.generation.unet_hooks import attach_mmfs
 from comfy_mminterleaved.models.pos_embed import interpolate_pos_embed
 from comfy_mminterleaved.models.vit_adapter import get_reference_points
 
-from .dataset import Batch, TextBatch
-from .pretraining import appearance_labels, diffusion_error, glance, sight
-from .targets import IGNORE_INDEX, REFERENTS, SIZES, ConditioningTargets, MMFSTargets, guide
+from .batches import StoryBatch, TextBatch
+from .pretraining import appearance_labels, diffusion_loss, pooled_map_features, token_probe
+from .targets import IGNORE_INDEX, NUM_CLASSES, REFERENTS, ConditioningTargets, MMFSTargets, attribute_loss
 
-WEIGHTS = {  # of text and image the paper's
+LOSS_WEIGHTS = {  # those of text and image are the paper's
     "text": 1.0,
     "image": 10.0,
-    "sees": 0.2,
-    "glance": 0.2,
-    "knows": 0.2,
-    "meant": 0.5,
-    "says": 0.2,
-    "code": 1.0,
-    "sites": 1.0,
+    "token_attr": 0.2,
+    "pooled_map_attr": 0.2,
+    "text_attr": 0.2,
+    "coref": 0.5,
+    "cond_attr": 0.2,
+    "cond_mse": 1.0,
+    "mmfs_mse": 1.0,
 }
-NOISES_PER_IMAGE = 2  # of each picture in a batch: what it is told and looks at is made once for them
+NOISES_PER_IMAGE = 2  # noised latents for each image of a batch; they share prompt embeddings and projected images
 MMFS_TARGET_SCALE = 5.9  # size of the MMFS residuals in units of their targets
 
 
 class StoryObjective(nn.Module):
-    """Next token and noise prediction on whole stories, each panel in view of all before it.
+    """Next-token and diffusion loss on whole stories; each image is conditioned on everything before it.
+
+    Probes, which are dropped after training, predict the scene's attributes from the visual tokens, and from the LLM's
+    hidden state at the start-of-image token as far as the text and the earlier images determine them. The prompt
+    embeddings are regressed to the `ConditioningTargets` with which the U-Net was pretrained, the MMFS residuals to the
+    `MMFSTargets`. Frozen blocks have no losses.
 
     Args:
-        blocks: by name; those to be trained have parameters that require gradients.
+        blocks: by name; those with parameters that require gradients are trained.
         scheduler: settings of the noise schedule.
-        draws: whether the diffusion loss is learned beside the text's.
-
-    Beside them, probes read what a scene has (`targets.ATTRIBUTES`), as far as the text and the earlier panels tell it:
-    from the visual tokens and from the LLM's state at the start-of-image token. The states that condition the U-Net are
-    drawn towards the `ConditioningTargets` that it has learned to draw from, and the MMFS residuals towards the
-    `MMFSTargets`. Probes and targets are left behind when training is done. Blocks that stand still have no losses.
+        with_image_loss: adds the diffusion loss to that of the text.
     """
 
-    def __init__(self, blocks: dict[str, nn.Module], scheduler: dict, draws: bool = True):
+    def __init__(self, blocks: dict[str, nn.Module], scheduler: dict, with_image_loss: bool = True):
         super().__init__()
         self.encoder, self.llm = blocks["encoder"], blocks["llm"]
-        self.decoder, self.unet = blocks["synchronizer"], blocks["unet"] if draws else None
-        self.noise = make_scheduler("ddpm", scheduler)
-        c = self.decoder.config
-        self.sees = self.knows = None
-        if learns(self.encoder):
-            self.sees, self.glance = sight(self.encoder), nn.Linear(self.encoder.config.hidden_size, sum(SIZES))
-        if learns(self.llm):
-            self.knows = nn.Linear(c.llm_hidden_size, sum(SIZES))
-            self.meant = nn.Linear(c.llm_hidden_size, len(REFERENTS))
-        self.codes = ConditioningTargets(c.perceiver.num_queries, c.perceiver.hidden_size)
-        self.site_codes = MMFSTargets(c.block_channels)
+        self.synchronizer, self.unet = blocks["synchronizer"], blocks["unet"] if with_image_loss else None
+        self.noise_scheduler = make_scheduler("ddpm", scheduler)
+        c = self.synchronizer.config
+        self.token_probe = self.text_probe = None
+        if is_trained(self.encoder):
+            self.token_probe = token_probe(self.encoder)
+            self.pooled_map_probe = nn.Linear(self.encoder.config.hidden_size, sum(NUM_CLASSES))
+        if is_trained(self.llm):
+            self.text_probe = nn.Linear(c.llm_hidden_size, sum(NUM_CLASSES))
+            self.coref_probe = nn.Linear(c.llm_hidden_size, len(REFERENTS))
+        self.cond_targets = ConditioningTargets(c.perceiver.num_queries, c.perceiver.hidden_size)
+        self.mmfs_targets = MMFSTargets(c.block_channels)
 
-    def forward(self, batch: Batch | TextBatch, latents=None, emphasis=None) -> dict[str, torch.Tensor]:
-        """Needed to draw, of the batch's pictures: `latents` (N, P, C, h, w), scaled, `emphasis` (N, P, 1, h, w)."""
+    def forward(self, batch: StoryBatch | TextBatch, latents=None, foreground_mask=None) -> dict[str, torch.Tensor]:
+        """The image loss needs `latents` (N, P, C, h, w), scaled, and `foreground_mask` (N, P, 1, h, w)."""
         if isinstance(batch, TextBatch):
-            return self.learn_names(batch)
+            return self.text_losses(batch)
         losses = {}
-        with torch.set_grad_enabled(self.sees is not None and torch.is_grad_enabled()):
-            features = self.encoder(batch.pixels.flatten(0, 1))
-        maps = [m.unflatten(0, batch.pixels.shape[:2]) for m in features.feature_maps]
-        if self.sees is not None:
-            shown = batch.shown.flatten(0, 1)
-            losses["sees"] = guide(self.sees(features.visual_tokens.flatten(1)), shown)
-            losses["glance"] = guide(self.glance(glance(features.feature_maps)), appearance_labels(shown))
-        states, told = self.tell(batch, features, maps)
-        losses |= told
-        if batch.draws and self.unet is not None:
-            losses |= self.draw(batch, states, maps, latents, emphasis)
-        return {"loss": sum(WEIGHTS[name] * error for name, error in losses.items()), **losses}
+        with torch.set_grad_enabled(self.token_probe is not None and torch.is_grad_enabled()):
+            features = self.encoder(batch.images.flatten(0, 1))
+        maps = [m.unflatten(0, batch.images.shape[:2]) for m in features.feature_maps]
+        if self.token_probe is not None:
+            labels = batch.image_labels.flatten(0, 1)
+            losses["token_attr"] = attribute_loss(self.token_probe(features.visual_tokens.flatten(1)), labels)
+            pooled = self.pooled_map_probe(pooled_map_features(features.feature_maps))
+            losses["pooled_map_attr"] = attribute_loss(pooled, appearance_labels(labels))
+        prompt_embeds, llm_losses = self.prompt_embeds(batch, features, maps)
+        losses |= llm_losses
+        if batch.has_image_loss and self.unet is not None:
+            losses |= self.image_losses(batch, prompt_embeds, maps, latents, foreground_mask)
+        return {"loss": sum(LOSS_WEIGHTS[name] * error for name, error in losses.items()), **losses}
 
-    def tell(self, batch: Batch, features, maps) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """What conditions the drawing of every picture of every story, and the errors of text, guide and codes."""
+    def prompt_embeds(self, batch: StoryBatch, features, maps) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Returns the prompt embeddings (P * N, tokens, width) of all images, and the losses of LLM and conditioner."""
         losses = {}
-        with torch.set_grad_enabled((self.sees or self.knows) is not None and torch.is_grad_enabled()):
-            x = self.llm.embed_inputs(batch.ids, features.visual_tokens.flatten(0, 1))
-            hidden = self.llm(x, self.llm.project_images(maps), batch.visible)
-        if self.knows is not None:
-            logits = self.llm.logits(hidden).float()
+        has_probes = (self.token_probe or self.text_probe) is not None
+        with torch.set_grad_enabled(has_probes and torch.is_grad_enabled()):
+            inputs_embeds = self.llm.embed_inputs(batch.input_ids, features.visual_tokens.flatten(0, 1))
+            hidden_states = self.llm(inputs_embeds, self.llm.project_images(maps), batch.image_mask)
+        if self.text_probe is not None:
+            logits = self.llm.logits(hidden_states).float()
             losses["text"] = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE_INDEX)
-        if not batch.draws:
+        if not batch.has_image_loss:
             return None, losses
-        n, p = batch.starts.shape
-        contexts = [hidden[i, : batch.starts[i, j] + 1] for j in range(p) for i in range(n)]
-        states, labels = self.decoder.conditioner.prompt_embeds(contexts), by_picture(batch.labels)
-        losses["code"], losses["says"] = self.codes.error(states, labels)
-        if self.knows is not None:
+        n, p = batch.soi_positions.shape
+        contexts = [hidden_states[i, : batch.soi_positions[i, j] + 1] for j in range(p) for i in range(n)]
+        prompt_embeds = self.synchronizer.conditioner.prompt_embeds(contexts)
+        labels = image_major(batch.inferable_labels)
+        losses["cond_mse"], losses["cond_attr"] = self.cond_targets.losses(prompt_embeds, labels)
+        if self.text_probe is not None:
             last = torch.stack([context[-1] for context in contexts])
-            losses["knows"] = guide(self.knows(last), labels)
-            losses["meant"] = self.meant_error(last, by_picture(batch.meant))
-        return states, losses
+            losses["text_attr"] = attribute_loss(self.text_probe(last), labels)
+            losses["coref"] = self.coref_loss(last, image_major(batch.referents))
+        return prompt_embeds, losses
 
-    def learn_names(self, texts: TextBatch) -> dict[str, torch.Tensor]:
-        """The error of telling at every word whom its text names.
+    def text_losses(self, texts: TextBatch) -> dict[str, torch.Tensor]:
+        """Returns the coreference loss of texts without images, at every token.
 
-        That a name is the first or the second of two is a matter of words alone; in whole stories, with all else there
-        is to learn, it is learned very late.
+        Whether a name is the first or the second of two depends on words alone; among the other losses on whole stories
+        it is learned very late.
         """
-        hidden = self.llm(self.llm.embed_inputs(texts.ids))
-        error = self.meant_error(hidden.flatten(0, 1), texts.meant.flatten())
-        return {"loss": WEIGHTS["meant"] * error, "named": error}
+        hidden_states = self.llm(self.llm.embed_inputs(texts.input_ids))
+        error = self.coref_loss(hidden_states.flatten(0, 1), texts.referents.flatten())
+        return {"loss": LOSS_WEIGHTS["coref"] * error, "text_coref": error}
 
-    def meant_error(self, states, meant) -> torch.Tensor:
-        """The cross-entropy of reading from the LLM's states (N, width) whom of two heroes the text means."""
-        error = F.cross_entropy(self.meant(states).float(), meant, ignore_index=IGNORE_INDEX, reduction="sum")
-        return error / (meant != IGNORE_INDEX).sum().clamp(1)
+    def coref_loss(self, hidden_states, referents) -> torch.Tensor:
+        """Cross-entropy of the referent predicted from the LLM's hidden states (N, hidden_size)."""
+        logits = self.coref_probe(hidden_states).float()
+        error = F.cross_entropy(logits, referents, ignore_index=IGNORE_INDEX, reduction="sum")
+        return error / (referents != IGNORE_INDEX).sum().clamp(1)
 
-    def draw(self, batch: Batch, states, maps, latents, emphasis) -> dict[str, torch.Tensor]:
-        """The diffusion error for every picture of every story, each in view of those before it, and its sites'."""
-        count = NOISES_PER_IMAGE if self.training else 1
-        maps, visible = seen(maps, self.decoder.config.num_context_images, self.training)
-        labels = by_picture(batch.shown).masked_fill(~visible.any(1, keepdim=True), IGNORE_INDEX)
-        sites = RecordingMMFS(self.decoder.mmfs_module, len(self.decoder.mmfs_module.mmfs_down_blocks))
-        states, latents, emphasis = (
-            part.repeat(count, *[1] * (part.ndim - 1)) for part in (states, by_picture(latents), by_picture(emphasis))
+    def image_losses(self, batch: StoryBatch, prompt_embeds, maps, latents, foreground_mask) -> dict[str, torch.Tensor]:
+        """Returns the diffusion loss of all images, each with those before it as context, and that of the residuals."""
+        num_noises = NOISES_PER_IMAGE if self.training else 1
+        mmfs_net = self.synchronizer.mmfs_module
+        maps, image_mask = previous_images(maps, self.synchronizer.config.num_context_images, self.training)
+        labels = image_major(batch.image_labels).masked_fill(~image_mask.any(1, keepdim=True), IGNORE_INDEX)
+        recorder = RecordingMMFS(mmfs_net, len(mmfs_net.mmfs_down_blocks))
+        prompt_embeds, latents, foreground_mask = (
+            x.repeat(num_noises, *[1] * (x.ndim - 1))
+            for x in (prompt_embeds, image_major(latents), image_major(foreground_mask))
         )
-        with attach_mmfs(self.unet, sites, self.decoder.mmfs_module.project_images(maps, visible)):
-            image = diffusion_error(
+        with attach_mmfs(self.unet, recorder, mmfs_net.project_images(maps, image_mask)):
+            image = diffusion_loss(
                 self.unet,
-                self.noise,
-                self.decoder.conditioner.neg_prompt_embeds,
-                states,
+                self.noise_scheduler,
+                self.synchronizer.conditioner.neg_prompt_embeds,
+                prompt_embeds,
                 latents,
                 self.training,
-                emphasis if self.training else None,
+                foreground_mask if self.training else None,
             )
-        wanted = (code.repeat(count, 1)[:, :, None, None] for code in self.site_codes(labels))
+        targets = (target.repeat(num_noises, 1)[:, :, None, None] for target in self.mmfs_targets(labels))
         errors = [
-            (sites.found[index].float() / MMFS_TARGET_SCALE - code).pow(2).mean() for index, code in enumerate(wanted)
+            (recorder.residuals[index].float() / MMFS_TARGET_SCALE - target).pow(2).mean()
+            for index, target in enumerate(targets)
         ]
-        return {"image": image, "sites": sum(errors) / len(errors) / MMFSTargets.SIZE**2}
+        return {"image": image, "mmfs_mse": sum(errors) / len(errors) / MMFSTargets.STD**2}
 
 
 class MMFSObjective(nn.Module):
-    """The sites alone: to find in the pictures before how the heroes of the picture to come look (`MMFSTargets`).
+    """Regression of the MMFS blocks' residuals to the `MMFSTargets` of the image to come.
 
-    They are asked by the U-Net as it is, told by `ConditioningTargets`; at some places only, as they cost as much as
-    the U-Net does.
+    The queries are the skips of the U-Net as it is, conditioned on `ConditioningTargets`; only some positions are
+    computed, because all of them would cost as much as the U-Net.
     """
 
-    PLACES = 16  # of each site's grid
-    COATS_WEIGHT = 3.0  # how much more what is found of coats counts: of a lone hero the states tell the rest
+    NUM_POSITIONS = 16  # of each block's grid
+    COAT_WEIGHT = (
+        3.0  # extra loss weight in the span of the coats: the prompt embeddings have a lone hero's other looks
+    )
 
     def __init__(self, blocks: dict[str, nn.Module], scheduler: dict):
         super().__init__()
-        self.encoder, self.unet, self.decoder = blocks["encoder"], blocks["unet"], blocks["synchronizer"]
-        self.noise = make_scheduler("ddpm", scheduler)
-        c = self.decoder.config
-        self.codes = ConditioningTargets(c.perceiver.num_queries, c.perceiver.hidden_size)
-        self.site_codes = MMFSTargets(c.block_channels)
-        self.of_coats = self.site_codes.coats()
+        self.encoder, self.unet, self.synchronizer = blocks["encoder"], blocks["unet"], blocks["synchronizer"]
+        self.noise_scheduler = make_scheduler("ddpm", scheduler)
+        c = self.synchronizer.config
+        self.cond_targets = ConditioningTargets(c.perceiver.num_queries, c.perceiver.hidden_size)
+        self.mmfs_targets = MMFSTargets(c.block_channels)
+        self.coat_bases = self.mmfs_targets.coat_bases()
 
-    def forward(self, batch: Batch, latents) -> dict[str, torch.Tensor]:
-        """`latents`: (N, P, C, h, w) of the batch's pictures, scaled."""
+    def forward(self, batch: StoryBatch, latents) -> dict[str, torch.Tensor]:
+        """`latents`: (N, P, C, h, w) of the batch's images, scaled."""
         pairs = self.predictions_and_targets(batch, latents)
-        missed = [(found - code) / MMFSTargets.SIZE for found, code in pairs]
-        error = sum(m.pow(2).mean() for m in missed) / len(missed)
-        sizes = [
-            m.movedim(1, -1).matmul(basis.to(m)).pow(2).sum(-1).mean() / m.shape[1]
-            for m, basis in zip(missed, self.of_coats)
+        errors = [(pred - target) / MMFSTargets.STD for pred, target in pairs]
+        mse = sum(error.pow(2).mean() for error in errors) / len(errors)
+        coat_errors = [
+            error.movedim(1, -1).matmul(basis.to(error)).pow(2).sum(-1).mean() / error.shape[1]
+            for error, basis in zip(errors, self.coat_bases)
         ]
-        coats = sum(sizes) / len(sizes)
-        return {"loss": error + self.COATS_WEIGHT * coats, "error": error, "coats": coats}
+        coat_mse = sum(coat_errors) / len(coat_errors)
+        return {"loss": mse + self.COAT_WEIGHT * coat_mse, "mmfs_mse": mse, "coat_mse": coat_mse}
 
-    def predictions_and_targets(self, batch: Batch, latents) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each site what it finds (P * N, C, places, 1), and the codes (P * N, C, 1, 1)."""
-        maps = [m.unflatten(0, batch.pixels.shape[:2]) for m in self.encoder(batch.pixels.flatten(0, 1)).feature_maps]
-        maps, visible = seen(maps, self.decoder.config.num_context_images, self.training)
-        labels = by_picture(batch.shown).masked_fill(~visible.any(1, keepdim=True), IGNORE_INDEX)
-        prepared, wanted = self.decoder.mmfs_module.project_images(maps, visible), self.site_codes(labels)
-        asking = self.queries(by_picture(latents), self.codes(by_picture(batch.labels)))
+    def predictions_and_targets(self, batch: StoryBatch, latents) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns, for each block, the residuals (P * N, C, positions, 1) and their targets (P * N, C, 1, 1)."""
+        maps = self.encoder(batch.images.flatten(0, 1)).feature_maps
+        maps = [m.unflatten(0, batch.images.shape[:2]) for m in maps]
+        maps, image_mask = previous_images(maps, self.synchronizer.config.num_context_images, self.training)
+        labels = image_major(batch.image_labels).masked_fill(~image_mask.any(1, keepdim=True), IGNORE_INDEX)
+        mmfs_net = self.synchronizer.mmfs_module
+        image_values, targets = mmfs_net.project_images(maps, image_mask), self.mmfs_targets(labels)
+        queries = self.queries(image_major(latents), self.cond_targets(image_major(batch.inferable_labels)))
         pairs = []
-        for index, (site, code) in enumerate(zip(self.decoder.mmfs_module.blocks, wanted)):
-            x, size = asking[index], tuple(asking[index].shape[-2:])
-            some = torch.randperm(size[0] * size[1], device=x.device)[: self.PLACES]
-            positions = interpolate_pos_embed(site.pos_embed, size).to(x)
-            centres = get_reference_points(size).to(x.device)
-            x = x.flatten(2)[..., some].unsqueeze(-1)
-            found = site(x, prepared.blocks[index], visible, positions[..., some, :], centres[some])
-            pairs.append((found.float(), code[:, :, None, None]))
+        for index, (block, target) in enumerate(zip(mmfs_net.blocks, targets)):
+            x, size = queries[index], tuple(queries[index].shape[-2:])
+            positions = torch.randperm(size[0] * size[1], device=x.device)[: self.NUM_POSITIONS]
+            pos_embed = interpolate_pos_embed(block.pos_embed, size).to(x)
+            reference_points = get_reference_points(size).to(x.device)
+            x = x.flatten(2)[..., positions].unsqueeze(-1)
+            values = image_values.blocks[index]
+            pred = block(x, values, image_mask, pos_embed[..., positions, :], reference_points[positions])
+            pairs.append((pred.float(), target[:, :, None, None]))
         return pairs
 
     @torch.no_grad()
-    def rescale_to_targets(self, batches, size: float = MMFS_TARGET_SCALE) -> list[float]:
-        """Scales each site so that what it finds is, along the codes, `size` times as large; returns the factors.
+    def rescale_to_targets(self, batches, scale: float = MMFS_TARGET_SCALE) -> list[float]:
+        """Scales each block so that its residuals, projected on the targets, are `scale` times as large.
 
-        Least squares shrink what is found wherever it is in doubt, as in a model's own drawings it often is; and a
-        U-Net that is told of a coat by half does not draw half of it but another one.
+        Least squares shrink a residual that is uncertain, as it often is after generated images, and a U-Net that gets
+        half of a coat's residual does not draw half of that coat but another one.
 
         Args:
             batches: arguments of `forward`.
+
+        Returns:
+            The factor of each block.
         """
-        sums = torch.zeros(len(self.decoder.mmfs_module.blocks), 2)
+        blocks = self.synchronizer.mmfs_module.blocks
+        sums = torch.zeros(len(blocks), 2)
         for batch, latents in batches:
-            for number, (found, code) in enumerate(self.predictions_and_targets(batch, latents)):
-                sums[number] += torch.stack([(found * code).mean(), code.pow(2).mean()]).cpu()
-        factors = (size * sums[:, 1] / sums[:, 0]).tolist()
-        for site, factor in zip(self.decoder.mmfs_module.blocks, factors):
-            for parameter in site.conv.parameters():
+            for index, (pred, target) in enumerate(self.predictions_and_targets(batch, latents)):
+                sums[index] += torch.stack([(pred * target).mean(), target.pow(2).mean()]).cpu()
+        factors = (scale * sums[:, 1] / sums[:, 0]).tolist()
+        for block, factor in zip(blocks, factors):
+            for parameter in block.conv.parameters():
                 parameter.mul_(factor)
         return factors
 
     @torch.no_grad()
-    def queries(self, latents, states) -> list[torch.Tensor]:
-        """What the U-Net asks the sites with at some time of a drawing, (N, C, h, w) each."""
-        times = torch.randint(self.noise.config.num_train_timesteps, (len(latents),), device=latents.device)
-        noised = self.noise.add_noise(latents, torch.randn_like(latents), times)
-        sites = RecordingMMFS(None, len(self.decoder.mmfs_module.mmfs_down_blocks))
-        with attach_mmfs(self.unet, sites, None):
-            self.unet(noised, times, encoder_hidden_states=states)
-        return [sites.asked[index] for index in range(len(self.decoder.mmfs_module.blocks))]
+    def queries(self, latents, prompt_embeds) -> list[torch.Tensor]:
+        """Returns the U-Net's skips and middle features (N, C, h, w) at random timesteps: the queries of the blocks."""
+        timesteps = torch.randint(
+            self.noise_scheduler.config.num_train_timesteps, (len(latents),), device=latents.device
+        )
+        noisy_latents = self.noise_scheduler.add_noise(latents, torch.randn_like(latents), timesteps)
+        recorder = RecordingMMFS(None, len(self.synchronizer.mmfs_module.mmfs_down_blocks))
+        with attach_mmfs(self.unet, recorder, None):
+            self.unet(noisy_latents, timesteps, encoder_hidden_states=prompt_embeds)
+        return [recorder.queries[index] for index in range(len(self.synchronizer.mmfs_module.blocks))]
 
 
-def seen(maps, num_context_images: int, at_random: bool = False) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The pictures that each drawing looks at: of those before it the last `num_context_images`, or at random fewer.
+def previous_images(
+    maps, num_context_images: int, random_length: bool = False
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Gathers the context images of every image: the last `num_context_images` before it, or at random fewer.
 
     Args:
-        maps: the encoder's, each (N, P, C, h, w).
+        maps: the encoder's feature maps, each (N, P, C, h, w).
 
     Returns:
-        Maps (P * N, most, C, h, w), picture by picture, and which of them count: bool (P * N, most).
+        Maps (P * N, context, C, h, w), image-major, and the mask of those that exist: bool (P * N, context).
     """
     n, p = maps[0].shape[:2]
-    most = min(num_context_images, p - 1)
-    if at_random and most > 1:
-        most = int(torch.multinomial(torch.tensor([4.0, 3, 2, 1][:most]), 1)) + 1
-    before = torch.arange(p).view(p, 1) - torch.arange(most, 0, -1)  # (P, most), oldest first
-    shown = (before >= 0).to(maps[0].device)
-    before = before.clamp(min=0).to(maps[0].device)
-    taken = [m[:, before].transpose(0, 1).flatten(0, 1) for m in maps]
-    return taken, shown.repeat_interleave(n, dim=0)
+    length = min(num_context_images, p - 1)
+    if random_length and length > 1:
+        length = int(torch.multinomial(torch.tensor([4.0, 3, 2, 1][:length]), 1)) + 1
+    indices = torch.arange(p).view(p, 1) - torch.arange(length, 0, -1)  # (P, context), oldest first
+    image_mask = (indices >= 0).to(maps[0].device)
+    indices = indices.clamp(min=0).to(maps[0].device)
+    context_maps = [m[:, indices].transpose(0, 1).flatten(0, 1) for m in maps]
+    return context_maps, image_mask.repeat_interleave(n, dim=0)
 
 
 class RecordingMMFS:
-    """Sites that keep what they are asked with and what they find, by number.
+    """Wraps a `MMFSNet` and records the queries and the residuals of its blocks, by index.
 
     Args:
-        decoder: whose sites they are; None for sites that find nothing.
-        skips: how many there are but for the mid's.
+        mmfs_net: None records the queries and adds nothing.
+        num_skips: number of blocks without the middle one.
     """
 
-    def __init__(self, decoder, skips: int):
-        self.decoder, self.mmfs_down_blocks = decoder, range(skips)
-        self.asked: dict[int, torch.Tensor] = {}
-        self.found: dict[int, torch.Tensor] = {}
+    def __init__(self, mmfs_net, num_skips: int):
+        self.mmfs_net, self.mmfs_down_blocks = mmfs_net, range(num_skips)
+        self.queries: dict[int, torch.Tensor] = {}
+        self.residuals: dict[int, torch.Tensor] = {}
 
-    def add_residual(self, index: int, x, prepared, scale: float = 1.0):
-        self.asked[index] = x
-        if self.decoder is None:
+    def add_residual(self, index: int, x, image_values, scale: float = 1.0):
+        self.queries[index] = x
+        if self.mmfs_net is None:
             return x
-        y = self.decoder.add_residual(index, x, prepared, scale)
-        self.found[index] = y - x
-        return y
+        out = self.mmfs_net.add_residual(index, x, image_values, scale)
+        self.residuals[index] = out - x
+        return out
 
 
-def learns(block: nn.Module) -> bool:
+def is_trained(block: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in block.parameters())
 
 
-def by_picture(found: torch.Tensor) -> torch.Tensor:
-    """(N, P, ...) of N stories -> (P * N, ...): the first picture of every story, then the second of every one."""
-    return found.transpose(0, 1).flatten(0, 1)
+def image_major(x: torch.Tensor) -> torch.Tensor:
+    """(N, P, ...) of N stories -> (P * N, ...): the first image of every story, then the second of every story."""
+    return x.transpose(0, 1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What a scene has, as class labels: for the judge, and for guiding what a drawing is told."""
+"""Attributes of a scene as class labels, and the fixed vectors that stand for them in pretraining."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from . import world
 
 ABSENT = "none"
-IGNORE_INDEX = -100  # the label of what cannot be known
+IGNORE_INDEX = -100  # the label of an attribute that cannot be known
 APPEARANCE = {
     "species": (ABSENT, *world.SPECIES),
     "colour": (ABSENT, *world.COLOURS),
@@ -20,97 +20,104 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "prop": tuple(world.PROPS),
     "sky": tuple(world.SKIES),
     "far": ("near", "far"),
-    **{f"{part}{slot}": values for slot in (0, 1) for part, values in APPEARANCE.items()},
+    **{f"{part}{position}": values for position in (0, 1) for part, values in APPEARANCE.items()},
 }
 
 
 def attribute_labels(scene: world.Scene) -> dict[str, int]:
-    """The right answer of every head."""
-    said = {"action": scene.action, "place": scene.place, "prop": scene.prop, "sky": scene.sky}
-    said["far"] = "far" if scene.far else "near"
-    for slot in (0, 1):
-        look = scene.heroes[slot].look if slot < len(scene.heroes) else (ABSENT,) * 3
-        said |= {f"{part}{slot}": value for part, value in zip(APPEARANCE, look)}
-    return {head: ATTRIBUTES[head].index(value) for head, value in said.items()}
+    """Returns the class index of every attribute of a scene."""
+    values = {"action": scene.action, "place": scene.place, "prop": scene.prop, "sky": scene.sky}
+    values["far"] = "far" if scene.far else "near"
+    for position in (0, 1):
+        look = scene.heroes[position].look if position < len(scene.heroes) else (ABSENT,) * 3
+        values |= {f"{part}{position}": value for part, value in zip(APPEARANCE, look)}
+    return {name: ATTRIBUTES[name].index(value) for name, value in values.items()}
 
 
-REFERENTS = "both", "the first", "the second"  # whom of a story's two heroes a text can name
-SIZES = [len(values) for values in ATTRIBUTES.values()]
-APPEARANCE_HEADS = [k for k, head in enumerate(ATTRIBUTES) if head[:-1] in APPEARANCE]  # the heads of how heroes look
-SECOND_CHARACTER = list(ATTRIBUTES).index("species1")  # whether there is a second hero, and of which species
-COAT_HEADS = [k for k in APPEARANCE_HEADS if list(ATTRIBUTES)[k].startswith("colour")]  # of these, the colours of coats
+REFERENTS = "both", "the first", "the second"  # which of a story's two heroes a text names
+NUM_CLASSES = [len(values) for values in ATTRIBUTES.values()]
+APPEARANCE_HEADS = [
+    k for k, name in enumerate(ATTRIBUTES) if name[:-1] in APPEARANCE
+]  # attributes of the heroes' looks
+SECOND_CHARACTER = list(ATTRIBUTES).index("species1")  # ABSENT (0) if there is one hero
+COAT_HEADS = [k for k in APPEARANCE_HEADS if list(ATTRIBUTES)[k].startswith("colour")]  # the coat colours among them
 
 
-def guide(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The summed cross-entropy of all heads (N, their classes), over the labels (N, heads) that can be known."""
+def attribute_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sums the cross-entropies of all attributes: logits (N, sum of NUM_CLASSES), labels (N, attributes)."""
     total = logits.new_zeros(())
-    for found, wanted in zip(logits.float().split(SIZES, dim=-1), labels.T):
-        error = F.cross_entropy(found, wanted, ignore_index=IGNORE_INDEX, reduction="sum")
-        total = total + error / (wanted != IGNORE_INDEX).sum().clamp(1)
+    for pred, target in zip(logits.float().split(NUM_CLASSES, dim=-1), labels.T):
+        error = F.cross_entropy(pred, target, ignore_index=IGNORE_INDEX, reduction="sum")
+        total = total + error / (target != IGNORE_INDEX).sum().clamp(1)
     return total
 
 
 class ConditioningTargets:
-    """Fixed vectors for labels: what the states that condition a drawing are to be, one head a state.
+    """Fixed prompt embeddings for labels, one token per attribute: pretraining targets of the conditioner.
 
-    They are drawn once from a seed, each of mean 0 and variance 1 like a Perceiver's output. So a U-Net can learn to
-    draw what states say before there are any, and an LLM and its Perceiver to say it before anything draws.
+    They are drawn once from a seed, each with mean 0 and variance 1 like a Perceiver's output. The U-Net can learn to
+    draw from them before there is an LLM, and the LLM and its Perceiver to predict them before there is a U-Net.
 
     Args:
-        slots, width: of the states; slots beyond the heads always hold the same.
+        num_tokens, width: of the prompt embeddings; tokens beyond the attributes are constant.
     """
 
-    def __init__(self, num_img_token: int, width: int):
+    def __init__(self, num_tokens: int, width: int):
         rng = torch.Generator().manual_seed(0)
-        self.tables = [F.layer_norm(torch.randn(size + 1, width, generator=rng), (width,)) for size in SIZES]
-        self.rest = F.layer_norm(torch.randn(num_img_token - len(SIZES), width, generator=rng), (width,))
+        self.tables = [F.layer_norm(torch.randn(size + 1, width, generator=rng), (width,)) for size in NUM_CLASSES]
+        self.padding = F.layer_norm(torch.randn(num_tokens - len(NUM_CLASSES), width, generator=rng), (width,))
 
     def __call__(self, labels: torch.Tensor) -> torch.Tensor:
-        """labels (N, heads) -> (N, slots, width); the last code of a head's table says that it is not known."""
-        said = [
-            table.to(labels.device)[wanted.where(wanted != IGNORE_INDEX, torch.full_like(wanted, -1))]
-            for table, wanted in zip(self.tables, labels.T)
+        """labels (N, attributes) -> (N, num_tokens, width); the last row of a table stands for IGNORE_INDEX."""
+        tokens = [
+            table.to(labels.device)[target.where(target != IGNORE_INDEX, torch.full_like(target, -1))]
+            for table, target in zip(self.tables, labels.T)
         ]
-        rest = self.rest.to(labels.device).expand(len(labels), -1, -1)
-        return torch.cat([torch.stack(said, 1), rest], 1)
+        padding = self.padding.to(labels.device).expand(len(labels), -1, -1)
+        return torch.cat([torch.stack(tokens, 1), padding], 1)
 
-    def error(self, states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of states (N, slots, width): the mean square against the codes, and the cross-entropy of reading them."""
-        states = states.float()
-        logits = [state @ table[:-1].to(state).T for state, table in zip(states.unbind(1), self.tables)]
-        read = guide(torch.cat(logits, -1) / states.shape[-1] ** 0.5, labels)
-        return F.mse_loss(states, self(labels)), read
+    def losses(self, prompt_embeds: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the mean squared error to the targets, and the cross-entropy of classifying by their inner products.
+
+        Args:
+            prompt_embeds: (N, num_tokens, width).
+        """
+        prompt_embeds = prompt_embeds.float()
+        logits = [token @ table[:-1].to(token).T for token, table in zip(prompt_embeds.unbind(1), self.tables)]
+        attributes = attribute_loss(torch.cat(logits, -1) / prompt_embeds.shape[-1] ** 0.5, labels)
+        return F.mse_loss(prompt_embeds, self(labels)), attributes
 
 
 class MMFSTargets:
-    """Fixed vectors for how heroes look: what each site is to find in the pictures before, at every place alike.
+    """Fixed residuals for the heroes' looks: pretraining targets of the MMFS blocks, the same at every position.
 
-    As with `ConditioningTargets`, a U-Net can learn to draw what its sites will find before they find anything. Skips
-    have standard deviations of 1 to 4; the sum of all that is known has SIZE.
+    As with `ConditioningTargets`, the U-Net can learn to draw from them before the MMFS blocks have learned anything.
+    Skips have standard deviations of 1 to 4; a target with all attributes known has STD.
 
     Args:
-        widths: of the sites.
+        block_channels: channels of each MMFS block.
     """
 
-    SIZE = 2.0
+    STD = 2.0
 
-    def __init__(self, widths):
+    def __init__(self, block_channels):
         rng = torch.Generator().manual_seed(1)
-        size = self.SIZE * len(APPEARANCE_HEADS) ** -0.5
+        std = self.STD * len(APPEARANCE_HEADS) ** -0.5
         self.tables = [
-            [torch.randn(SIZES[k], width, generator=rng) * size for k in APPEARANCE_HEADS] for width in widths
+            [torch.randn(NUM_CLASSES[k], channels, generator=rng) * std for k in APPEARANCE_HEADS]
+            for channels in block_channels
         ]
 
     def __call__(self, labels: torch.Tensor) -> list[torch.Tensor]:
-        """labels (N, heads) -> for each site (N, width); what is not known adds nothing."""
-        known = labels[:, APPEARANCE_HEADS] != IGNORE_INDEX
-        wanted = labels[:, APPEARANCE_HEADS].where(known, torch.zeros_like(labels[:, APPEARANCE_HEADS]))
+        """labels (N, attributes) -> (N, C) for each block; an unknown attribute adds nothing."""
+        is_known = labels[:, APPEARANCE_HEADS] != IGNORE_INDEX
+        rows = labels[:, APPEARANCE_HEADS].where(is_known, torch.zeros_like(labels[:, APPEARANCE_HEADS]))
         return [
-            sum(table.to(labels.device)[wanted[:, i]] * known[:, i : i + 1] for i, table in enumerate(tables))
+            sum(table.to(labels.device)[rows[:, i]] * is_known[:, i : i + 1] for i, table in enumerate(tables))
             for tables in self.tables
         ]
 
-    def coats(self) -> list[torch.Tensor]:
-        """For each site an orthonormal basis (width, dimensions) of what coats of all colours can add."""
-        chosen = [APPEARANCE_HEADS.index(k) for k in COAT_HEADS]
-        return [torch.linalg.qr(torch.cat([tables[i] for i in chosen]).T).Q for tables in self.tables]
+    def coat_bases(self) -> list[torch.Tensor]:
+        """Returns, for each block, an orthonormal basis (C, dimensions) of the span of all coat colours' targets."""
+        heads = [APPEARANCE_HEADS.index(k) for k in COAT_HEADS]
+        return [torch.linalg.qr(torch.cat([tables[i] for i in heads]).T).Q for tables in self.tables]

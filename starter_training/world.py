@@ -1,8 +1,8 @@
-"""The picture-book world: endless short illustrated stories, each the same for the same seed.
+"""The picture-book world: endless short illustrated stories, deterministic by seed.
 
-A story has one or two heroes with names. Species, coat colour and accessory are visible in the pictures; text says
-names, action, place and prop. Names are dealt anew for every story, so a picture of a hero can only be right if the
-pictures before it were looked at. In a third of the stories the first text introduces the heroes by their looks.
+A story has one or two heroes with names. Their species, coat colour and accessory are visible in the images; the text
+has names, action, place and prop. Names are assigned anew for every story, so an image of a hero can only be right if
+the model attends to the images before it. In a third of the stories the first text describes the heroes' looks.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ NAMES = (
     "Alma",
     "Theo",
 )
-# Action -> (one does it, two do it).
+# Action -> (singular, plural).
 ACTIONS = {
     "wave": ("waves", "wave"),
     "jump": ("jumps", "jump"),
@@ -108,7 +108,7 @@ SKIES = {"day": "", "night": "It is night.", "rain": "It rains.", "snowfall": "I
 
 @dataclass(frozen=True)
 class Hero:
-    """What a hero looks like, and the name of one story."""
+    """A hero's looks, and the name in one story."""
 
     species: str
     colour: str
@@ -122,7 +122,7 @@ class Hero:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: who does what where with which prop, under which sky; heroes stand from left to right."""
+    """Content of one image; heroes are ordered from left to right."""
 
     heroes: tuple[Hero, ...]
     action: str
@@ -136,28 +136,28 @@ class Scene:
 
 @dataclass(frozen=True)
 class ScenePanel:
-    """A scene and the text beside it."""
+    """A scene and its text."""
 
     scene: Scene
     text: str
 
 
-# ---- what training never sees ----
+# ---- held-out combinations ----
 
 
-def _share(*words: str) -> float:
-    """A fixed number in [0, 1) for a combination; not Python's hash, which changes from run to run."""
+def _hash(*words: str) -> float:
+    """Hashes a combination to [0, 1); unlike Python's hash, the same in every run."""
     return zlib.crc32(" ".join(words).encode()) / 2**32
 
 
 def is_held_out_appearance(species: str, colour: str, accessory: str) -> bool:
-    """One in eight looks is never in training."""
-    return _share("look", species, colour, accessory) < 1 / 8
+    """Whether training never sees these looks, which holds for one in eight."""
+    return _hash("look", species, colour, accessory) < 1 / 8
 
 
-def pair_held_out(place: str, prop: str) -> bool:
-    """One in eight pairs of place and prop is never in training."""
-    return _share("pair", place, prop) < 1 / 8
+def is_held_out_pair(place: str, prop: str) -> bool:
+    """Whether training never sees this pair, which holds for one in eight."""
+    return _hash("pair", place, prop) < 1 / 8
 
 
 # ---- making stories ----
@@ -166,10 +166,10 @@ def pair_held_out(place: str, prop: str) -> bool:
 def make_story(
     seed: int, held_out: bool | None = False, panels: int | None = None, heroes: int | None = None
 ) -> list[ScenePanel]:
-    """A story of 3 to 6 pages.
+    """Makes a story of 3 to 6 panels.
 
     Args:
-        held_out: of looks and pairs that training never sees, instead of those it does; None is of all there are.
+        held_out: True uses looks and pairs that training never sees, False those that it does, None all.
         panels, heroes: how many; None draws them.
     """
     rng = random.Random(f"story {seed} {held_out}")
@@ -177,17 +177,17 @@ def make_story(
     heroes = heroes or (1 if rng.random() < 0.6 else 2)
     cast = make_cast(rng, heroes, held_out)
     introduced = rng.random() < 1 / 3
-    pages, used = [], set()
+    story, used = [], set()
     for number in range(panels):
-        who = cast if number == 0 or len(cast) == 1 else rng.choice([cast, cast[:1], cast[1:]])
-        scene = make_scene(rng, who, held_out, used)
+        present = cast if number == 0 or len(cast) == 1 else rng.choice([cast, cast[:1], cast[1:]])
+        scene = make_scene(rng, present, held_out, used)
         text = introduction(cast) + " " if number == 0 and introduced else ""
-        pages.append(ScenePanel(scene, text + describe(scene, rng)))
-    return pages
+        story.append(ScenePanel(scene, text + describe(scene, rng)))
+    return story
 
 
 def make_cast(rng: random.Random, count: int, held_out: bool | None) -> tuple[Hero, ...]:
-    """Heroes of different species, with different names."""
+    """Draws heroes of different species with different names."""
     cast: list[Hero] = []
     names = rng.sample(NAMES, count)
     while len(cast) < count:
@@ -200,9 +200,9 @@ def make_cast(rng: random.Random, count: int, held_out: bool | None) -> tuple[He
 def make_scene(
     rng: random.Random, heroes: tuple[Hero, ...], held_out: bool | None = False, used: set | None = None
 ) -> Scene:
-    """A scene; places and props in `used` are not used again while there are others."""
+    """Draws a scene, without the places and props in `used` while there are others, and adds its own to `used`."""
     used = set() if used is None else used
-    pairs = [(a, b) for a in PLACES for b in PROPS if held_out in (None, pair_held_out(a, b))]
+    pairs = [(a, b) for a in PLACES for b in PROPS if held_out in (None, is_held_out_pair(a, b))]
     fresh = [pair for pair in pairs if pair[0] not in used and pair[1] not in used]
     place, prop = rng.choice(fresh or pairs)
     used |= {place, prop}
@@ -220,21 +220,21 @@ def make_scene(
 
 
 def swap_appearance(scene: Scene, rng: random.Random) -> Scene:
-    """The same scene, but of each hero about half of species, coat and accessory are others, as in no held-out look."""
+    """Replaces about half of each hero's species, coat and accessory; the new looks are not held out."""
     heroes: list[Hero] = []
     for hero in scene.heroes:
         other = hero
-        taken = {known.species for known in (*scene.heroes, *heroes)} - {hero.species}
-        while other.look == hero.look or is_held_out_appearance(*other.look) or other.species in taken:
+        used = {h.species for h in (*scene.heroes, *heroes)} - {hero.species}
+        while other.look == hero.look or is_held_out_appearance(*other.look) or other.species in used:
             parts = zip(hero.look, (SPECIES, COLOURS, ACCESSORIES))
-            other = Hero(*(rng.choice(every) if rng.random() < 0.5 else part for part, every in parts), hero.name)
+            other = Hero(*(rng.choice(values) if rng.random() < 0.5 else part for part, values in parts), hero.name)
         heroes.append(other)
     return replace(scene, heroes=tuple(heroes))
 
 
 # ---- text ----
 
-# {who} {does} {where} {prop}; every sentence says all four, and only these.
+# Every sentence has exactly these four.
 TEMPLATES = (
     "{who} {does} {where} with {prop}.",
     "{who} {does} {where} near {prop}.",
@@ -245,7 +245,7 @@ TEMPLATES = (
 
 
 def describe(scene: Scene, rng: random.Random, template: str | None = None) -> str:
-    """The text of a page: who does what, where and with what, and the sky if it is not a plain day."""
+    """Writes the text of a panel: who does what, where and with what, and the sky unless it is plain day."""
     template = template or rng.choice(TEMPLATES)
     text = _sentence(template, " and ".join(hero.name for hero in scene.heroes), scene)
     return f"{text} {SKIES[scene.sky]}".strip()
@@ -258,9 +258,9 @@ def _sentence(template: str, who: str, scene: Scene) -> str:
 
 
 def looks(hero: Hero) -> str:
-    """A hero by looks: a fox in a red coat with a hat."""
-    with_ = "glasses" if hero.accessory == "glasses" else f"a {hero.accessory}"
-    return f"a {hero.species} in {'an' if hero.colour[0] in 'aeiou' else 'a'} {hero.colour} coat with {with_}"
+    """Describes a hero's looks: a fox in a red coat with a hat."""
+    accessory = "glasses" if hero.accessory == "glasses" else f"a {hero.accessory}"
+    return f"a {hero.species} in {'an' if hero.colour[0] in 'aeiou' else 'a'} {hero.colour} coat with {accessory}"
 
 
 def introduction(cast: tuple[Hero, ...]) -> str:
@@ -268,18 +268,18 @@ def introduction(cast: tuple[Hero, ...]) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """What a picture shows, without names."""
+    """Describes an image without names."""
     who = " and ".join(looks(hero) for hero in scene.heroes)
     text = _sentence(TEMPLATES[0], who[0].upper() + who[1:], scene)
     return f"{text} {SKIES[scene.sky]}".strip()
 
 
-# ---- reading text back ----
+# ---- parsing ----
 
 
 @dataclass(frozen=True)
 class ParsedText:
-    """What a text says of a picture."""
+    """Facts in a text."""
 
     names: tuple[str, ...] = ()
     heroes: tuple[tuple[str, str, str], ...] = ()
@@ -291,6 +291,7 @@ class ParsedText:
 
 
 def expected_facts(scene: Scene) -> ParsedText:
+    """Returns the facts of a scene, with names and looks."""
     return ParsedText(
         tuple(h.name for h in scene.heroes),
         tuple(h.look for h in scene.heroes),
@@ -329,7 +330,7 @@ _INTRODUCTION = re.compile(rf"({_NAME}) is {_LOOK}\.")
 
 
 def parse(text: str) -> ParsedText | None:
-    """The facts of a text in the world's grammar, or None if it is not in it."""
+    """Parses a text in the world's grammar; None if it is not in it."""
     text = text.strip()
     introduced = []
     while match := _INTRODUCTION.match(text):
@@ -337,42 +338,42 @@ def parse(text: str) -> ParsedText | None:
         text = text[match.end() :].strip()
     for pattern in _PATTERNS:
         if match := pattern.match(text):
-            rest = text[match.end() :].strip()
-            if rest and rest not in _SKY:
+            remainder = text[match.end() :].strip()
+            if remainder and remainder not in _SKY:
                 return None
             who, does = match["who"], match["does"]
             action = next(name for name, forms in ACTIONS.items() if does in forms)
-            shown = tuple(re.findall(_LOOK, who))
-            names = () if shown else tuple(who.split(" and "))
-            if does != ACTIONS[action][max(len(names), len(shown)) > 1]:
+            captioned = tuple(re.findall(_LOOK, who))
+            names = () if captioned else tuple(who.split(" and "))
+            if does != ACTIONS[action][max(len(names), len(captioned)) > 1]:
                 return None
             return ParsedText(
                 names,
-                shown or tuple(introduced),
+                captioned or tuple(introduced),
                 action,
                 _key(PLACES, match["where"].lower()),
                 _key(PROPS, match["prop"]),
-                _SKY.get(rest, "day"),
+                _SKY.get(remainder, "day"),
                 bool(match["far"]),
             )
     return None
 
 
 def _key(table: dict[str, str], value: str) -> str:
-    return next(key for key, said in table.items() if said == value)
+    return next(key for key, text in table.items() if text == value)
 
 
 def words() -> set[str]:
-    """Every word that the world's texts use, in lower case."""
-    said = [*NAMES, *SPECIES, *COLOURS, *ACCESSORIES, *PLACES.values(), *PROPS.values(), *SKIES.values(), *TEMPLATES]
-    said += [form for forms in ACTIONS.values() for form in forms]
-    said += ["is", "a", "an", "in", "coat", "with", "and", "far", "away"]
-    return set(re.findall(r"[a-z]+", " ".join(said).lower())) - {"who", "does", "where", "prop"}
+    """Returns every word of the world's texts, in lower case."""
+    texts = [*NAMES, *SPECIES, *COLOURS, *ACCESSORIES, *PLACES.values(), *PROPS.values(), *SKIES.values(), *TEMPLATES]
+    texts += [form for forms in ACTIONS.values() for form in forms]
+    texts += ["is", "a", "an", "in", "coat", "with", "and", "far", "away"]
+    return set(re.findall(r"[a-z]+", " ".join(texts).lower())) - {"who", "does", "where", "prop"}
 
 
 def questions(scene: Scene) -> list[tuple[str, str]]:
-    """What can be asked of a picture, with the answers; of the looks only where one hero is alone."""
-    asked = [
+    """Returns questions about an image with their answers; about the looks only if it has one hero."""
+    pairs = [
         ("Where is it?", PLACES[scene.place].capitalize() + "."),
         ("What is there?", PROPS[scene.prop].capitalize() + "."),
         (
@@ -382,12 +383,12 @@ def questions(scene: Scene) -> list[tuple[str, str]]:
     ]
     if len(scene.heroes) == 1:
         (hero,) = scene.heroes
-        worn = hero.accessory if hero.accessory == "glasses" else f"a {hero.accessory}"
-        asked += [
+        accessory = hero.accessory if hero.accessory == "glasses" else f"a {hero.accessory}"
+        pairs += [
             ("Who is it?", f"A {hero.species}."),
             ("Which colour is the coat?", hero.colour.capitalize() + "."),
-            ("What is worn?", worn.capitalize() + "."),
+            ("What is worn?", accessory.capitalize() + "."),
         ]
     else:
-        asked.append(("Who is it?", " and ".join(f"a {hero.species}" for hero in scene.heroes).capitalize() + "."))
-    return asked
+        pairs.append(("Who is it?", " and ".join(f"a {hero.species}" for hero in scene.heroes).capitalize() + "."))
+    return pairs

@@ -30,22 +30,24 @@ def trained(book):
 
 
 def true_pictures(stories):
-    return [[evaluate.pixels_of(page.scene) for page in pages[1:]] for pages in stories]
+    return [[evaluate.render_scene(page.scene) for page in pages[1:]] for pages in stories]
 
 
 def test_a_judge_learns_what_it_is_shown(tmp_path):
     book = StoryDataset(tmp_path, 2)
-    before = classifier.accuracy(classifier.train_judge(book, steps=1, batch=8), book)
-    trained = classifier.train_judge(book, steps=60, batch=8)
+    before = classifier.accuracy(classifier.train_classifier(book, steps=1, batch=8), book)
+    trained = classifier.train_classifier(book, steps=60, batch=8)
     found = classifier.accuracy(trained, book)
     assert set(found) == {*targets.ATTRIBUTES, "all"} and found["all"] > 0.8 > 0.3 > before["all"], (before, found)
     classifier.save(trained, tmp_path / "classifier.safetensors")
     again = classifier.load(tmp_path / "classifier.safetensors")
-    pictures = book.pictures(range(5))
-    assert again.judge(pictures) == trained.judge(pictures)
+    pictures = book.images(range(5))
+    assert again.predict(pictures) == trained.predict(pictures)
     with pytest.raises(CheckpointError, match="There is no judge"):
         classifier.load(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="is no judge, or one of another size; training.judge makes one.$"):
+    with pytest.raises(
+        CheckpointError, match="is no judge, or one of another size; python -m starter_training.classifier makes one.$"
+    ):
         classifier.load(STARTER_DIR / "unet.safetensors")
 
 
@@ -53,7 +55,7 @@ def test_softened_drawings_are_the_same_ones_with_less_detail(book):
     def edges(pictures):
         return pictures.diff(dim=-1).abs().mean((1, 2, 3))
 
-    pictures = book.pictures(range(20))
+    pictures = book.images(range(20))
     assert torch.equal(classifier.random_blur(pictures, random.Random(0), 0.0), pictures)
     soft = classifier.random_blur(pictures, random.Random(0), 1.0)
     assert soft.shape == pictures.shape and soft.min() >= 0 and soft.max() <= 1
@@ -81,12 +83,12 @@ def test_labels_say_all_of_a_scene():
 
 
 def test_true_drawings_pass_and_others_fail(trained, book):
-    found = evaluate.evaluate_pictures(trained, book.stories, true_pictures(book.stories))
+    found = evaluate.evaluate_images(trained, book.stories, true_pictures(book.stories))
     assert all(f["share"] > 0.9 for f in found.values() if f["cases"])
     swapped = true_pictures(book.stories[1:] + book.stories[:1])
     swapped = [row[: len(pages) - 1] for row, pages in zip(swapped, book.stories)]
     stories = [pages[: len(row) + 1] for pages, row in zip(book.stories, swapped)]
-    worse = evaluate.evaluate_pictures(trained, stories, swapped)
+    worse = evaluate.evaluate_images(trained, stories, swapped)
     assert all(f["share"] < 0.5 for f in worse.values() if f["cases"])
 
 
@@ -105,16 +107,16 @@ def test_identity_is_told_by_scene(trained, book):
 
 
 def test_the_frechet_distance_is_nought_to_itself_and_grows(trained, book):
-    pictures = list(book.pictures(range(len(book))))
+    pictures = list(book.images(range(len(book))))
     noisy = [(p + torch.randn_like(p) * 0.3).clamp(0, 1) for p in pictures]
     same, other = (evaluate.frechet_distance(trained, kind, pictures) for kind in (pictures, noisy))
     assert abs(same) < 1e-4 * other
 
 
 def test_intervals():
-    found = evaluate.interval([True] * 30 + [False] * 10)
+    found = evaluate.bootstrap_interval([True] * 30 + [False] * 10)
     assert found["share"] == 0.75 and found["cases"] == 40 and 0.55 < found["low"] < 0.75 < found["high"] < 0.92
-    assert evaluate.interval([])["cases"] == 0
+    assert evaluate.bootstrap_interval([])["cases"] == 0
 
 
 def test_evaluated_stories_show_their_heroes_only_in_pictures():
@@ -128,7 +130,7 @@ def test_a_whole_evaluation_of_any_model(tiny_random, trained, tmp_path):
     kept = [
         layer.llama_cross_attn.gate.clone() for layer in tiny_random.llm.layers if layer.llama_cross_attn is not None
     ]
-    found = evaluate.evaluate(tiny_random, trained, seed=1, stories=2, steps=1, sheet=tmp_path / "sheet.png")
+    found = evaluate.evaluate(tiny_random, trained, seed=1, num_stories=2, steps=1, sheet=tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         pages = evaluate.held_out_stories(1, 2)
         assert sheet.size == (180 + 128 * max(map(len, pages)), 2 * 5 * 132)

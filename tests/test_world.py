@@ -19,7 +19,7 @@ def test_stories_are_what_they_promise(held_out):
         cast = {hero.look for page in pages for hero in page.scene.heroes}
         assert len(cast) <= 2 and cast == {hero.look for hero in pages[0].scene.heroes}
         assert all(world.is_held_out_appearance(*look) == held_out for look in cast)
-        assert all(world.pair_held_out(page.scene.place, page.scene.prop) == held_out for page in pages)
+        assert all(world.is_held_out_pair(page.scene.place, page.scene.prop) == held_out for page in pages)
         assert len({page.scene.place for page in pages}) == len({page.scene.prop for page in pages}) == len(pages)
 
 

@@ -1,0 +1,298 @@
+"""The stages of training: for each its objective, its batches, and what it writes at the end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from comfy_mminterleaved.checkpoints.tensors import read_tensors
+from comfy_mminterleaved.config import Config
+from comfy_mminterleaved.files import atomic_path, atomic_write
+from comfy_mminterleaved.models.build import diffusers_model
+from comfy_mminterleaved.pipeline import MMInterleavedPipeline
+
+from . import samples
+from .augmentation import augment, reconstruct_some
+from .batches import StoryBatches, TextBatch
+from .dataset import StoryDataset, error_weights
+from .pretraining import EncoderObjective, UNetObjective, VAEDecoderObjective, VAEObjective
+from .run_dir import (
+    cached_latents,
+    export_padded_vae,
+    latest_slim_vae,
+    load_run,
+    run_tokenizer,
+    set_scaling_factor,
+)
+from .slim_vae import slim_autoencoder
+from .story_training import MMFSObjective, StoryObjective
+from .trainer import StageConfig, device_of, train
+
+HELD_OUT_STORIES = 200
+VALIDATION_BATCHES = 8
+TWO_CHARACTER_PROB = 0.3  # of the stories of `look` and `joint`: drawn only from those with two heroes
+COREF_TWO_CHARACTER_PROB = 0.6  # the same, of the stories of `language`
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage's function gets: its settings, the run, and the data."""
+
+    config: StageConfig
+    run_dir: Path
+    model_config: Config
+    blocks: dict[str, torch.nn.Module]
+    train_set: StoryDataset
+    held_out: StoryDataset
+
+    @property
+    def dir(self) -> Path:
+        return self.run_dir / self.config.name
+
+    def latents(self) -> dict[StoryDataset, np.ndarray]:
+        """Returns the scaled latents of both datasets."""
+        return {data: cached_latents(self.run_dir, data, self.model_config) for data in (self.train_set, self.held_out)}
+
+    def sample_path(self, step: int, suffix: str = ".png") -> Path:
+        return self.dir / f"samples-{step:06d}{suffix}"
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What a stage's function returns: the arguments of `train`."""
+
+    objective: torch.nn.Module
+    blocks: dict[str, torch.nn.Module]
+    get_batch: Callable[[int], tuple]
+    validation: list[tuple]
+    on_sample: Callable[[int], None] | None = None
+
+
+def run_stage(
+    config: StageConfig,
+    run_dir: Path,
+    stories: int = 12000,
+    precision: str = "no",
+    minutes: float | None = None,
+    first: int = 0,
+) -> None:
+    """Trains a stage to its last step or for some minutes, and writes its results."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    model_config, blocks = load_run(run_dir, config.needs)
+    freeze(config, blocks)
+    with state.main_process_first():  # it renders images and encodes latents; the other processes read them
+        train_set = StoryDataset(run_dir, stories, first_seed=first)
+        held_out = StoryDataset(run_dir, min(HELD_OUT_STORIES, stories), held_out=True)
+        stage = Stage(config, run_dir, model_config, blocks, train_set, held_out)
+        setup = STAGE_FUNCTIONS[config.name](stage)
+    finished = train(
+        config,
+        setup.objective,
+        setup.blocks,
+        stage.dir,
+        setup.get_batch,
+        setup.validation,
+        precision,
+        minutes,
+        setup.on_sample,
+    )
+    if not (finished and state.is_main_process):
+        return
+    if config.name == "vae":
+        (run_dir / "detail" / "vae.safetensors").unlink(missing_ok=True)  # it decodes other latents
+        set_scaling_factor(run_dir, model_config, held_out.images(range(min(64, len(held_out)))))
+    if "thin" in setup.blocks:
+        export_padded_vae(stage.dir, model_config)
+    if config.name == "look":
+        rescale_mmfs(stage.dir, setup.objective, [setup.get_batch(seed) for seed in range(VALIDATION_BATCHES)])
+
+
+def freeze(config: StageConfig, blocks: dict[str, torch.nn.Module]) -> None:
+    """Turns gradients off except for what the stage trains."""
+    for name, block in blocks.items():
+        block.requires_grad_(name in config.blocks)
+    # The unused part of the synchronizer.
+    is_unused = {"language": lambda key: "mmfs_module" in key, "look": lambda key: "mmfs_module" not in key}
+    is_unused = is_unused.get(config.name, lambda key: False)
+    for name in config.blocks:
+        for key, parameter in blocks[name].named_parameters():
+            if (name == "synchronizer" and is_unused(key)) or key.endswith(("pos_embed", "ignore_token")):
+                parameter.requires_grad_(False)
+
+
+def vae_stage(stage: Stage) -> TrainingSetup:
+    vae = slim_autoencoder(diffusers_model(stage.model_config.vae))
+    if (stage.run_dir / "vae" / "thin.safetensors").exists():
+        vae.load_state_dict(read_tensors(stage.run_dir / "vae" / "thin.safetensors"))
+    objective, data = VAEObjective(vae), stage.train_set
+
+    def get_batch(seed: int) -> tuple:
+        rng = random.Random(f"pictures {seed}")
+        return (data.random_crops(data.random_indices(stage.config.batch, rng), rng).to(device_of(objective)),)
+
+    def sample(step: int) -> None:
+        samples.vae_sheet(vae, stage.held_out, stage.sample_path(step))
+
+    images = stage.held_out.images([i % len(stage.held_out) for i in range(64)]).to(device_of(objective))
+    return TrainingSetup(objective, {"thin": vae}, get_batch, [(part,) for part in images.split(16)], sample)
+
+
+def encoder_stage(stage: Stage) -> TrainingSetup:
+    encoder = stage.blocks["encoder"]
+    objective = EncoderObjective(encoder)
+    encoder.to(memory_format=torch.channels_last)  # a third faster on CPUs
+    latents = cached_latents(stage.run_dir, stage.train_set, stage.model_config)
+    vae = latest_slim_vae(stage.run_dir, stage.model_config).eval().requires_grad_(False)
+
+    def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
+        device, training = device_of(objective), data is stage.train_set
+        rng = random.Random(f"pictures {seed}")
+        indices = (data.weighted_indices if training else data.random_indices)(stage.config.batch, rng)
+        images = data.images(indices).to(device)
+        if training:
+            images = reconstruct_some(vae.to(device), images, torch.from_numpy(latents[indices]).float().to(device))
+            images = augment(images, rng)
+        return images.contiguous(memory_format=torch.channels_last), data.labels[indices].to(device)
+
+    return TrainingSetup(objective, {"encoder": encoder}, get_batch, held_out_batches(get_batch, stage))
+
+
+def vae_decoder_stage(stage: Stage) -> TrainingSetup:
+    vae = latest_slim_vae(stage.run_dir, stage.model_config)
+    vae.encoder.requires_grad_(False)
+    objective = VAEDecoderObjective(vae, stage.blocks["encoder"].to(memory_format=torch.channels_last))
+    latents = stage.latents()
+    cum_weights = error_weights(vae, stage.train_set, latents[stage.train_set])
+
+    def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
+        rng = random.Random(f"pictures {seed}")
+        weights = cum_weights if data is stage.train_set else None
+        indices = rng.choices(range(len(data)), cum_weights=weights, k=stage.config.batch)
+        images = data.images(indices).contiguous(memory_format=torch.channels_last)
+        mask = data.foreground_mask(indices, images.shape[-1])
+        batch = torch.from_numpy(latents[data][indices]).float(), images, mask
+        return tuple(x.to(device_of(objective)) for x in batch)
+
+    def sample(step: int) -> None:
+        samples.vae_sheet(vae, stage.held_out, stage.sample_path(step))
+
+    return TrainingSetup(objective, {"thin": vae}, get_batch, held_out_batches(get_batch, stage), sample)
+
+
+def unet_stage(stage: Stage) -> TrainingSetup:
+    objective = UNetObjective(stage.blocks["unet"], stage.blocks["synchronizer"], stage.model_config.scheduler)
+    latents = stage.latents()
+
+    def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
+        rng = random.Random(f"pictures {seed}")
+        draw_indices = data.weighted_indices if data is stage.train_set else data.random_indices
+        indices = draw_indices(stage.config.batch, rng)
+        x = torch.from_numpy(latents[data][indices]).float()
+        batch = x, data.labels[indices], data.foreground_mask(indices, x.shape[-1])
+        return tuple(x.to(device_of(objective)) for x in batch)
+
+    def sample(step: int) -> None:
+        path = stage.sample_path(step)
+        samples.target_sheet(objective, stage.blocks, stage.model_config, stage.held_out, path)
+
+    return TrainingSetup(
+        objective, {"unet": stage.blocks["unet"]}, get_batch, held_out_batches(get_batch, stage), sample
+    )
+
+
+def story_stage(stage: Stage) -> TrainingSetup:
+    """The stages `language`, `look` and `joint`."""
+    name, blocks, model_config = stage.config.name, stage.blocks, stage.model_config
+    tokenizer, has_images, mmfs_only = run_tokenizer(stage.run_dir), name != "language", name == "look"
+    if mmfs_only:
+        objective = MMFSObjective(blocks, model_config.scheduler)
+    else:
+        objective = StoryObjective(blocks, model_config.scheduler, has_images)
+    blocks["encoder"].to(memory_format=torch.channels_last)
+    trains_llm = "llm" in stage.config.blocks
+    two_character_prob = COREF_TWO_CHARACTER_PROB if trains_llm else TWO_CHARACTER_PROB
+    batches = {
+        data: StoryBatches(
+            data,
+            model_config,
+            tokenizer,
+            stage.config.batch,
+            image_loss_only=not trains_llm,
+            with_coref=trains_llm and training,
+            corrupt_history=trains_llm and training,
+            two_character_prob=two_character_prob if training else 0.0,
+        )
+        for data, training in ((stage.train_set, True), (stage.held_out, False))
+    }
+    latents = stage.latents()
+    vae = latest_slim_vae(stage.run_dir, model_config).eval().requires_grad_(False)
+
+    def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
+        device = device_of(objective)
+        batch = batches[data].build(seed).to(device)
+        if isinstance(batch, TextBatch):
+            return (batch,)
+        indices = batch.image_indices.flatten().cpu()
+        x = torch.from_numpy(latents[data][indices.numpy()]).float().to(device)
+        if data is stage.train_set:
+            images = reconstruct_some(vae.to(device), batch.images.flatten(0, 1), x)
+            batch = replace(batch, images=images.view_as(batch.images))
+        shape = tuple(batch.image_indices.shape)
+        if not has_images:
+            return (batch,)
+        if mmfs_only:
+            return batch, x.unflatten(0, shape)
+        mask = data.foreground_mask(indices.tolist(), x.shape[-1]).to(device)
+        return batch, x.unflatten(0, shape), mask.unflatten(0, shape)
+
+    if mmfs_only and blocks["synchronizer"].mmfs_module.mmfs_mid_block.conv.weight.any():
+        # Undoes the scale of the run before: the residuals are regressed to targets of scale 1.
+        objective.rescale_to_targets([get_batch(seed) for seed in range(VALIDATION_BATCHES)], 1.0)
+
+    def sample(step: int) -> None:
+        model = MMInterleavedPipeline(model_config, {name: b.eval() for name, b in blocks.items()}, tokenizer)
+        if has_images:
+            samples.story_sheet(model, stage.held_out, stage.sample_path(step))
+        else:
+            captions = samples.captions(model, stage.held_out)
+            atomic_write(stage.sample_path(step, ".txt"), captions.encode("utf-8"))
+
+    saved = {name: blocks[name] for name in stage.config.blocks}
+    validation = held_out_batches(get_batch, stage)
+    return TrainingSetup(objective, saved, get_batch, validation, None if mmfs_only else sample)
+
+
+STAGE_FUNCTIONS = {
+    "vae": vae_stage,
+    "encoder": encoder_stage,
+    "detail": vae_decoder_stage,
+    "language": story_stage,
+    "decoder": unet_stage,
+    "look": story_stage,
+    "joint": story_stage,
+}
+
+
+def held_out_batches(get_batch, stage: Stage) -> list[tuple]:
+    return [get_batch(seed, stage.held_out) for seed in range(VALIDATION_BATCHES)]
+
+
+def rescale_mmfs(stage_dir: Path, objective: MMFSObjective, batches: list[tuple]) -> None:
+    """Rescales the MMFS blocks in the averaged weights of a stage's synchronizer; idempotent."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    path = stage_dir / "synchronizer.safetensors"
+    objective.synchronizer.load_state_dict(read_tensors(path))
+    objective.eval().rescale_to_targets(batches)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in objective.synchronizer.state_dict().items()}
+    with atomic_path(path) as temp_path:
+        save_file(tensors, temp_path)
