@@ -85,8 +85,23 @@ def apply_mmfs(
         finally:
             projected.clear()
 
+    def around_loading(executor, model, *args, **kwargs):
+        for loaded in comfy.model_management.loaded_models():
+            # Some cores know only per clone which LoRAs are in the weights; a clone that never was loaded takes them
+            # for its own.
+            if loaded is not model and model.is_clone(loaded) and loaded.patches_uuid != model.patches_uuid:
+                loaded.detach()
+        return executor(model, *args, **kwargs)
+
     patched = model.clone()
     patched.set_model_output_block_patch(patch)
+    comfy.patcher_extension.add_wrapper_with_key(
+        comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING,
+        KEY,
+        around_loading,
+        patched.model_options,
+        is_model_options=True,
+    )
     patched.set_additional_models(KEY, [synchronizer.patcher])
     patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY, around_sampling)
     return patched

@@ -25,7 +25,7 @@ class Failed(AssertionError):
     def __init__(self, details: dict):
         super().__init__(json.dumps(details)[:2000])
         self.node, self.sentence = details.get("node_type"), details.get("exception_message", "").strip()
-        self.kind = details.get("exception_type", "")
+        self.kind, self.node_id = details.get("exception_type", ""), details.get("node_id", "")
 
 
 class Server:
@@ -144,6 +144,8 @@ class Server:
 
         address = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client}"
         with contextlib.suppress(ConnectionClosed), connect(address, max_size=None) as socket:
+            flags = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
+            socket.send(json.dumps(flags))  # as the page does; newer cores send no previews without
             for message in socket:
                 self.events.put(message)
 

@@ -302,8 +302,24 @@ def test_every_sampler_and_scheduler_draws(comfyui, definitions):
             for slot in after:
                 entry["inputs"][slot] = [f"{entry['inputs'][slot][0]}-{number}", 0]
             prompt[f"{name}-{number}"] = entry
-    done = comfyui.run(prompt, timeout=500)
-    assert len(wanted) > 40 and all(len(done["outputs"][f"7-{n}"]["images"]) == 2 for n in range(len(wanted)))
+    broken = set()
+    while True:
+        try:
+            done = comfyui.run(prompt, timeout=500)
+            break
+        except Failed as failed:  # a sampler that this core cannot run on the bare MODEL either
+            name = failed.node_id
+            bare = {**prompt, name: node("KSampler", **{**prompt[name]["inputs"], "model": ["1", 3]})}
+            outputs = {"6", "7"} if name == "5" else {f"6-{name[2:]}", f"7-{name[2:]}"}
+            kept = {"1", "2", "3", "4", name, *outputs}
+            with pytest.raises(Failed) as plain:
+                comfyui.run({key: value for key, value in bare.items() if key in kept})
+            assert plain.value.sentence == failed.sentence
+            broken.add(int(name[2:]))
+            prompt = {key: value for key, value in prompt.items() if key not in outputs | {name}}
+    drawn = [number for number in range(len(wanted)) if number not in broken]
+    assert len(wanted) > 40 and len(broken) < 4
+    assert all(len(done["outputs"][f"7-{number}"]["images"]) == 2 for number in drawn)
 
 
 def test_a_lora_on_the_model_counts(comfyui):
@@ -339,13 +355,13 @@ def test_thirty_stories_hold_no_more_memory_than_three(comfyui):
 
     for seed in range(3):
         one(seed)
-    after_three, held = resident_mb(comfyui), comfyui.get("/probe")
+    after_three, held, logged = resident_mb(comfyui), comfyui.get("/probe"), len(comfyui.text())
     for seed in range(3, 30):
         one(seed)
     assert resident_mb(comfyui) < after_three + 60
     then = comfyui.get("/probe")
     assert then["tensors"] <= held["tensors"] + 5 and then["bytes"] < held["bytes"] * 1.05
-    assert "Traceback" not in comfyui.text().split("got prompt")[-1]
+    assert "Traceback" not in comfyui.text()[logged:]
 
 
 def test_free_frees_all(comfyui):
