@@ -134,7 +134,7 @@ class RankAnswers(io.ComfyNode):
         if question.strip():
             story = llm.generator.question_story(story, question)
         longest = max(len(llm.generator.tokenize(Story.of(line))) for line in lines)
-        story = llm.prepare(story, longest, min(len(lines), MAX_OPTIONS))
+        story = llm.prepare(story, longest, min(len(lines), MAX_OPTIONS), are_given=True)
         bar = comfy.utils.ProgressBar(len(lines))
 
         def on_progress(count: int, total: int) -> None:

@@ -17,6 +17,7 @@ from comfy.ldm.modules.attention import optimized_attention_for_device
 from ..comfy_mminterleaved.config import Config
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.generation.config import GenerationConfig
+from ..comfy_mminterleaved.generation.memory import continuation_bytes, encoding_bytes, prefill_bytes
 from ..comfy_mminterleaved.generation.text import TextGenerator
 from ..comfy_mminterleaved.models.attention import causal_lower_right
 from ..comfy_mminterleaved.models.build import build, check_shapes, param_shapes
@@ -93,6 +94,10 @@ class PatchedBlock:
     def device(self) -> torch.device:
         return self.patcher.load_device
 
+    @property
+    def itemsize(self) -> int:
+        return torch.finfo(self.dtype).bits // 8
+
     def load(self, memory: float = 0) -> None:
         """Has ComfyUI load the block, with `memory` bytes free for its work."""
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
@@ -104,7 +109,7 @@ class PatchedEncoder(PatchedBlock):
     def encode(self, image: ImageSegment) -> ImageSegment:
         """The image with this encoder's features, kept where ComfyUI keeps what nodes pass on."""
         size = self.config.encoder.image_size
-        self.load(64 * size**2 * self.config.encoder.hidden_size)
+        self.load(encoding_bytes(self.config.encoder, self.itemsize))
         pixels = preprocess_image(image.pixels, size).unsqueeze(0).to(self.device, self.dtype)
         features = self.module(pixels)[0]
         device = comfy.model_management.intermediate_device()
@@ -160,21 +165,25 @@ class PatchedLLM(PatchedBlock):
         self.patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, on_detach)
 
     def prepare(
-        self, story: Story, reserve_tokens: int = 1, num_rows: int = 1, drop_oldest: bool | None = None
+        self,
+        story: Story,
+        reserve_tokens: int = 1,
+        num_rows: int = 1,
+        are_given: bool = False,
+        drop_oldest: bool | None = None,
     ) -> Story:
         """Loads the LLM and prefills a story, after a check that it can be used; progress and Cancel on the way.
 
         Args:
-            reserve_tokens: How many more tokens of the story the LLM will process.
-            num_rows: How many continuations it will process at a time.
+            reserve_tokens: How many more tokens of the story the LLM will process, `num_rows` times beside each other.
+            are_given: Whether these tokens are given, as options are, or generated.
             drop_oldest: `TextGenerator.truncate_to_context`'s.
 
         Returns:
             The story, without its oldest panels if they were dropped.
         """
-        self.check(story)
         story = self.generator.truncate_to_context(story, reserve_tokens, drop_oldest)
-        self.load(story, reserve_tokens * num_rows)
+        self.load(story, reserve_tokens, num_rows, are_given)
         bar = comfy.utils.ProgressBar(len(self.generator.tokenize(story)))
 
         def on_progress(count: int, total: int) -> None:
@@ -184,16 +193,15 @@ class PatchedLLM(PatchedBlock):
         self.generator.prefill(story, on_progress)
         return story
 
-    def load(self, story: Story, new_tokens: int = 1) -> None:
-        """Loads the LLM with memory for a story and `new_tokens` more."""
+    def load(self, story: Story, new_tokens: int = 1, num_rows: int = 1, are_given: bool = False) -> None:
+        """Loads the LLM with the memory that `prepare` and what follows it need; raises for a story it cannot use."""
+        self.check(story)
         self.warn_unknown_words(story)
-        c = self.config.llm
-        tokens = len(self.generator.tokenize(story)) + new_tokens
-        size = torch.finfo(self.dtype).bits // 8
-        cache = 2 * c.num_hidden_layers * c.hidden_size * tokens * size
-        cells = sum(side * side for side in c.mmfs.spatial_shapes)
-        mmfs_layers = -(-c.num_hidden_layers // c.mmfs.cross_attention_frequency)
-        super().load(3 * (cache + len(story.images) * cells * c.mmfs.d_model * size * mmfs_layers))
+        c, tokens, cache = self.config.llm, self.generator.tokenize(story), self.generator.cache
+        longest = max((end - start for start, end in zip((0, *tokens.segment_ends), tokens.segment_ends)), default=1)
+        needed = prefill_bytes(c, len(tokens), len(story.images), self.itemsize, longest)
+        needed += continuation_bytes(c, len(tokens), new_tokens, num_rows, self.itemsize, are_given)
+        super().load(max(0, needed - (cache.nbytes if cache is not None else 0)))
         self.module.device = self.device  # in a partial load the weights are in several places
 
     def warn_unknown_words(self, story: Story) -> None:

@@ -106,7 +106,6 @@ class IntroduceCharacter(io.ComfyNode):
     def execute(cls, llm: PatchedLLM, story, order) -> io.NodeOutput:
         story = story.arrange(llm.generator.resolve_image_first(story, ORDERS[order]))
         if story.images:
-            llm.check(story)
             llm.generator.truncate_to_context(story, 128, None)
             llm.load(story, 128)
             story = llm.generator.introduce(story)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import comfy.model_management
 import comfy.patcher_extension
 import torch
 from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import SettingError
+from ..comfy_mminterleaved.generation.memory import sampling_bytes
 from ..comfy_mminterleaved.stories.story import Story
 from .blocks import PatchedLLM, PatchedSynchronizer
 from .native import skip_channels_of
@@ -85,13 +88,19 @@ def apply_mmfs(
         finally:
             projected.clear()
 
-    def around_loading(executor, model, *args, **kwargs):
+    def around_loading(executor, model, noise_shape, *args, **kwargs):
         for loaded in comfy.model_management.loaded_models():
             # Some cores know only per clone which LoRAs are in the weights; a clone that never was loaded takes them
             # for its own.
             if loaded is not model and model.is_clone(loaded) and loaded.patches_uuid != model.patches_uuid:
                 loaded.detach()
-        return executor(model, *args, **kwargs)
+        # ComfyUI derives the memory to free from the noise's area alone, so that is enlarged.
+        height, width = noise_shape[-2:]
+        itemsize = comfy.model_management.dtype_size(model.model_dtype())
+        extra = sampling_bytes(c, len(images), 2 * noise_shape[0], (height, width), itemsize)
+        needed = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
+        area = math.ceil(height * width * (1 + extra / needed))
+        return executor(model, [*noise_shape[:-2], area, 1], *args, **kwargs)
 
     patched = model.clone()
     patched.set_model_output_block_patch(patch)

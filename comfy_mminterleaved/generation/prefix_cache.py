@@ -118,7 +118,7 @@ def prefill(llm: LlamaMMFS, batch: list[StoryTokens], cached: PrefixCache | None
     ]
     starts = [length for length, _ in shared]
 
-    image_values = _project_images(llm, batch, cached.image_values, [images for _, images in shared])
+    image_values = _project_images(llm, batch, cached, [images for _, images in shared])
     kv_cache = cached.kv_cache
     kv_cache.lengths = list(starts)
     hidden_states = [h[:start] for h, start in zip(cached.hidden_states, starts)]
@@ -149,26 +149,32 @@ def prefill(llm: LlamaMMFS, batch: list[StoryTokens], cached: PrefixCache | None
     )
 
 
-def _project_images(llm: LlamaMMFS, batch, cached: LlamaImageValues | None, kept: list[int]) -> LlamaImageValues:
-    """The stories' images, projected for every MMFS layer; the first kept[i] of each are taken from `cached`."""
-    device, dtype = llm.device, llm.soi_token.dtype
+def _project_images(llm: LlamaMMFS, batch, cached: PrefixCache, kept: list[int]) -> LlamaImageValues:
+    """The stories' images, projected for every MMFS layer; the first kept[i] of each are taken from `cached`.
+
+    `cached` loses its own: layer by layer, so that no more than one layer is in memory twice.
+    """
+    old, cached.image_values = cached.image_values, None
     n, num_images = len(batch), max(len(tokens.images) for tokens in batch)
     new = [image.features.feature_maps for tokens, k in zip(batch, kept) for image in tokens.images[k:]]
-    if not new and cached is not None and cached.num_images == num_images:
-        return cached
-    if new:
-        projected = llm.project_images([torch.stack(level).unsqueeze(0).to(device, dtype) for level in zip(*new)])
+    if not new and old is not None and old.num_images == num_images:
+        return old
+    if not new:
+        new_layers = iter(llm.no_images(1).layers)
     else:
-        projected = llm.no_images(1)
-    layers = []
-    for i, layer in enumerate(projected.layers):
-        value = layer.value.new_zeros(n, num_images, *layer.value.shape[2:])
+        maps = [torch.stack(level).unsqueeze(0).to(llm.device, llm.soi_token.dtype) for level in zip(*new)]
+        new_layers = llm.project_images_by_layer(maps)
+    old_layers, layers = list(old.layers) if old is not None else [], []
+    del old
+    for projected in new_layers:
+        old_value = old_layers.pop(0).value if old_layers else None
+        value = projected.value.new_zeros(n, num_images, *projected.value.shape[2:])
         offset = 0
         for row, (tokens, k) in enumerate(zip(batch, kept)):
             if k:
-                value[row, :k] = cached.layers[i].value[row, :k]
+                value[row, :k] = old_value[row, :k]
             count = len(tokens.images) - k
-            value[row, k : k + count] = layer.value[0, offset : offset + count]
+            value[row, k : k + count] = projected.value[0, offset : offset + count]
             offset += count
-        layers.append(replace(layer, value=value))
+        layers.append(replace(projected, value=value))
     return LlamaImageValues(tuple(layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from .attention import attention as default_attention
 from .attention import shared_prefix_attention
 from .mmfs import MMFS, MMFSValues
 
-_STEP = 128  # the cache grows by whole steps, so that a token rarely moves it
+CACHE_STEP = 128  # the cache grows by whole steps, so that a token rarely moves it
 
 
 class KVCache:
@@ -40,7 +41,7 @@ class KVCache:
             room = 0 if store[layer] is None else store[layer].shape[2]
             if room < end:
                 n, h, _, d = new.shape
-                grown = new.new_zeros(n, h, -(-end // _STEP) * _STEP, d)
+                grown = new.new_zeros(n, h, -(-end // CACHE_STEP) * CACHE_STEP, d)
                 if room:
                     grown[:, :, :room] = store[layer]
                 store[layer] = grown
@@ -254,11 +255,17 @@ class LlamaMMFS(nn.Module):
         Args:
             maps: The encoder's feature maps, each `(N, P, C, h, w)`.
         """
+        return LlamaImageValues(tuple(self.project_images_by_layer(maps)))
+
+    def project_images_by_layer(self, maps) -> Iterator[MMFSValues]:
+        """`project_images`, one MMFS layer after the other, so that a caller can let each go."""
         maps = self.select_levels(maps)
         sizes = [tuple(m.shape[-2:]) for m in maps]
         features = torch.cat([m.flatten(3).transpose(2, 3) for m in maps], dim=2)  # (N, P, S, C)
-        layers = [layer.llama_cross_attn for layer in self.layers if layer.llama_cross_attn is not None]
-        return LlamaImageValues(tuple(s.project_images(features.to(dtype=self.soi_token.dtype), sizes) for s in layers))
+        features = features.to(dtype=self.soi_token.dtype)
+        for layer in self.layers:
+            if layer.llama_cross_attn is not None:
+                yield layer.llama_cross_attn.project_images(features, sizes)
 
     def forward(
         self,

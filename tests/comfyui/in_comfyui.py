@@ -14,14 +14,14 @@ def package():
     spec.loader.exec_module(module)
 
 
-def drawn(llm, synchronizer, unet, story, change=None, steps=3):
+def drawn(llm, synchronizer, unet, story, change=None, steps=3, strength=1.0):
     """Latents of a fixed noise by the native route; `change` may replace the conditionings."""
     import comfy.sample
     import comfy.samplers
     import torch
     from mmi.nodes.synchronize import ApplySynchronizer
 
-    model, positive, negative = ApplySynchronizer.execute(llm, synchronizer, unet, 1.0, 0.0, 1.0, 2, story).result
+    model, positive, negative = ApplySynchronizer.execute(llm, synchronizer, unet, strength, 0.0, 1.0, 2, story).result
     if change is not None:
         positive, negative = change(positive, negative)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
@@ -164,6 +164,28 @@ def released(llm, story) -> dict[str, bool]:
     return result
 
 
+def asked_for(llm, synchronizer, unet, story) -> dict[str, float]:
+    """Memory that ComfyUI was asked for when it loaded the U-Net, beyond what it asks for without earlier images."""
+    import comfy.model_management as management
+    from mmi.comfy_mminterleaved.generation.memory import sampling_bytes
+
+    load, asked = management.load_models_gpu, []
+
+    def recorded(models, memory_required=0, *args, **kwargs):
+        asked.append(memory_required)
+        return load(models, memory_required, *args, **kwargs)
+
+    management.load_models_gpu = recorded
+    try:
+        drawn(llm, synchronizer, unet, story, strength=1.0)
+        with_images = asked[-1]
+        drawn(llm, synchronizer, unet, story, strength=0.0)
+    finally:
+        management.load_models_gpu = load
+    c = synchronizer.config.synchronizer
+    return {"extra": with_images - asked[-1], "announced": sampling_bytes(c, 2, 2, (16, 16), 4)}
+
+
 def partly_loaded(encoder, llm, synchronizer, story) -> dict[str, float]:
     """Blocks whose weights stay where they are (one byte of room) in a dtype of their own: each layer must cast.
 
@@ -293,6 +315,7 @@ def checks() -> dict:
         result["looking changes it"] = float((drawn["stronger"] - drawn["off"]).abs().max() * 255)
         result |= {
             "reused tokens": reused_tokens(encoder, llm, encode_story(encoder, story)),
+            "asked for": asked_for(llm, synchronizer, unet, encode_story(encoder, story)),
             "released": released(llm, encode_story(encoder, story)),
             "partly loaded": partly_loaded(encoder, llm, synchronizer, encode_story(encoder, story)),
             "two passes": passes(synchronizer, llm, unet, encode_story(encoder, story)),

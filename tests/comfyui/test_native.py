@@ -51,6 +51,11 @@ def test_the_llms_cache_counts_as_memory_and_goes_when_that_is_needed(found):
     assert all(found["released"].values()), found["released"]
 
 
+def test_the_earlier_images_count_in_the_memory_that_a_sampler_asks_for(found):
+    asked = found["asked for"]
+    assert asked["extra"] == pytest.approx(asked["announced"], rel=0.1)
+
+
 @pytest.mark.parametrize("block", ["encoder", "llm", "synchronizer"])
 def test_a_partly_loaded_block_runs(found, block):
     """Half-precision weights, activations of float32; what newer cores load whole whatever the room is small."""
