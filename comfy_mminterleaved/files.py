@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
 import tempfile
+import time
+import zlib
 from pathlib import Path
 
 from .errors import OutputError
@@ -25,41 +29,108 @@ def friendly_errors(path: Path, label: str):
         raise OutputError(f"{label} {str(path)!r} cannot be written: {reason}.") from None
 
 
+_PART = re.compile(r"\..+\.[0-9a-f]{8}-(?P<host>[0-9a-f]{8})-(?P<process>\d+)\.part")
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+_open_parts: set[Path] = set()  # temporary paths that this process is writing
+_RENAME_TRIES = 20  # a virus scanner on Windows holds a new file open for a moment
+
+
+def _part_path(path: Path) -> Path:
+    """A hidden temporary name beside `path`, which tells the computer and the process that writes it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}-{_HOST}-{os.getpid()}.part")
+
+
+@contextlib.contextmanager
+def _renamed_into_place(path: Path):
+    """A temporary path for `path`: renamed to it at the end, removed after an error."""
+    temp_path = _part_path(path)
+    _open_parts.add(temp_path)
+    try:
+        yield temp_path
+        for number in range(_RENAME_TRIES):
+            try:
+                os.replace(temp_path, path)
+                break
+            except PermissionError:
+                if number == _RENAME_TRIES - 1:
+                    raise
+                time.sleep(0.1)
+    except BaseException:
+        _remove(temp_path)
+        raise
+    finally:
+        _open_parts.discard(temp_path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes what processes that were killed left half written in a folder.
+
+    That is what this computer's dead processes wrote, and any part older than a day.
+    """
+    with contextlib.suppress(OSError):
+        for path in Path(folder).iterdir():
+            match = _PART.fullmatch(path.name)
+            if match is None or path in _open_parts:
+                continue
+            process, is_ours = int(match["process"]), match["host"] == _HOST
+            is_dead = is_ours and (process == os.getpid() or not _is_running(process))
+            with contextlib.suppress(OSError):
+                if is_dead or time.time() - path.stat().st_mtime > 24 * 3600:
+                    _remove(path)
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":  # there os.kill would end it
+        import ctypes
+
+        handle = ctypes.windll.kernel32.OpenProcess(0x1000, False, process)  # PROCESS_QUERY_LIMITED_INFORMATION
+        if not handle:
+            return False
+        code = ctypes.c_ulong()
+        ctypes.windll.kernel32.GetExitCodeProcess(handle, ctypes.byref(code))
+        ctypes.windll.kernel32.CloseHandle(handle)
+        return code.value == 259  # STILL_ACTIVE
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
 def atomic_write(path: str | Path, data: bytes) -> None:
     """Writes a file whole or not at all; raises OutputError."""
     path = Path(path)
-    with friendly_errors(path, "The file"):
-        temp_path = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    with friendly_errors(path, "The file"), _renamed_into_place(path) as temp_path:
         handle = os.open(temp_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temp_path, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temp_path)
-            raise
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path):
     """A path beside `path` to write a file to, renamed to it at the end and removed after an error."""
-    path = Path(path)
-    temp_path = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
+    with _renamed_into_place(Path(path)) as temp_path:
         yield temp_path
-        os.replace(temp_path, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temp_path)
-        raise
+        if temp_path.is_file():
+            with open(temp_path, "rb+") as file:
+                os.fsync(file.fileno())
 
 
 def apply_umask(path: str | Path) -> None:
     """Gives a file that a library wrote for its owner alone the permissions of any new file."""
-    probe = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}.part")
+    probe = _part_path(Path(path))
     handle = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     mode = os.fstat(handle).st_mode & 0o777
     os.close(handle)
@@ -133,13 +204,9 @@ def atomic_dir(path: str | Path):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise OutputError(f"Folder {str(path)!r} already exists; choose a new name.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temp_path = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        temp_path.mkdir()
-        try:
+        remove_leftovers(path.parent)
+        with _renamed_into_place(path) as temp_path:
+            temp_path.mkdir()
             yield temp_path
             if path.exists():
                 path.rmdir()
-            temp_path.rename(path)
-        except BaseException:
-            shutil.rmtree(temp_path, ignore_errors=True)
-            raise

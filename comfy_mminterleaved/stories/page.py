@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import StoryError
-from ..files import atomic_write, write_json
+from ..files import atomic_write, remove_leftovers, write_json
 from .images import encode_png
 from .story import ImageSegment, Story
 
@@ -48,6 +48,7 @@ def save_story(
         The files: 01.png, 02.png, ..., story.json, story.html.
     """
     folder = Path(folder)
+    remove_leftovers(folder)
     old = _saved_images(folder)
     names, states = [], {}
     for number, panel in enumerate((p for p in story.panels() if p.image is not None), 1):
