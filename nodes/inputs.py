@@ -6,9 +6,18 @@ import functools
 import math
 from numbers import Integral, Real
 
+import comfy_execution.caching
+from comfy.cli_args import args as comfy_args
 from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import SettingError
+
+LOSES_OUTPUTS = "ComfyUI 0.3 loses what nodes pass on when it is started with --cache-none; start it without, or with --cache-lru 10."
+
+
+def cache_loses_outputs() -> bool:
+    """Whether this ComfyUI runs with a cache that forgets outputs still needed, and cannot hold nodes that expand."""
+    return getattr(comfy_args, "cache_none", False) and hasattr(comfy_execution.caching, "DependencyAwareCache")
 
 
 def check_value(spec, value) -> None:
@@ -55,6 +64,9 @@ def check_inputs(node):
 
     @functools.wraps(execute)
     def checked(cls, *args, **inputs):
+        is_lost = schema.enable_expand or any(inputs.get(s.id) is None for s in schema.inputs if not s.optional)
+        if is_lost and cache_loses_outputs():
+            raise SettingError(LOSES_OUTPUTS)
         for name, value in inputs.items():
             if name in specs and value is not None:
                 for item in value if schema.is_input_list else [value]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import COMFYUI, PYTHON
 from prompt import TEMPLATES, to_prompt
-from server import Server
+from server import Failed, Server
 from test_behaviour import tell
 
 pytestmark = pytest.mark.skipif(not COMFYUI, reason="no ComfyUI to test in: set COMFYUI_PATH (and COMFYUI_PYTHON)")
@@ -47,6 +47,23 @@ def test_a_half_precision_unet_beside_a_float32_synchronizer(tmp_path):
     server = start(tmp_path / "server", nodes=HALF_UNET)
     try:
         assert server.run(tell(panels=2, steps=2))["outputs"]
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("template", ["1 ", "2 "])
+def test_without_a_cache_it_runs_or_says_what_would_help(tmp_path, template):
+    """0.3.64 loses outputs with --cache-none, newer cores do not."""
+    server = start(tmp_path / "server", "--cache-none")
+    try:
+        prompt = to_prompt(next(p for p in TEMPLATES if p.stem.startswith(template)), server.get("/object_info"))
+        for entry in prompt.values():
+            if isinstance(entry["inputs"].get("steps"), int):
+                entry["inputs"]["steps"] = 2
+        try:
+            assert server.run(prompt)["outputs"]
+        except Failed as failed:
+            assert failed.sentence.endswith("start it without, or with --cache-lru 10.")
     finally:
         server.stop()
 
