@@ -20,11 +20,12 @@ def cache_loses_outputs() -> bool:
     return getattr(comfy_args, "cache_none", False) and hasattr(comfy_execution.caching, "DependencyAwareCache")
 
 
-def check_value(spec, value) -> None:
+def check_value(spec, value, names_files: bool = False) -> None:
     """Raises SettingError for a value that the widget of an input could not hold.
 
     Args:
         spec: An input of an `io.Schema`.
+        names_files: Whether lists are of files, which come and go: the node looks for them itself.
     """
     if isinstance(spec, io.Int.Input):
         low, high, step = spec.min, spec.max, spec.step or 1
@@ -41,6 +42,8 @@ def check_value(spec, value) -> None:
     elif isinstance(spec, io.Boolean.Input):
         if type(value) is not bool:
             raise SettingError(f"{spec.id} must be true or false, not {_shortened(value)}.")
+    elif isinstance(spec, io.Combo.Input) and value in spec.options:
+        return
     elif isinstance(spec, (io.String.Input, io.Combo.Input)):
         if not isinstance(value, str):
             raise SettingError(f"{spec.id} must be text, not {_shortened(value)}.")
@@ -48,6 +51,9 @@ def check_value(spec, value) -> None:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise SettingError(f"{spec.id} has half a character at place {error.start}; type it anew.") from None
+        if isinstance(spec, io.Combo.Input) and not names_files:
+            names = ", ".join(spec.options[:8]) + ("" if len(spec.options) <= 8 else " and the others of its list")
+            raise SettingError(f"{spec.id} must be one of {names}, not {_shortened(value)}.")
 
 
 def _shortened(value) -> str:
@@ -60,7 +66,7 @@ def check_inputs(node):
     """A class decorator: `execute` looks at its inputs before anything else."""
     execute = node.execute.__func__
     schema = node.define_schema()
-    specs = {spec.id: spec for spec in schema.inputs}
+    specs, names_files = {spec.id: spec for spec in schema.inputs}, "validate_inputs" in node.__dict__
 
     @functools.wraps(execute)
     def checked(cls, *args, **inputs):
@@ -70,7 +76,7 @@ def check_inputs(node):
         for name, value in inputs.items():
             if name in specs and value is not None:
                 for item in value if schema.is_input_list else [value]:
-                    check_value(specs[name], item)
+                    check_value(specs[name], item, names_files)
         return execute(cls, *args, **inputs)
 
     node.execute = classmethod(checked)

@@ -43,7 +43,9 @@ def model_folder(name: str) -> Path:
         for folder in map(Path, folder_paths.get_folder_paths(FOLDER)):
             if (folder / name / "config.json").is_file():
                 return folder / name
-    raise CheckpointError(f"The model {name!r} is not in models/{FOLDER}; it must be {STARTER!r} or a folder there.")
+    raise CheckpointError(
+        f"The model {name!r:.80} is not in models/{FOLDER}; it must be {STARTER!r} or a folder there."
+    )
 
 
 def read(path: str | Path) -> tuple[dict, dict | None]:
@@ -71,7 +73,7 @@ def native_path(category: str, name: str) -> str:
     """A file of one of ComfyUI's model folders, by the name that its list shows; raises CheckpointError."""
     path = folder_paths.get_full_path(category, name) if name in folder_paths.get_filename_list(category) else None
     if path is None:
-        raise CheckpointError(f"The file {name!r} is not in models/{category}.")
+        raise CheckpointError(f"The file {name!r:.80} is not in models/{category}.")
     return path
 
 

@@ -81,7 +81,7 @@ class LoadStoryboard(io.ComfyNode):
         plans = load_storyboard(storyboard_path(storyboard))
         if index >= len(plans):
             raise SettingError(
-                f"The storyboard {storyboard!r} has {len(plans)} stories, 0 to {len(plans) - 1}, not {index}."
+                f"The storyboard {storyboard!r:.80} has {len(plans)} stories, 0 to {len(plans) - 1}, not {index}."
             )
         plan = plans[index]
         return io.NodeOutput(encode_story(encoder, plan.opening), plan.panels, plan.seed, plan.title, plan)

@@ -25,6 +25,7 @@ class Failed(AssertionError):
     def __init__(self, details: dict):
         super().__init__(json.dumps(details)[:2000])
         self.node, self.sentence = details.get("node_type"), details.get("exception_message", "").strip()
+        self.traceback = "".join(details.get("traceback") or [])
         self.kind, self.node_id = details.get("exception_type", ""), details.get("node_id", "")
 
 
