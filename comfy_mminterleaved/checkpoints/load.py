@@ -53,8 +53,13 @@ def load_blocks(folder, dtype=torch.float32, device="cpu", blocks=BLOCKS) -> tup
 
     Their MMFS projections are fused, so they have other parameters than the files.
     """
-    config, tensors = read_state_dicts(folder, blocks)
-    modules = build(config, blocks)
+    folder = Path(folder)
+    if is_reference_layout(folder):
+        config, tensors = read_state_dicts(folder, blocks)
+        modules = build(config, blocks)
+    else:
+        modules = build(read_config(folder), blocks)
+        config, tensors = read_native(folder, blocks, modules)
     for name, module in modules.items():
         to = torch.float32 if name == "vae" else dtype
         module.load_state_dict({key: t.to(device, to) for key, t in tensors.pop(name).items()}, assign=True)

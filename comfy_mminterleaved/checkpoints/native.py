@@ -19,14 +19,20 @@ from .tensors import read_json, read_tensors, write_beside, write_tensors
 METADATA = "mm-interleaved"
 
 
-def read_native(folder: Path, blocks=BLOCKS) -> tuple[Config, dict[str, dict[str, torch.Tensor]]]:
-    """Config and checked tensors, by block and name."""
+def read_native(
+    folder: Path, blocks=BLOCKS, modules: dict[str, torch.nn.Module] | None = None
+) -> tuple[Config, dict[str, dict[str, torch.Tensor]]]:
+    """Config and checked tensors, by block and name.
+
+    Args:
+        modules: What `build` makes of the config, if that is there already.
+    """
     config = Config.from_dict(read_json(folder / "config.json"))
     missing = [f"{name}.safetensors" for name in blocks if not (folder / f"{name}.safetensors").is_file()]
     if missing:
         raise CheckpointError(f"The checkpoint {str(folder)!r} lacks {', '.join(missing)}.")
     tensors = {name: read_tensors(folder / f"{name}.safetensors") for name in blocks}
-    for name, module in build(config, blocks).items():
+    for name, module in (modules or build(config, blocks)).items():
         actual = {key: tuple(t.shape) for key, t in tensors[name].items()}
         check_shapes(param_shapes(module), actual, repr(str(folder / f"{name}.safetensors")))
     return config, tensors
