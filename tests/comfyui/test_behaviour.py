@@ -434,3 +434,17 @@ def test_words_the_model_does_not_know_are_named_once(comfyui):
     lines = comfyui.log.read_text(encoding="utf-8", errors="replace").splitlines()
     told = [line for line in lines if "does not know the words" in line][before:]
     assert len([line for line in told if "rides, zeppelin;" in line]) == 1
+
+
+def test_no_token_of_a_story_is_computed_twice(comfyui):
+    """Eight panels in Tell Story's nodes, which ComfyUI loads in turn."""
+    script = {"1": node("RunScript", script=str(ROOT / "tests" / "comfyui" / "count_tokens.py"))}
+    comfyui.run(script)
+    done = comfyui.run(tell(seed=4321, panels=8))
+    _, pictures = story_of(comfyui, done)
+    counted = json.loads(comfyui.run({"9": script["1"]})["outputs"]["9"]["text"][0])
+    folder = comfyui.folder / "output" / done["outputs"]["3"]["images"][0]["subfolder"]
+    segments = json.loads((folder / "story.json").read_text(encoding="utf-8"))["segments"]
+    written = sum(len(s["token_ids"]) for s in segments if "token_ids" in s)
+    length = 1 + written + 17 * len(pictures)  # without the opening's few
+    assert written > 30 and 0.8 * length < counted <= 1.1 * length, (counted, length)  # the last image is not read
