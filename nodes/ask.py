@@ -37,7 +37,7 @@ class AskAboutStory(io.ComfyNode):
                 io.Int.Input("max_tokens", default=20, min=1, max=1024, tooltip="Longest answer, in tokens."),
             ],
             outputs=[io.String.Output("answer_out", display_name="answer")],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -47,7 +47,7 @@ class AskAboutStory(io.ComfyNode):
         config = TextGenerationConfig(
             max_new_tokens=max_tokens, min_new_tokens=1, do_sample=False, repetition_penalty=1.0
         )
-        on_token = progress_callback(cls.hidden.unique_id, max_tokens)
+        on_token = progress_callback(cls.hidden, max_tokens)
         story = llm.prepare(llm.generator.question_story(story, question), max_tokens)
         answer = llm.generator.generate_text(story, config, on_token).text
         return io.NodeOutput(answer, ui=ui.PreviewText(answer))
@@ -76,7 +76,7 @@ class CaptionImage(io.ComfyNode):
                 io.Int.Input("max_tokens", default=40, min=1, max=1024, tooltip="Longest caption, in tokens."),
             ],
             outputs=[io.String.Output("captions_out", display_name="captions", is_output_list=True)],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -85,7 +85,7 @@ class CaptionImage(io.ComfyNode):
             max_new_tokens=max_tokens, min_new_tokens=1, repetition_penalty=1.0, num_beams=beams, do_sample=beams > 1
         )
         images = encode_story(encoder, Story.of(*images_from_batch(image))).images
-        on_token = progress_callback(cls.hidden.unique_id, max_tokens * len(images))
+        on_token = progress_callback(cls.hidden, max_tokens * len(images))
         captions = []
         for segment in images:
             story = llm.prepare(llm.generator.caption_story(Story.of(segment)), max_tokens, beams)

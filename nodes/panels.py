@@ -7,6 +7,7 @@ from comfy_execution.graph import ExecutionBlocker
 
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.stories.story import Story
+from .preview import is_inside, panels_ui
 from .segments import encode_story, images_from_batch
 from .types import CATEGORY, EncoderSocket, StorySocket
 
@@ -38,7 +39,7 @@ class StoryToPanels(io.ComfyNode):
 
     @classmethod
     def execute(cls, story) -> io.NodeOutput:
-        return io.NodeOutput(*split_panels(story))
+        return io.NodeOutput(*split_panels(story), ui=panels_ui(story))
 
 
 class PanelsInside(io.ComfyNode):
@@ -61,11 +62,11 @@ class PanelsInside(io.ComfyNode):
 
     @classmethod
     def execute(cls, story) -> io.NodeOutput:
-        if cls.hidden.unique_id not in cls.hidden.dynprompt.ephemeral_prompt:
+        if not is_inside(cls.hidden):
             raise StoryError("This node is a part of Tell Story; use Story to Panels instead.")
         if not story.images:  # a storyboard may ask for text alone; what takes pictures then does not run
-            return io.NodeOutput(ExecutionBlocker(None), [panel.text for panel in story.panels()])
-        return io.NodeOutput(*split_panels(story))
+            return io.NodeOutput(ExecutionBlocker(None), [panel.text for panel in story.panels()], ui=panels_ui(story))
+        return io.NodeOutput(*split_panels(story), ui=panels_ui(story))
 
 
 def split_panels(story: Story):

@@ -13,6 +13,7 @@ from comfy_api.latest import io
 from ..comfy_mminterleaved.errors import OutputError, StoryError
 from ..comfy_mminterleaved.files import atomic_dir, friendly_errors, path_below
 from ..comfy_mminterleaved.stories.page import save_story
+from .preview import panels_ui
 from .types import CATEGORY, StorySocket
 
 
@@ -70,4 +71,4 @@ class SaveStory(io.ComfyNode):
             names = [file.name for file in save_story(temp_path, story, title, metadata=metadata)[:-2]]
         subfolder = folder.relative_to(folder_paths.get_output_directory()).as_posix()
         images = [{"filename": name, "subfolder": subfolder, "type": "output"} for name in names]
-        return io.NodeOutput(ui={"images": images, "text": (story.text,)})
+        return io.NodeOutput(ui={"images": images, "text": (story.text,), **panels_ui(story, images)})

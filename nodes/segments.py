@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import comfy.utils
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
 from .blocks import PatchedEncoder, PatchedLLM
+from .preview import is_inside, panels_ui, text_or_panels
 from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket, search_aliases
 
 
@@ -46,13 +47,15 @@ class AddStoryText(io.ComfyNode):
                 ),
             ],
             outputs=[StorySocket.Output("story_out", display_name="story")],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
     def execute(cls, text, story=None) -> io.NodeOutput:
         if not text.strip():
             raise StoryError("The text is empty; write what the story says here.")
-        return io.NodeOutput((story or Story()).add(TextSegment(text.strip())))
+        story = (story or Story()).add(TextSegment(text.strip()))
+        return io.NodeOutput(story, ui=panels_ui(story) if is_inside(cls.hidden) else None)
 
 
 class AddStoryImage(io.ComfyNode):
@@ -70,11 +73,13 @@ class AddStoryImage(io.ComfyNode):
                 io.Image.Input("image", tooltip="Any image: drawn by the model, or your own."),
             ],
             outputs=[StorySocket.Output("story_out", display_name="story")],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
     def execute(cls, encoder, image, story=None) -> io.NodeOutput:
-        return io.NodeOutput(encode_story(encoder, (story or Story()).add(*images_from_batch(image))))
+        story = encode_story(encoder, (story or Story()).add(*images_from_batch(image)))
+        return io.NodeOutput(story, ui=panels_ui(story) if is_inside(cls.hidden) else None)
 
 
 class IntroduceCharacter(io.ComfyNode):
@@ -100,6 +105,7 @@ class IntroduceCharacter(io.ComfyNode):
                 StorySocket.Output("story_out", display_name="story"),
                 io.String.Output("text_out", display_name="text", tooltip="The text of the opening image."),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -110,7 +116,7 @@ class IntroduceCharacter(io.ComfyNode):
             llm.load(story, 128)
             story = llm.generator.introduce(story)
         text = next((panel.text for panel in story.panels() if panel.image is not None), story.text)
-        return io.NodeOutput(story, text, ui=ui.PreviewText(text))
+        return io.NodeOutput(story, text, ui=text_or_panels(cls.hidden, text, story))
 
 
 ORDERS = {"as the model's stories": None, "text first": False, "image first": True}

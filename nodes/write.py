@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import comfy.model_management
 import comfy.utils
-from comfy_api.latest import io, ui
-from server import PromptServer
+from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.generation.config import TextGenerationConfig
 from ..comfy_mminterleaved.stories.story import Story, TextSegment
+from .preview import send_live_text, text_or_panels
 from .types import CATEGORY, LLMSocket, StorySocket, drop_oldest_input, sampling_inputs, search_aliases, seed_input
 
 
-def progress_callback(node_id: str | None, limit: int):
+def progress_callback(hidden, limit: int):
     """A callback for each token: progress, the text so far on the node, and Cancel."""
     bar, count = comfy.utils.ProgressBar(limit), 0
-    send = getattr(PromptServer.instance, "send_progress_text", None)
 
     def on_token(text) -> None:
         nonlocal count
         comfy.model_management.throw_exception_if_processing_interrupted()
         count += 1
         bar.update_absolute(count, limit)
-        if send is not None and node_id is not None:
-            send(str(text), node_id)
+        send_live_text(hidden, str(text))
 
     return on_token
 
@@ -75,14 +73,14 @@ class WriteStoryText(io.ComfyNode):
                     tooltip="Whether the model ended the text by requesting an image.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
     def execute(cls, llm, seed, story=None, drop_oldest=False, **settings) -> io.NodeOutput:
         config, story = text_config_from_inputs(seed, **settings), story or Story()
-        on_token = progress_callback(cls.hidden.unique_id, config.max_new_tokens)
+        on_token = progress_callback(cls.hidden, config.max_new_tokens)
         context = llm.prepare(story, config.max_new_tokens, drop_oldest=drop_oldest)
         text = llm.generator.generate_text(context, config, on_token)
         story = story.add(TextSegment(text.text, text.tokens))
-        return io.NodeOutput(story, text.text, text.requests_image, ui=ui.PreviewText(text.text))
+        return io.NodeOutput(story, text.text, text.requests_image, ui=text_or_panels(cls.hidden, text.text, story))

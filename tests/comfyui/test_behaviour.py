@@ -72,8 +72,25 @@ def test_text_and_progress_are_shown_while_it_is_written(comfyui):
     done = comfyui.run(tell(seed=31))
     progress = [e["data"] for e in done["events"] if not isinstance(e, bytes) and e["type"] == "progress"]
     assert any("write" in p["node"] and 0 < p["value"] < p["max"] for p in progress)
+    texts = [e["data"] for e in done["events"] if not isinstance(e, bytes) and e["type"] == "mm_interleaved.text"]
+    assert len(texts) > 10 and {text["node"] for text in texts} == {"2"}
+    shown = [
+        e["data"]["output"]["mm_interleaved_panels"]
+        for e in done["events"]
+        if not isinstance(e, bytes) and e["type"] == "executed" and e["data"].get("display_node") == "2"
+    ]
+    assert [len(panels) for panels in shown] == sorted(len(panels) for panels in shown) and len(shown[-1]) == 4
+    for panel in shown[-1]:
+        image = panel["image"]
+        query = f"filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}"
+        assert panel["text"] and comfyui.fetch(f"/view?{query}").startswith(b"\x89PNG")
+
+
+def test_a_text_written_on_its_own_node_is_shown_while_it_grows(comfyui):
+    prompt = {"1": LOAD, "2": node("MMInterleavedWrite", llm=["1", 1], seed=7, **TEXT), "3": show(["2", 1])}
+    done = comfyui.run(prompt)
     texts = [e for e in done["events"] if isinstance(e, bytes) and e[:4] == b"\x00\x00\x00\x03"]
-    assert len(texts) > 10 and any(b"write 2" in text for text in texts)
+    assert len(texts) > 3 and done["outputs"]["2"]["text"][0]
 
 
 def test_pictures_are_previewed_while_they_are_drawn(comfyui):
