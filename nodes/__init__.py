@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .ask import AskAboutStory, CaptionImage, RankAnswers
+from .example import ExampleImage
 from .inputs import check_inputs
 from .load import LoadEncoder, LoadMMInterleaved, LoadStoryLLM, LoadSynchronizer
 from .panels import PanelsInside, PanelsToStory, StoryToPanels
@@ -20,6 +21,7 @@ NODES = [
     LoadSynchronizer,
     AddStoryText,
     AddStoryImage,
+    ExampleImage,
     IntroduceCharacter,
     WriteStoryText,
     AskAboutStory,

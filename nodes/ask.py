@@ -24,6 +24,7 @@ class AskAboutStory(io.ComfyNode):
             display_name="Ask About Story",
             category=CATEGORY,
             description="Answers a question about the images of a story.",
+            is_output_node=True,
             inputs=[
                 LLMSocket.Input("llm", tooltip="Reads the story and answers."),
                 StorySocket.Input("story", tooltip="A story with at least one image."),
@@ -62,6 +63,7 @@ class CaptionImage(io.ComfyNode):
             display_name="Caption Image",
             category=CATEGORY,
             description="Describes an image. A batch gives one caption per image.",
+            is_output_node=True,
             inputs=[
                 LLMSocket.Input("llm", tooltip="Writes the caption."),
                 EncoderSocket.Input("encoder", tooltip="Encodes the image."),
@@ -102,6 +104,7 @@ class RankAnswers(io.ComfyNode):
             display_name="Rank Answers",
             category=CATEGORY,
             description="Ranks answers by how likely they are, as the story's next text or as answers to a question.",
+            is_output_node=True,
             inputs=[
                 LLMSocket.Input("llm", tooltip="Reads the story and scores the options."),
                 StorySocket.Input("story", tooltip="The story that the options are about."),

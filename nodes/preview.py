@@ -54,8 +54,6 @@ def send_live_text(hidden, text: str) -> None:
     server, node_id = PromptServer.instance, hidden.unique_id
     if node_id is None:
         return
-    if is_inside(hidden):
+    if hidden.dynprompt is not None:
         node_id = hidden.dynprompt.get_display_node_id(node_id)
-        server.send_sync(LIVE_TEXT, {"node": node_id, "text": text}, server.client_id)
-    elif hasattr(server, "send_progress_text"):
-        server.send_progress_text(text, node_id)
+    server.send_sync(LIVE_TEXT, {"node": node_id, "text": text}, server.client_id)

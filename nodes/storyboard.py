@@ -53,6 +53,12 @@ class LoadStoryboard(io.ComfyNode):
                     tooltip="Which story of the file, from 0; 'increment' and a batch count queue them all.",
                 ),
                 EncoderSocket.Input("encoder", optional=True, tooltip="Needed if the story opens with images."),
+                io.Boolean.Input(
+                    "start_over",
+                    default=False,
+                    optional=True,
+                    tooltip="On: the first story follows the last, with other seeds. Off: the run after the last ends at once.",
+                ),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story", tooltip="What the story opens with."),
@@ -72,16 +78,22 @@ class LoadStoryboard(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, storyboard, index, encoder=None):
+    def fingerprint_inputs(cls, storyboard, index, encoder=None, start_over=False):
         path = storyboard_path(storyboard)
-        return f"{path.stat().st_mtime_ns} {path.stat().st_size} {index}"
+        return f"{path.stat().st_mtime_ns} {path.stat().st_size} {index} {start_over}"
 
     @classmethod
-    def execute(cls, storyboard, index, encoder=None) -> io.NodeOutput:
+    def execute(cls, storyboard, index, encoder=None, start_over=False) -> io.NodeOutput:
         plans = load_storyboard(storyboard_path(storyboard))
-        if index >= len(plans):
+        rounds, index = divmod(index, len(plans)) if start_over else (0, index)
+        if index == len(plans):
+            raise SettingError(
+                f"The last of the {len(plans)} stories in {storyboard!r:.80} is told; set index to 0, or turn start_over on."
+            )
+        if index > len(plans):
             raise SettingError(
                 f"The storyboard {storyboard!r:.80} has {len(plans)} stories, 0 to {len(plans) - 1}, not {index}."
             )
         plan = plans[index]
-        return io.NodeOutput(encode_story(encoder, plan.opening), plan.panels, plan.seed, plan.title, plan)
+        seed = (plan.seed + 1000 * rounds) % 2**63  # told once more, a story is another one
+        return io.NodeOutput(encode_story(encoder, plan.opening), plan.panels, seed, plan.title, plan)

@@ -19,6 +19,7 @@ from .types import (
     PlanSocket,
     StorySocket,
     SynchronizerSocket,
+    advanced,
     context_images_input,
     drop_oldest_input,
     sampling_inputs,
@@ -81,12 +82,12 @@ class TellStory(io.ComfyNode):
                     tooltip="The text of the first panel. If empty, the model writes it.",
                 ),
                 io.Int.Input("panels", default=3, min=0, max=64, tooltip="How many images are drawn, exactly."),
-                seed_input("the whole story; panel k uses it plus k"),
+                seed_input("the whole story: panel k uses it plus k, and a new one makes every panel anew"),
                 io.String.Input(
                     "seeds",
                     default="",
-                    tooltip="Seeds of single panels, such as '7, , 42' for the first and third. To "
-                    "draw only panel 4 anew, put a new number at the fourth place.",
+                    tooltip="Seeds of single panels, such as '7, , 42' for the first and third. A new number at the "
+                    "fourth place makes panel 4 anew: panels 1 to 3 stay, those after it follow it.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -103,49 +104,51 @@ class TellStory(io.ComfyNode):
                     step=0.1,
                     tooltip="How strictly the images follow the story.",
                 ),
-                io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="dpmpp_2m",
-                    tooltip="Any of ComfyUI's samplers.",
+                *advanced(
+                    io.Combo.Input(
+                        "sampler_name",
+                        options=comfy.samplers.KSampler.SAMPLERS,
+                        default="dpmpp_2m",
+                        tooltip="Any of ComfyUI's samplers.",
+                    ),
+                    io.Combo.Input(
+                        "scheduler",
+                        options=comfy.samplers.KSampler.SCHEDULERS,
+                        default="karras",
+                        tooltip="Any of ComfyUI's schedules.",
+                    ),
+                    io.Int.Input(
+                        "width",
+                        default=0,
+                        min=0,
+                        max=4096,
+                        step=8,
+                        tooltip="In pixels; 0 for the size the model was trained at.",
+                    ),
+                    io.Int.Input(
+                        "height",
+                        default=0,
+                        min=0,
+                        max=4096,
+                        step=8,
+                        tooltip="In pixels; 0 for the size the model was trained at.",
+                    ),
+                    strength_input(),
+                    context_images_input(),
+                    io.Boolean.Input(
+                        "picture_first",
+                        default=False,
+                        tooltip="On: each panel's image comes before its text. Off: the order of the story or its "
+                        "storyboard, else the model's own.",
+                    ),
+                    *sampling_inputs(),
                 ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="karras",
-                    tooltip="Any of ComfyUI's schedules.",
-                ),
-                io.Int.Input(
-                    "width",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=8,
-                    tooltip="In pixels; 0 for the size the model was trained at.",
-                ),
-                io.Int.Input(
-                    "height",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=8,
-                    tooltip="In pixels; 0 for the size the model was trained at.",
-                ),
-                strength_input(),
-                context_images_input(),
-                io.Boolean.Input(
-                    "picture_first",
-                    default=False,
-                    tooltip="On: each panel's image comes before its text. Off: the order of the story or its "
-                    "storyboard, else the model's own.",
-                ),
-                *sampling_inputs(),
                 PlanSocket.Input(
                     "plan",
                     optional=True,
                     tooltip="From Load Storyboard: the panels and their texts; replaces the number of panels.",
                 ),
-                drop_oldest_input(),
+                *advanced(drop_oldest_input()),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story"),

@@ -21,6 +21,13 @@ def search_aliases(*names: str) -> dict[str, list[str]]:
     return {"search_aliases": list(names)} if "search_aliases" in io.Schema.__dataclass_fields__ else {}
 
 
+def advanced(*inputs):
+    """Inputs that pages hide until asked for, where they know how to."""
+    for each in inputs:
+        each.extra_dict = {**getattr(each, "extra_dict", {}), "advanced": True}
+    return inputs
+
+
 def seed_input(label: str, name: str = "seed"):
     return io.Int.Input(
         name,

@@ -10,7 +10,16 @@ from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.generation.config import TextGenerationConfig
 from ..comfy_mminterleaved.stories.story import Story, TextSegment
 from .preview import send_live_text, text_or_panels
-from .types import CATEGORY, LLMSocket, StorySocket, drop_oldest_input, sampling_inputs, search_aliases, seed_input
+from .types import (
+    CATEGORY,
+    LLMSocket,
+    StorySocket,
+    advanced,
+    drop_oldest_input,
+    sampling_inputs,
+    search_aliases,
+    seed_input,
+)
 
 
 def progress_callback(hidden, limit: int):
@@ -61,8 +70,7 @@ class WriteStoryText(io.ComfyNode):
                     tooltip="The story so far; only its new tokens are computed. May be left out.",
                 ),
                 seed_input("the text"),
-                *sampling_inputs(),
-                drop_oldest_input(),
+                *advanced(*sampling_inputs(), drop_oldest_input()),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story", tooltip="The story with the new text."),

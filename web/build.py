@@ -19,8 +19,8 @@ DOCS = ROOT / "web" / "docs"
 PREFIX = "MMInterleaved"
 # Template -> file, zoom, top left corner on the canvas, size in px.
 CANVASES = {
-    "1 Tell a story": ("canvas-tell.png", 0.72, (-50, -390), (950, 1070)),
-    "2 The four blocks": ("canvas-blocks.png", 0.6, (-70, -110), (1400, 825)),
+    "1 Tell a story": ("canvas-tell.png", 0.72, (-50, -400), (980, 1090)),
+    "2 The four blocks": ("canvas-blocks.png", 0.62, (-60, -100), (1080, 960)),
 }
 
 

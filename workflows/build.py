@@ -34,6 +34,7 @@ class Node:
     values: dict
     heading: str | None
     wires: dict[str, tuple[Node, int]] = field(default_factory=dict)
+    room: int = 0  # height to keep free, if it grows when it runs
 
     def __getitem__(self, output: int) -> tuple[Node, int]:
         return self, output
@@ -46,29 +47,36 @@ class Workflow:
         self.definitions = definitions
         self.nodes: list[Node] = []
         self.groups: list[dict] = []
+        self.subgraphs: dict[str, Subgraph] = {}
 
-    def add(self, type: str, x: int, y: int, size=(300, 120), heading: str | None = None, **inputs) -> Node:
+    def add(self, type: str, x: int, y: int, size=(300, 120), heading: str | None = None, room=0, **inputs) -> Node:
         wires = {name: value for name, value in inputs.items() if isinstance(value, tuple)}
         values = {name: value for name, value in inputs.items() if not isinstance(value, tuple)}
-        node = Node(len(self.nodes) + 1, type, (x, y), size, values, heading, wires)
+        node = Node(len(self.nodes) + 1, type, (x, y), size, values, heading, wires, max(room, size[1]))
         self.nodes.append(node)
         return node
 
-    def reroute(self, x: int, y: int, wire: tuple[Node, int]) -> tuple[Node, int]:
-        """A bend: the wire as it goes on."""
-        self.nodes.append(Node(len(self.nodes) + 1, "Reroute", (x, y), (75, 26), {}, None, {"": wire}))
-        return self.nodes[-1][0]
+    def add_subgraph(self, subgraph: Subgraph, x: int, y: int, size, heading: str, room: int, **inputs) -> Node:
+        """A node that stands for a graph of its own."""
+        self.definitions = {**self.definitions, subgraph.id: subgraph.definition()}
+        self.subgraphs[subgraph.id] = subgraph
+        return self.add(subgraph.id, x, y, size, heading, room, **inputs)
 
     def note(self, x: int, y: int, size: tuple[int, int], name: str) -> None:
         text = (HERE / "notes" / f"{name}.md").read_text(encoding="utf-8").rstrip()
         self.nodes.append(Node(len(self.nodes) + 1, "MarkdownNote", (x, y), size, {"text": text}, None))
 
-    def group(self, title: str, x: int, y: int, w: int, h: int, color: str) -> None:
+    def group(self, title: str, color: str, *members: Node) -> None:
+        """A frame around nodes, each with its title above it."""
+        left = min(node.position[0] for node in members) - 20
+        top = min(node.position[1] for node in members) - 80
+        right = max(node.position[0] + node.size[0] for node in members) + 20
+        bottom = max(node.position[1] + node.room for node in members) + 20
         self.groups.append(
             {
                 "id": len(self.groups) + 1,
                 "title": title,
-                "bounding": [x, y, w, h],
+                "bounding": [left, top, right - left, bottom - top],
                 "color": color,
                 "font_size": 24,
                 "flags": {},
@@ -85,7 +93,8 @@ class Workflow:
                 widget = (combo or kind in ("INT", "FLOAT", "STRING", "BOOLEAN")) and not settings.get("forceInput")
                 yield name, "COMBO" if combo else kind, widget, settings, kind
 
-    def to_json(self, name: str) -> dict:
+    def nodes_and_links(self) -> tuple[list[dict], list[list], dict[tuple[int, int], list[int]]]:
+        """Nodes and links as the page saves them, and the links that leave each output."""
         links, nodes = [], []
         outgoing: dict[tuple[int, int], list[int]] = {}
         for node in self.nodes:
@@ -107,9 +116,8 @@ class Workflow:
             if node.type == "MarkdownNote":
                 entry |= {"widgets_values": [node.values["text"]], "properties": {}, "color": "#432", "bgcolor": "#653"}
                 continue
-            if node.type == "Reroute":
-                self._bend(entry, node, links, outgoing)
-                continue
+            if node.type in self.subgraphs:
+                entry["properties"] = {"proxyWidgets": []}
             values = []
             for name, kind, widget, settings, raw in self.inputs_of(node.type):
                 slot = {"name": name, "type": kind, "link": None}
@@ -138,12 +146,15 @@ class Workflow:
                 entry["outputs"].append({"name": name, "type": kind, "links": None, "slot_index": number})
                 if definition["output_is_list"][number]:
                     entry["outputs"][-1]["shape"] = 6
-        for (node, output), found in outgoing.items():
-            nodes[node - 1]["outputs"][output]["links"] = found
-        for link in links:
-            link[5] = nodes[link[1] - 1]["outputs"][link[2]]["type"]
-            if nodes[link[3] - 1]["type"] == "Reroute":  # they stand in order
-                nodes[link[3] - 1]["outputs"][0]["type"] = link[5]
+        for (node, output), numbers in outgoing.items():
+            if node > 0:
+                nodes[node - 1]["outputs"][output]["links"] = numbers
+                for number in numbers:
+                    links[number - 1][5] = nodes[node - 1]["outputs"][output]["type"]
+        return nodes, links, outgoing
+
+    def to_json(self, name: str) -> dict:
+        nodes, links, _ = self.nodes_and_links()
         return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
             "revision": 0,
@@ -152,230 +163,288 @@ class Workflow:
             "nodes": nodes,
             "links": links,
             "groups": self.groups,
+            **(
+                {"definitions": {"subgraphs": [s.to_json() for s in self.subgraphs.values()]}} if self.subgraphs else {}
+            ),
             "config": {},
-            "extra": {"ds": {"scale": 0.7, "offset": [60, 80]}},
+            "extra": {"ds": self._view()},
             "version": 0.4,
         }
 
-    @staticmethod
-    def _bend(entry: dict, node: Node, links: list, outgoing: dict) -> None:
-        origin, output = node.wires[""]
-        links.append([len(links) + 1, origin.id, output, node.id, 0, "*"])
-        outgoing.setdefault((origin.id, output), []).append(len(links))
-        entry["inputs"] = [{"name": "", "type": "*", "link": len(links)}]
-        entry["outputs"] = [{"name": "", "type": "*", "links": None, "slot_index": 0}]
-        entry["properties"] = {"showOutputText": False, "horizontal": False}
+    def _view(self) -> dict:
+        """Zoom and offset at which the whole graph is in view on a screen of 1800 x 1000 px."""
+        left = min(node.position[0] for node in self.nodes) - 40
+        top = min(node.position[1] for node in self.nodes) - 60
+        right = max(node.position[0] + node.size[0] for node in self.nodes) + 40
+        bottom = max(node.position[1] + node.size[1] for node in self.nodes) + 40
+        scale = min(1600 / (right - left), 900 / (bottom - top), 0.9)
+        return {"scale": round(scale, 3), "offset": [round(100 / scale - left), round(80 / scale - top)]}
+
+
+class Subgraph(Workflow):
+    """A graph behind one node; `self.inputs[name]` is what its node is given.
+
+    Args:
+        kinds: Type of each input, by name.
+    """
+
+    def __init__(self, definitions: dict, name: str, kinds: dict[str, str]):
+        super().__init__(definitions)
+        self.name, self.kinds = name, kinds
+        self.id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfy-mminterleaved {name}"))
+        entrance = Node(-10, "", (0, 0), (0, 0), {}, None)
+        self.inputs = {key: entrance[number] for number, key in enumerate(kinds)}
+        self.outputs: dict[str, tuple[Node, int]] = {}
+
+    def _kind_of(self, wire: tuple[Node, int]) -> str:
+        return self.definitions[wire[0].type]["output"][wire[1]]
+
+    def definition(self) -> dict:
+        """As a server describes a node."""
+        return {
+            "input": {"required": {name: (kind, {"forceInput": True}) for name, kind in self.kinds.items()}},
+            "input_order": {"required": list(self.kinds)},
+            "output": [self._kind_of(wire) for wire in self.outputs.values()],
+            "output_name": list(self.outputs),
+            "output_is_list": [False] * len(self.outputs),
+        }
+
+    def to_json(self) -> dict:
+        nodes, links, outgoing = self.nodes_and_links()
+        for number, wire in enumerate(self.outputs.values()):
+            links.append([len(links) + 1, wire[0].id, wire[1], -20, number, self._kind_of(wire)])
+            entry = nodes[wire[0].id - 1]["outputs"][wire[1]]
+            entry["links"] = [*(entry["links"] or []), len(links)]
+        left = min(node.position[0] for node in self.nodes)
+        right = max(node.position[0] + node.size[0] for node in self.nodes)
+
+        def slots(names, kinds, x, link_ids):
+            return [
+                {
+                    "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.id} {name}")),
+                    "name": name,
+                    "type": kind,
+                    "linkIds": link_ids(number),
+                    "pos": [x, 20 + 20 * number],
+                }
+                for number, (name, kind) in enumerate(zip(names, kinds))
+            ]
+
+        ends = {link[4]: link[0] for link in links if link[3] == -20}
+        outputs = [self._kind_of(wire) for wire in self.outputs.values()]
+        return {
+            "id": self.id,
+            "version": 1,
+            "state": {"lastGroupId": 0, "lastNodeId": len(nodes), "lastLinkId": len(links), "lastRerouteId": 0},
+            "revision": 0,
+            "config": {},
+            "name": self.name,
+            "inputNode": {"id": -10, "bounding": [left - 240, 0, 120, 40 + 20 * len(self.kinds)]},
+            "outputNode": {"id": -20, "bounding": [right + 120, 0, 120, 40 + 20 * len(outputs)]},
+            "inputs": slots(self.kinds, self.kinds.values(), left - 140, lambda k: outgoing.get((-10, k), [])),
+            "outputs": slots(self.outputs, outputs, right + 140, lambda k: [ends[k]]),
+            "widgets": [],
+            "nodes": nodes,
+            "groups": [],
+            "links": [
+                dict(zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), link))
+                for link in links
+            ],
+            "extra": {},
+        }
 
 
 EXAMPLE = "example (three stories)"
 MIA = "Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball."
+PAGES = (420, 760)  # of Save Story, which shows the panels
+TELL, TELL_ROOM = (400, 700), 1170  # of Tell Story with all its settings open; with the panels below
 
 
 def load(w: Workflow, x=0, y=0) -> Node:
-    return w.add("MMInterleavedLoad", x, y, (300, 150))
+    return w.add("MMInterleavedLoad", x, y, (300, 170))
 
 
 def tell(w: Workflow, model: Node, x: int, **inputs) -> Node:
     blocks = {name: model[output] for output, name in enumerate(("encoder", "llm", "synchronizer", "model", "vae"))}
-    return w.add("MMInterleavedTellStory", x, 0, (360, 640), **blocks, **inputs)
+    return w.add("MMInterleavedTellStory", x, 0, TELL, room=TELL_ROOM, **blocks, **inputs)
 
 
 def tell_a_story(w: Workflow) -> None:
-    w.note(0, -340, (720, 200), "1 Tell a story")
+    w.note(0, -360, (720, 220), "1 Tell a story")
     model = load(w)
-    told = tell(
-        w,
-        model,
-        360,
-        opening=MIA,
-        panels=4,
-        seed=3,
+    told = tell(w, model, 380, opening=MIA, panels=4, seed=3)
+    pages = w.add("MMInterleavedSaveStory", 860, 0, PAGES, story=told[0], title="Mia")
+    w.group("1. Model", BLUE, model)
+    w.group("2. The story", PURPLE, told)
+    w.group("3. Its pages", GREEN, pages)
+
+
+def panel(definitions: dict) -> Subgraph:
+    """The blocks that write and draw one panel of a story."""
+    kinds = {"encoder": "MMI_ENCODER", "LLM": "MMI_LLM", "synchronizer": "MMI_SYNCHRONIZER", "MODEL": "MODEL"}
+    g = Subgraph(definitions, "Panel", {**kinds, "VAE": "VAE", "story": "STORY", "seed": "INT"})
+    text = g.add(
+        "MMInterleavedWrite", 0, 0, (310, 240), llm=g.inputs["LLM"], story=g.inputs["story"], seed=g.inputs["seed"]
     )
-    w.add("PreviewImage", 780, 0, (420, 320), images=told[1])
-    w.add("MMInterleavedSaveStory", 780, 380, (420, 420), story=told[0], title="Mia")
-    w.group("1. Model", -20, -70, 340, 240, BLUE)
-    w.group("2. The story", 340, -70, 400, 1040, PURPLE)
-    w.group("3. Its pages", 760, -70, 460, 890, GREEN)
+    ready = g.add(
+        "MMInterleavedSynchronize",
+        390,
+        0,
+        (310, 320),
+        llm=g.inputs["LLM"],
+        synchronizer=g.inputs["synchronizer"],
+        model=g.inputs["MODEL"],
+        story=text[0],
+    )
+    latent = g.add("EmptyLatentImage", 390, 420, (310, 140), width=128, height=128)
+    drawn = g.add(
+        "KSampler",
+        780,
+        0,
+        (310, 540),
+        model=ready[0],
+        positive=ready[1],
+        negative=ready[2],
+        latent_image=latent[0],
+        seed=g.inputs["seed"],
+        steps=20,
+        cfg=4.0,
+        sampler_name="dpmpp_2m",
+        scheduler="karras",
+    )
+    image = g.add("VAEDecode", 1170, 0, (260, 80), samples=drawn[0], vae=g.inputs["VAE"])
+    added = g.add(
+        "MMInterleavedStoryPicture",
+        1510,
+        0,
+        (300, 110),
+        encoder=g.inputs["encoder"],
+        image=image[0],
+        story=text[0],
+    )
+    g.outputs = {"story": added[0], "text": text[1], "image": image[0]}
+    return g
 
 
 def four_blocks(w: Workflow) -> None:
-    w.note(0, -400, (1080, 250), "2 The four blocks")
-    told = None
-    for number in range(3):
-        y = number * 660
-        model = load(w, 0, y + 60)
-        encoder = w.reroute(340, y, model[0])
-        vae = w.reroute(340, y + 470, model[4])
-        if told is None:
-            told = w.add("MMInterleavedStoryText", 420, y + 60, (310, 180), text=MIA)[0]
-        else:
-            told = w.add("MMInterleavedWrite", 420, y + 60, (310, 380), llm=model[1], story=told, seed=number)[0]
-        ready = w.add(
-            "MMInterleavedSynchronize",
-            810,
-            y + 60,
-            (310, 240),
-            llm=model[1],
-            synchronizer=model[2],
-            model=model[3],
-            story=told,
-        )
-        latent = w.add("EmptyLatentImage", 810, y + 370, (310, 110), width=128, height=128)
-        drawn = w.add(
-            "KSampler",
-            1200,
-            y + 60,
-            (310, 470),
-            model=ready[0],
-            positive=ready[1],
-            negative=ready[2],
-            latent_image=latent[0],
-            seed=10 + number,
-            steps=20,
-            cfg=4.0,
-            sampler_name="dpmpp_2m",
-            scheduler="karras",
-        )
-        vae = w.reroute(1590, y + 560, w.reroute(1120, y + 560, vae))
-        image = w.add("VAEDecode", 1590, y + 120, (230, 60), samples=drawn[0], vae=vae)
-        w.add("PreviewImage", 1590, y + 250, (230, 280), images=image[0])
-        encoder = w.reroute(1820, y, encoder)
-        told = w.add("MMInterleavedStoryPicture", 1900, y + 60, (280, 90), encoder=encoder, image=image[0], story=told)[
-            0
-        ]
-        if number < 2:  # back to the left, between the rows
-            told = w.reroute(340, y + 612, w.reroute(2040, y + 612, told))
-        w.group(f"Panel {number + 1}", -30, y - 60, 2250, 650, (PURPLE, BLUE, GREEN)[number])
-    w.add("MMInterleavedSaveStory", 2290, 1380, (420, 480), story=told, title="Mia at the beach")
-    w.group("Pages", 2260, 1260, 480, 650, BROWN)
+    w.note(1000, 0, (640, 400), "2 The four blocks")
+    model = load(w)
+    begun = w.add("MMInterleavedStoryText", 0, 290, (300, 160), text="Mia is a fox in a red coat with a crown.")
+    seeds = [
+        w.add("PrimitiveInt", 0, 570 + 160 * k, (300, 110), f"Seed of panel {k + 1}", value=seed)
+        for k, seed in enumerate((14, 15, 16))
+    ]
+    blocks = dict(zip(("encoder", "LLM", "synchronizer", "MODEL", "VAE"), (model[output] for output in range(5))))
+    draw, told = panel(w.definitions), begun[0]
+    for k, seed in enumerate(seeds):
+        at = (440 + 170 * k, 490 * k)
+        drawn = w.add_subgraph(draw, *at, (280, 220), f"Panel {k + 1}", room=440, story=told, seed=seed[0], **blocks)
+        told = drawn[0]
+    pages = w.add("MMInterleavedSaveStory", 1200, 520, (440, 660), story=told, title="Mia")
+    w.group("Model and opening", BLUE, model, begun)
+    w.group("Seeds", BROWN, *seeds)
+    w.group("Pages", GREEN, pages)
 
 
 def own_picture(w: Workflow) -> None:
-    w.note(0, -340, (700, 200), "3 Continue from my picture")
+    w.note(0, -380, (700, 240), "3 Continue from my picture")
     model = load(w)
-    picture = w.add("LoadImage", 0, 260, (300, 330), image="example.png")
-    begun = w.add("MMInterleavedStoryText", 380, 0, (320, 130), text="Mia runs in the meadow with a kite.")
-    shown = w.add("MMInterleavedStoryPicture", 380, 260, (320, 90), story=begun[0], encoder=model[0], image=picture[0])
-    told = tell(
-        w,
-        model,
-        780,
-        story=shown[0],
-        panels=3,
-        seed=8,
-    )
-    w.add("MMInterleavedSaveStory", 1220, 0, (420, 460), story=told[0], title="My picture")
-    w.group("1. Model and picture", -20, -70, 340, 680, BLUE)
-    w.group("2. The story begins", 360, -70, 360, 440, BROWN)
-    w.group("3. and goes on", 760, -70, 400, 1040, PURPLE)
-    w.group("4. Its pages", 1200, -70, 460, 560, GREEN)
+    picture = w.add("MMInterleavedExampleImage", 0, 290, (300, 360))
+    begun = w.add("MMInterleavedStoryText", 400, 0, (320, 160), text="Mia runs in the meadow with a kite.")
+    shown = w.add("MMInterleavedStoryPicture", 400, 290, (320, 110), story=begun[0], encoder=model[0], image=picture[0])
+    told = tell(w, model, 820, story=shown[0], panels=3, seed=8)
+    pages = w.add("MMInterleavedSaveStory", 1320, 0, PAGES, story=told[0], title="My picture")
+    w.group("1. Model and picture", BLUE, model, picture)
+    w.group("2. The story begins", BROWN, begun, shown)
+    w.group("3. and goes on", PURPLE, told)
+    w.group("4. Its pages", GREEN, pages)
 
 
 def ask_and_caption(w: Workflow) -> None:
-    w.note(0, -340, (700, 200), "4 Ask and caption")
+    w.note(0, -390, (340, 290), "4 Ask and caption")
     model = load(w)
-    picture = w.add("LoadImage", 0, 260, (300, 330), image="example.png")
-    story = w.add("MMInterleavedStoryPicture", 400, 80, (300, 90), encoder=model[0], image=picture[0])
-    answer = w.add("MMInterleavedAsk", 800, 0, (360, 200), llm=model[1], story=story[0], question="Where is it?")
-    best = w.add(
+    picture = w.add("MMInterleavedExampleImage", 0, 290, (300, 360))
+    story = w.add("MMInterleavedStoryPicture", 420, -160, (300, 110), encoder=model[0], image=picture[0])
+    question = w.add("MMInterleavedAsk", 800, 0, (360, 240), llm=model[1], story=story[0], question="Where is it?")
+    ranking = w.add(
         "MMInterleavedChoose",
         800,
-        300,
-        (360, 240),
+        360,
+        (360, 290),
         llm=model[1],
         story=story[0],
         options="a fox\na bear\na rabbit",
         question="Who is it?",
     )
-    caption = w.add("MMInterleavedCaption", 800, 640, (360, 170), llm=model[1], encoder=model[0], image=picture[0])
-    for y, text in ((0, answer), (300, best), (640, caption)):
-        w.add("PreviewAny", 1260, y, (300, 140), source=text[0])
-    w.group("1. Model and picture", -20, -70, 340, 680, BLUE)
-    w.group("2. See", 380, -70, 340, 260, BROWN)
-    w.group("3. Ask", 780, -70, 400, 290, PURPLE)
-    w.group("4. Choose", 780, 230, 400, 330, PURPLE)
-    w.group("5. Caption", 780, 570, 400, 260, PURPLE)
-    w.group("Answers", 1240, -70, 340, 900, GREEN)
+    caption = w.add("MMInterleavedCaption", 800, 770, (360, 200), llm=model[1], encoder=model[0], image=picture[0])
+    w.group("1. Model and picture", BLUE, model, picture)
+    w.group("2. See", BROWN, story)
+    w.group("3. Ask", PURPLE, question)
+    w.group("4. Choose", PURPLE, ranking)
+    w.group("5. Caption", PURPLE, caption)
 
 
 def storyboard_batch(w: Workflow) -> None:
-    w.note(0, -370, (760, 230), "5 Storyboard batch")
+    w.note(0, -390, (760, 250), "5 Storyboard batch")
     model = load(w)
-    board = w.add("MMInterleavedLoadStoryboard", 0, 260, (300, 170), encoder=model[0], storyboard=EXAMPLE)
-    told = tell(
-        w,
-        model,
-        400,
-        story=board[0],
-        panels=board[1],
-        seed=board[2],
-        plan=board[4],
+    board = w.add("MMInterleavedLoadStoryboard", 0, 290, (300, 260), encoder=model[0], storyboard=EXAMPLE)
+    told = tell(w, model, 420, story=board[0], panels=board[1], seed=board[2], plan=board[4])
+    pages = w.add(
+        "MMInterleavedSaveStory", 920, 0, PAGES, story=told[0], title=board[3], filename_prefix="storyboard/story"
     )
-    w.add(
-        "MMInterleavedSaveStory", 840, 0, (420, 460), story=told[0], title=board[3], filename_prefix="storyboard/story"
-    )
-    w.group("1. Model and storyboard", -20, -70, 340, 520, BLUE)
-    w.group("2. Tell", 380, -70, 400, 1040, PURPLE)
-    w.group("3. Save", 820, -70, 460, 560, GREEN)
+    w.group("1. Model and storyboard", BLUE, model, board)
+    w.group("2. Tell", PURPLE, told)
+    w.group("3. Save", GREEN, pages)
 
 
 def own_sampler(w: Workflow) -> None:
-    w.note(0, -340, (700, 200), "6 Own sampler")
+    w.note(0, -360, (700, 220), "6 Own sampler")
     model = load(w)
-    latent = w.add("EmptyLatentImage", 0, 260, (300, 110), width=128, height=128)
-    begun = w.add("MMInterleavedStoryText", 380, 0, (320, 130), text=MIA)
+    latent = w.add("EmptyLatentImage", 0, 290, (300, 140), width=128, height=128)
+    begun = w.add("MMInterleavedStoryText", 400, 0, (320, 180), text=MIA)
     ready = w.add(
         "MMInterleavedSynchronize",
-        380,
-        260,
-        (320, 240),
+        400,
+        290,
+        (320, 320),
         llm=model[1],
         synchronizer=model[2],
         story=begun[0],
         model=model[3],
     )
-    guider = w.add("CFGGuider", 780, 0, (300, 100), model=ready[0], positive=ready[1], negative=ready[2], cfg=4.0)
-    noise = w.add("RandomNoise", 780, 180, (300, 90), noise_seed=5)
-    sampler = w.add("KSamplerSelect", 780, 350, (300, 60), sampler_name="euler_ancestral")
-    sigmas = w.add("BasicScheduler", 780, 490, (300, 110), model=ready[0], scheduler="karras", steps=25)
+    guider = w.add("CFGGuider", 820, 0, (300, 130), model=ready[0], positive=ready[1], negative=ready[2], cfg=4.0)
+    noise = w.add("RandomNoise", 820, 220, (300, 110), noise_seed=5)
+    sampler = w.add("KSamplerSelect", 820, 420, (300, 80), sampler_name="euler_ancestral")
+    sigmas = w.add("BasicScheduler", 820, 590, (300, 150), model=ready[0], scheduler="karras", steps=25)
     drawn = w.add(
         "SamplerCustomAdvanced",
-        1160,
+        1220,
         0,
-        (300, 330),
+        (300, 420),
         noise=noise[0],
         guider=guider[0],
         sampler=sampler[0],
         sigmas=sigmas[0],
         latent_image=latent[0],
     )
-    image = w.add("VAEDecode", 1160, 400, (300, 60), samples=drawn[0], vae=model[4])
-    large = w.add("ImageScaleBy", 1160, 530, (300, 90), image=image[0], upscale_method="lanczos", scale_by=4.0)
-    w.add("SaveImage", 1540, 0, (420, 460), images=large[0], filename_prefix="stories/large")
-    w.group("1. Model", -20, -70, 340, 460, BLUE)
-    w.group("2. Story", 360, -70, 360, 590, BROWN)
-    w.group("3. Sampler", 760, -70, 340, 690, PURPLE)
-    w.group("4. Picture", 1140, -70, 340, 720, BLUE)
-    w.group("5. Large", 1520, -70, 460, 560, GREEN)
+    image = w.add("VAEDecode", 1220, 510, (300, 80), samples=drawn[0], vae=model[4])
+    large = w.add("ImageScaleBy", 1220, 680, (300, 120), image=image[0], upscale_method="lanczos", scale_by=4.0)
+    saved = w.add("SaveImage", 1620, 0, (420, 560), images=large[0], filename_prefix="stories/large")
+    w.group("1. Model", BLUE, model, latent)
+    w.group("2. Story", BROWN, begun, ready)
+    w.group("3. Sampler", PURPLE, guider, noise, sampler, sigmas)
+    w.group("4. Picture", BLUE, drawn, image, large)
+    w.group("5. Large", GREEN, saved)
 
 
 def reroll(w: Workflow) -> None:
-    w.note(0, -370, (760, 230), "7 Draw a panel anew")
+    w.note(0, -390, (760, 250), "7 Draw a panel anew")
     model = load(w)
-    told = tell(
-        w,
-        model,
-        400,
-        opening=MIA,
-        panels=4,
-        seed=3,
-        seeds=", , 42",
-    )
-    w.add("PreviewImage", 840, 0, (420, 320), images=told[1])
-    w.add("MMInterleavedSaveStory", 840, 420, (420, 420), story=told[0], title="Mia, another way")
-    w.group("1. Model", -20, -70, 340, 240, BLUE)
-    w.group("2. Change the third of the seeds", 380, -70, 400, 1040, PURPLE)
-    w.group("3. Pictures and pages", 820, -70, 460, 930, GREEN)
+    told = tell(w, model, 420, opening=MIA, panels=4, seed=3, seeds=", , 42")
+    pages = w.add("MMInterleavedSaveStory", 920, 0, PAGES, story=told[0], title="Mia, another way")
+    w.group("1. Model", BLUE, model)
+    w.group("2. Change the third of the seeds", PURPLE, told)
+    w.group("3. Its pages", GREEN, pages)
 
 
 TEMPLATES = {
@@ -414,8 +483,8 @@ def photograph(server: str, prompt: dict, outputs: dict) -> Image.Image:
         pictures = [fetch(**image) for image in outputs[saved[0]]["images"]]
         texts = outputs[saved[0]].get("text", [""])[0].split("\n")
     else:
-        read = next(entry for entry in prompt.values() if entry["class_type"] == "LoadImage")["inputs"]["image"]
-        pictures = [fetch(filename=read, type="input")]
+        read = next(n for n, entry in prompt.items() if entry["class_type"] == "MMInterleavedExampleImage")
+        pictures = [fetch(**outputs[read]["images"][0])]
         asked = {"MMInterleavedAsk": "question", "MMInterleavedChoose": "question", "MMInterleavedCaption": ""}
         texts = [
             f"{prompt[n]['inputs'].get(asked[prompt[n]['class_type']]) or 'Caption:'} {outputs[n]['text'][0]}"

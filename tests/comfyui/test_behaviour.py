@@ -89,8 +89,9 @@ def test_text_and_progress_are_shown_while_it_is_written(comfyui):
 def test_a_text_written_on_its_own_node_is_shown_while_it_grows(comfyui):
     prompt = {"1": LOAD, "2": node("MMInterleavedWrite", llm=["1", 1], seed=7, **TEXT), "3": show(["2", 1])}
     done = comfyui.run(prompt)
-    texts = [e for e in done["events"] if isinstance(e, bytes) and e[:4] == b"\x00\x00\x00\x03"]
-    assert len(texts) > 3 and done["outputs"]["2"]["text"][0]
+    texts = [e["data"] for e in done["events"] if not isinstance(e, bytes) and e["type"] == "mm_interleaved.text"]
+    assert len(texts) > 3 and {text["node"] for text in texts} == {"2"}
+    assert done["outputs"]["2"]["text"][0].startswith(texts[-2]["text"])
 
 
 def test_pictures_are_previewed_while_they_are_drawn(comfyui):
@@ -215,8 +216,12 @@ BAD = {
         "must be a file in ComfyUI's input folder",
     ),
     "storyboard index": (
+        {"1": node("MMInterleavedLoadStoryboard", storyboard="example (three stories)", index=4), "2": show(["1", 1])},
+        "has 3 stories, 0 to 2, not 4",
+    ),
+    "after the last story": (
         {"1": node("MMInterleavedLoadStoryboard", storyboard="example (three stories)", index=3), "2": show(["1", 1])},
-        "has 3 stories, 0 to 2, not 3",
+        "The last of the 3 stories in 'example (three stories)' is told; set index to 0",
     ),
     "no such block file": (
         {"1": node("MMInterleavedLoadEncoder", file="../../x.safetensors"), "2": show(["1", 0])},
@@ -465,3 +470,13 @@ def test_no_token_of_a_story_is_computed_twice(comfyui):
     written = sum(len(s["token_ids"]) for s in segments if "token_ids" in s)
     length = 1 + written + 17 * len(pictures)  # without the opening's few
     assert written > 30 and 0.8 * length < counted <= 1.1 * length, (counted, length)  # the last image is not read
+
+
+def test_a_storyboard_starts_over_with_other_seeds(comfyui):
+    seeds, titles = [], []
+    for index in (0, 3, 6):
+        load = node("MMInterleavedLoadStoryboard", storyboard="example (three stories)", index=index, start_over=True)
+        done = comfyui.run({"1": load, "2": show(["1", 2]), "3": show(["1", 3])})
+        seeds.append(int(done["outputs"]["2"]["text"][0]))
+        titles.append(done["outputs"]["3"]["text"][0])
+    assert len(set(titles)) == 1 and len(set(seeds)) == 3

@@ -1,10 +1,17 @@
-// Shows the panels of a story on its node: each image with its text below, growing while the story is told.
+// Shows a story on its node, each image with its text below, and what the LLM writes; both grow while they are made.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
 const PANELS = "mm_interleaved_panels";
-const NODES = ["MMInterleavedTellStory", "MMInterleavedSaveStory", "MMInterleavedStoryToPanels"];
-const HEIGHT = 240;
+const PANEL_NODES = ["MMInterleavedTellStory", "MMInterleavedSaveStory", "MMInterleavedStoryToPanels"];
+const TEXT_NODES = [
+    "MMInterleavedWrite",
+    "MMInterleavedIntroduce",
+    "MMInterleavedAsk",
+    "MMInterleavedCaption",
+    "MMInterleavedChoose",
+];
+const NODES = [...PANEL_NODES, ...TEXT_NODES];
 
 const STYLE = `
 .mmi-panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 8px; align-content: start;
@@ -13,6 +20,8 @@ const STYLE = `
 .mmi-panels img { display: block; width: 100%; border-radius: 4px; }
 .mmi-panels figcaption { margin-top: 4px; color: var(--input-text, #ddd); font: 12px/1.4 sans-serif; overflow-wrap: anywhere; }
 .mmi-panels .mmi-live { opacity: 0.7; }
+.mmi-panels.mmi-text { display: block; }
+.mmi-panels.mmi-text figcaption { white-space: pre-wrap; font-size: 13px; }
 `;
 
 function figure(panel) {
@@ -33,11 +42,12 @@ function figure(panel) {
 function rootOf(node) {
     if (!node.mmiPanels) {
         const root = document.createElement("div");
-        root.className = "mmi-panels";
+        const isText = TEXT_NODES.includes(node.comfyClass);
+        root.className = isText ? "mmi-panels mmi-text" : "mmi-panels";
         const widget = node.addDOMWidget(PANELS, "MMI_PANELS", root, {
             serialize: false,
             hideOnZoom: false,
-            getMinHeight: () => HEIGHT,
+            getMinHeight: () => (isText ? 70 : 320),
             getValue: () => "",
             setValue: () => {},
         });
@@ -57,8 +67,26 @@ function show(node, panels) {
     node.setDirtyCanvas?.(true, true);
 }
 
+// What a sampler drew on the node while it ran; the panel it became is shown.
+function dropPreview(node) {
+    delete app.nodePreviewImages?.[node.id];
+    const index = node.widgets?.findIndex((widget) => widget.name === "$$canvas-image-preview") ?? -1;
+    if (index < 0) return; // the new nodes keep theirs elsewhere
+    node.widgets[index].onRemove?.();
+    node.widgets.splice(index, 1);
+    node.imgs = undefined;
+    node.setSize([node.size[0], node.computeSize()[1]]);
+}
+
+function finish(node) {
+    if (node.comfyClass === "MMInterleavedTellStory") dropPreview(node);
+    node.mmiPanels.scrollTop = 0;
+    node.setDirtyCanvas?.(true, true);
+}
+
 function showLive(node, text) {
     const root = rootOf(node);
+    if (TEXT_NODES.includes(node.comfyClass)) root.replaceChildren();
     let live = root.querySelector(".mmi-live");
     if (!live) {
         live = figure({ text: "" });
@@ -88,13 +116,22 @@ app.registerExtension({
             const node = findNode(detail.node);
             if (node) showLive(node, detail.text);
         });
+        api.addEventListener("execution_success", () => {
+            // The last preview may come after the last panel.
+            setTimeout(() => app.graph.nodes.filter((node) => node.mmiPanels).forEach(finish), 400);
+        });
     },
     beforeRegisterNodeDef(nodeType, nodeData) {
         if (!NODES.includes(nodeData.name)) return;
         const onExecuted = nodeType.prototype.onExecuted;
         nodeType.prototype.onExecuted = function (output) {
             onExecuted?.call(this, output);
-            if (output?.[PANELS]) show(this, output[PANELS]);
+            if (output?.[PANELS]) {
+                if (nodeData.name === "MMInterleavedTellStory") dropPreview(this);
+                show(this, output[PANELS]);
+            } else if (output?.text && TEXT_NODES.includes(nodeData.name)) {
+                show(this, [{ text: output.text.join("\n") }]);
+            }
         };
         if (nodeData.name === "MMInterleavedSaveStory") {
             nodeType.prototype.onDrawBackground = undefined; // the images are in the panels
@@ -104,7 +141,7 @@ app.registerExtension({
         if (node.comfyClass === "MMInterleavedSaveStory") node.hideOutputImages = true; // newer pages' way to say so
     },
     loadedGraphNode(node) {
-        const panels = app.nodeOutputs?.[node.id]?.[PANELS];
-        if (panels && NODES.includes(node.comfyClass)) show(node, panels);
+        const output = app.nodeOutputs?.[node.id];
+        if (output && NODES.includes(node.comfyClass)) node.onExecuted?.(output);
     },
 });
