@@ -1,4 +1,7 @@
-"""Runs every template in ComfyUI's page and photographs it: python web/screenshots.py http://127.0.0.1:8188 FOLDER [--vue]
+"""Photographs every template after a run in ComfyUI's page: python web/screenshots.py http://127.0.0.1:8188 FOLDER
+
+Those of docs/screenshots were made with ComfyUI 0.3.64 (`classic`), and with `--vue` and the page of
+comfyui-frontend-package 1.58.1 (`new-nodes`; ComfyUI's `--front-end-root` takes one).
 
 Needs a running ComfyUI with this package, playwright and Chromium. `--vue` turns the page's new nodes on.
 """
@@ -35,14 +38,14 @@ def main(server: str, folder: Path, vue: bool) -> None:
         page.wait_for_timeout(3000)
         page.keyboard.press("Escape")
         for path in TEMPLATES:
-            opened = open_template(page, path)
-            picture(opened).save(folder / f"{path.stem} (opened).jpg", quality=80)
+            open_template(page, path)
             post(server, "/free", {"unload_models": True, "free_memory": True})  # nothing of the template before
             page.wait_for_timeout(1500)
             run(server, page)
             page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
             page.wait_for_timeout(2500)
-            picture(page.screenshot()).save(folder / f"{path.stem}.jpg", quality=80)
+            shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+            shot.resize((1440, 880), Image.Resampling.LANCZOS).save(folder / f"{path.stem}.jpg", quality=78)
             for problem in overlaps(page):
                 sys.stdout.write(f"{path.stem}: {problem}\n")
         browser.close()
@@ -55,8 +58,8 @@ def post(server: str, path: str, value) -> None:
     urllib.request.urlopen(request).read()
 
 
-def open_template(page, path: Path) -> bytes:
-    """Drops a template on the canvas, as a hand would; what is seen then."""
+def open_template(page, path: Path) -> None:
+    """Drops a template on the canvas, as a hand would."""
     page.evaluate(
         """async ([name, data]) => {
             const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
@@ -65,7 +68,6 @@ def open_template(page, path: Path) -> bytes:
         [path.name, base64.b64encode(path.read_bytes()).decode()],
     )
     page.wait_for_timeout(2500)
-    return page.screenshot()
 
 
 def run(server: str, page) -> None:
@@ -81,10 +83,6 @@ def run(server: str, page) -> None:
             raise SystemExit("The template did not end within four minutes.")
         time.sleep(0.5)
     page.wait_for_timeout(1500)
-
-
-def picture(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def overlaps(page) -> list[str]:

@@ -119,7 +119,8 @@ class Workflow:
             if node.type in self.subgraphs:
                 entry["properties"] = {"proxyWidgets": []}
             values = []
-            for name, kind, widget, settings, raw in self.inputs_of(node.type):
+            # The page has sockets before widgets.
+            for name, kind, widget, settings, raw in sorted(self.inputs_of(node.type), key=lambda each: each[2]):
                 slot = {"name": name, "type": kind, "link": None}
                 if widget:
                     slot["widget"] = {"name": name}
@@ -282,7 +283,7 @@ def tell_a_story(w: Workflow) -> None:
 def panel(definitions: dict) -> Subgraph:
     """The blocks that write and draw one panel of a story."""
     kinds = {"encoder": "MMI_ENCODER", "LLM": "MMI_LLM", "synchronizer": "MMI_SYNCHRONIZER", "MODEL": "MODEL"}
-    g = Subgraph(definitions, "Panel", {**kinds, "VAE": "VAE", "story": "STORY", "seed": "INT"})
+    g = Subgraph(definitions, "Panel", {"story": "STORY", **kinds, "VAE": "VAE", "seed": "INT"})
     text = g.add(
         "MMInterleavedWrite", 0, 0, (310, 240), llm=g.inputs["LLM"], story=g.inputs["story"], seed=g.inputs["seed"]
     )
@@ -337,7 +338,7 @@ def four_blocks(w: Workflow) -> None:
     blocks = dict(zip(("encoder", "LLM", "synchronizer", "MODEL", "VAE"), (model[output] for output in range(5))))
     draw, told = panel(w.definitions), begun[0]
     for k, seed in enumerate(seeds):
-        at = (440 + 170 * k, 490 * k)
+        at = (560 + 60 * k, 490 * k)
         drawn = w.add_subgraph(draw, *at, (280, 220), f"Panel {k + 1}", room=440, story=told, seed=seed[0], **blocks)
         told = drawn[0]
     pages = w.add("MMInterleavedSaveStory", 1200, 520, (440, 660), story=told, title="Mia")

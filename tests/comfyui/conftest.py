@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parents[2] / "workflows"))
+sys.path += [str(Path(__file__).parents[2] / folder) for folder in ("workflows", "web")]
 
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
 PYTHON = os.environ.get("COMFYUI_PYTHON")

@@ -186,6 +186,32 @@ def asked_for(llm, synchronizer, unet, story) -> dict[str, float]:
     return {"extra": with_images - asked[-1], "announced": sampling_bytes(c, 2, 2, (16, 16), 4)}
 
 
+def precisions(llm, synchronizer, unet, story) -> dict[str, float]:
+    """How far a drawing with each mixture of precisions of U-Net and synchronizer is from that in float32."""
+    import torch
+
+    names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    net, block = unet.model.diffusion_model, synchronizer.module
+    weights = {key: value.clone() for key, value in net.state_dict().items()}
+    blocks = {key: value.clone() for key, value in block.state_dict().items()}
+    expected, result = drawn(llm, synchronizer, unet, story, steps=2), {}
+    try:
+        for unet_name, unet_dtype in names.items():
+            net.to(unet_dtype).dtype = unet_dtype
+            for name, dtype in names.items():
+                block.to(dtype)
+                synchronizer.dtype = dtype
+                latents = drawn(llm, synchronizer, unet, story, steps=2).float()
+                result[f"{unet_name}, {name}"] = float((latents - expected).abs().mean() / expected.abs().mean())
+    finally:
+        net.to(torch.float32).dtype = torch.float32
+        block.to(torch.float32)
+        synchronizer.dtype = torch.float32
+        net.load_state_dict(weights)
+        block.load_state_dict(blocks)
+    return result
+
+
 def partly_loaded(encoder, llm, synchronizer, story) -> dict[str, float]:
     """Blocks whose weights stay where they are (one byte of room) in a dtype of their own: each layer must cast.
 
@@ -315,6 +341,7 @@ def checks() -> dict:
         result["looking changes it"] = float((drawn["stronger"] - drawn["off"]).abs().max() * 255)
         result |= {
             "reused tokens": reused_tokens(encoder, llm, encode_story(encoder, story)),
+            "precisions": precisions(llm, synchronizer, unet, encode_story(encoder, story)),
             "asked for": asked_for(llm, synchronizer, unet, encode_story(encoder, story)),
             "released": released(llm, encode_story(encoder, story)),
             "partly loaded": partly_loaded(encoder, llm, synchronizer, encode_story(encoder, story)),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from prompt import TEMPLATES
+from screenshots import overlaps
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 SHOTS = os.environ.get("SCREENSHOTS")
@@ -75,6 +76,12 @@ def test_a_dropped_template_runs_by_the_button(comfyui, page, path):
     last = list(comfyui.get("/history").values())[-1]
     assert last["status"]["status_str"] == "success", last["status"]
     assert page.evaluate(RED) == [] and not page.errors
+    fit(page)
+    assert overlaps(page) == []
+    captions = page.evaluate("[...document.querySelectorAll('.mmi-panels figcaption')].map(c => c.textContent)")
+    written = [text for entry in last["outputs"].values() for text in entry.get("text", []) if text.strip()]
+    lines = {line.strip() for text in written for line in text.split("\n")}
+    assert {line for line in lines if not any(line in caption for caption in captions)} == set()
     if SHOTS:
         fit(page)
         page.screenshot(path=str(Path(SHOTS) / f"{path.stem}.png"))

@@ -51,6 +51,13 @@ def test_the_llms_cache_counts_as_memory_and_goes_when_that_is_needed(found):
     assert all(found["released"].values()), found["released"]
 
 
+def test_every_mixture_of_precisions_draws(found):
+    """The largest mean difference to float32; bfloat16 has three digits."""
+    assert len(found["precisions"]) == 9
+    for name, difference in found["precisions"].items():
+        assert difference < (0.1 if "bfloat16" in name else 0.03), (name, difference)
+
+
 def test_the_earlier_images_count_in_the_memory_that_a_sampler_asks_for(found):
     asked = found["asked for"]
     assert asked["extra"] == pytest.approx(asked["announced"], rel=0.1)
