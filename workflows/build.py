@@ -219,7 +219,7 @@ class Subgraph(Workflow):
         left = min(node.position[0] for node in self.nodes)
         right = max(node.position[0] + node.size[0] for node in self.nodes)
 
-        def slots(names, kinds, x, link_ids):
+        def sockets(names, kinds, x, link_ids):
             return [
                 {
                     "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self.id} {name}")),
@@ -242,8 +242,8 @@ class Subgraph(Workflow):
             "name": self.name,
             "inputNode": {"id": -10, "bounding": [left - 240, 0, 120, 40 + 20 * len(self.kinds)]},
             "outputNode": {"id": -20, "bounding": [right + 120, 0, 120, 40 + 20 * len(outputs)]},
-            "inputs": slots(self.kinds, self.kinds.values(), left - 140, lambda k: outgoing.get((-10, k), [])),
-            "outputs": slots(self.outputs, outputs, right + 140, lambda k: [ends[k]]),
+            "inputs": sockets(self.kinds, self.kinds.values(), left - 140, lambda k: outgoing.get((-10, k), [])),
+            "outputs": sockets(self.outputs, outputs, right + 140, lambda k: [ends[k]]),
             "widgets": [],
             "nodes": nodes,
             "groups": [],

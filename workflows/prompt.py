@@ -43,12 +43,12 @@ def _add_nodes(prompt, nodes, links, prefix, given, subgraphs, definitions, name
                 [entry[k] for k in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]
                 for entry in graph["links"]
             ]
-            slots, values = {}, iter(node["widgets_values"])
+            sockets, values = {}, iter(node["widgets_values"])
             for number, slot in enumerate(node["inputs"]):
                 value = next(values) if "widget" in slot else None
-                slots[number] = origin(slot["link"]) if slot["link"] is not None else value
+                sockets[number] = origin(slot["link"]) if slot["link"] is not None else value
             inside[node["id"]] = _add_nodes(
-                prompt, graph["nodes"], inner, f"{prefix}{node['id']}:", slots, subgraphs, definitions, name
+                prompt, graph["nodes"], inner, f"{prefix}{node['id']}:", sockets, subgraphs, definitions, name
             )
         return inside[node["id"]]
 
