@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from prompt import TEMPLATES
 from screenshots import overlaps
+from server import Failed
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 SHOTS = os.environ.get("SCREENSHOTS")
@@ -98,3 +99,33 @@ def test_a_saved_picture_brings_its_workflow_back(comfyui, page):
     drop(page, saved)
     types = page.evaluate("window.app.graph.nodes.map(n => n.type)")
     assert "MMInterleavedTellStory" in types and "MMInterleavedSaveStory" in types and page.evaluate(RED) == []
+
+
+@pytest.mark.parametrize("mode, name", [(2, "muted"), (4, "bypassed")])
+def test_a_node_that_is_switched_off_is_passed_or_its_absence_is_said(comfyui, page, mode, name):
+    """One node after the other: the story is told without it, or ComfyUI or a node of ours says what is missing."""
+    from comfy_mminterleaved import errors
+
+    path = next(path for path in TEMPLATES if path.stem.startswith("3 "))
+    drop(page, path)
+    ids = page.evaluate("window.app.graph.nodes.filter(n => n.type.startsWith('MMInterleaved')).map(n => n.id)")
+    for number in ids:
+        prompt = page.evaluate(
+            """async ([id, mode]) => {
+                const node = window.app.graph.getNodeById(id);
+                node.mode = mode;
+                const {output} = await window.app.graphToPrompt();
+                node.mode = 0;
+                return output;
+            }""",
+            [number, mode],
+        )
+        answer = comfyui.post("/prompt", {"prompt": prompt, "client_id": comfyui.client})
+        if "prompt_id" not in answer:
+            reasons = [error["message"] for node in answer["node_errors"].values() for error in node["errors"]]
+            assert "missing" in " ".join([*reasons, answer["error"]["message"]]) or "no outputs" in str(answer), answer
+            continue
+        try:
+            assert comfyui.wait(answer["prompt_id"])["outputs"]
+        except Failed as failed:
+            assert hasattr(errors, failed.kind.rpartition(".")[2]), (name, number, failed.kind, failed.sentence)
