@@ -1,4 +1,4 @@
-"""One dataclass per block, and the whole: read from and written to a checkpoint's config.json.
+"""Configurations, one dataclass per block and one for the whole model, stored in a checkpoint's config.json.
 
 Keys are those of the reference's and Hugging Face's configurations.
 """
@@ -127,9 +127,9 @@ class SynchronizerConfig:
     """From the LLM's hidden states to the U-Net: conditioning and MMFS blocks (`ImageDecoder`, `MMFSNet`).
 
     Args:
-        block_channels, block_base_shapes: Of each MMFS block: the U-Net's skips in the order they are made, then its
-            middle block.
-        num_context_images: How many of the previous images the U-Net attends to unless told otherwise.
+        block_channels, block_base_shapes: One entry per MMFS block: the U-Net's skips in the order they are made, then
+            its middle block.
+        num_context_images: Default number of previous images that the U-Net attends to.
     """
 
     llm_hidden_size: int
@@ -154,8 +154,8 @@ PROMPTS = {
 class Config:
     """The whole model.
 
-    `unet`, `vae` and `scheduler` are diffusers' own configurations, kept as they are; `prompts` are what the model was
-    trained to be asked with.
+    `unet`, `vae` and `scheduler` are diffusers' own configurations, kept unchanged; `prompts` are the prompts that the
+    model was trained with.
     """
 
     encoder: VisualTokenizerConfig

@@ -10,7 +10,7 @@ class ImageError(MMInterleavedError, ValueError):
 
 
 class StoryError(MMInterleavedError, ValueError):
-    """A story, or the file of one, that does not hold what is asked of it."""
+    """A story or story file that is invalid, or lacks something that a call needs."""
 
 
 class StoryTooLongError(StoryError):

@@ -36,7 +36,7 @@ _RENAME_TRIES = 20  # a virus scanner on Windows holds a new file open for a mom
 
 
 def _part_path(path: Path) -> Path:
-    """A hidden temporary name beside `path`, which tells the computer and the process that writes it."""
+    """A hidden temporary name beside `path` that identifies the computer and the process that writes it."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}-{_HOST}-{os.getpid()}.part")
 
 
@@ -71,9 +71,9 @@ def _remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Removes what processes that were killed left half written in a folder.
+    """Removes incomplete files and folders that killed processes left in a folder.
 
-    That is what this computer's dead processes wrote, and any part older than a day.
+    Removes those of dead processes on this computer, and all that are older than a day.
     """
     with contextlib.suppress(OSError):
         for path in Path(folder).iterdir():
@@ -88,7 +88,7 @@ def remove_leftovers(folder: str | Path) -> None:
 
 
 def _is_running(process: int) -> bool:
-    if os.name == "nt":  # there os.kill would end it
+    if os.name == "nt":  # on Windows os.kill would end the process
         import ctypes
 
         handle = ctypes.windll.kernel32.OpenProcess(0x1000, False, process)  # PROCESS_QUERY_LIMITED_INFORMATION
@@ -154,8 +154,10 @@ def ensure_writable_dir(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def output_folder(path: str | Path):
-    """A folder to write into, tried before any heavy work; after a failure it is removed again if it was made here and
-    is still empty. Raises OutputError."""
+    """Yields a writable folder, checked before any heavy work; raises OutputError.
+
+    After an error, folders that were created here are removed if they are still empty.
+    """
     path = Path(path)
     created = [folder for folder in (path, *path.parents) if not _exists(folder)]
     try:
@@ -198,7 +200,7 @@ def free_name(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_dir(path: str | Path):
-    """A folder that appears under its name only when it is complete; one that already exists is refused."""
+    """A folder that appears under its name only when complete; raises OutputError if it exists and is not empty."""
     path = Path(path)
     with friendly_errors(path, "The folder"):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -62,14 +62,15 @@ class MMInterleavedPipeline:
 
         Args:
             source: A folder; "starter", the small model that ships with the package and knows one picture-book world;
-                or "tiny-random", the same code with random weights, for trying out everything else.
+                or "tiny-random", a tiny model with random weights, for tests.
             device: "auto" takes CUDA if there is one.
             dtype: None for float32 on the CPU and float16 on CUDA.
             compile: Compile the U-Net's blocks and the LLM's token step with `torch.compile`. The first image and the
                 first text wait for it, so it pays for many; it needs a compiler (Triton on CUDA, C++ on the CPU).
 
         Raises:
-            CheckpointError: Naming everything that is missing, unexpected or of the wrong shape.
+            CheckpointError: If the device cannot be used, or tensors are missing, unexpected or of the wrong shape; the
+                error lists them.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,7 +123,7 @@ class MMInterleavedPipeline:
 
     @torch.no_grad()
     def encode_images(self, story: Story, encoded: dict[str, ImageFeatures] | None = None) -> Story:
-        """The same story, its images with this encoder's features; those that have them keep them.
+        """Returns the story with this encoder's features on every image; features that it already has are kept.
 
         Args:
             encoded: Features by image digest, to look up and to fill.
@@ -133,7 +134,7 @@ class MMInterleavedPipeline:
         def encode(image: ImageSegment) -> ImageSegment:
             if image.features is not None and image.features.encoder_id == encoder_id:
                 return image
-            if image.digest not in encoded:  # one at a time: the memory of one, and the same result in any company
+            if image.digest not in encoded:  # one at a time, so memory and result depend on it alone
                 pixels = preprocess_image(image.pixels, size).unsqueeze(0).to(self.device, self.llm.soi_token.dtype)
                 encoded[image.digest] = self.encoder(pixels)[0]
             return image.with_features(encoded[image.digest])
@@ -169,7 +170,7 @@ class MMInterleavedPipeline:
         on_token=None,
         drop_oldest: bool = False,
     ) -> list[list[GeneratedText]]:
-        """`num_outputs` texts for each story; each as if it was alone (`TextGenerator.generate`)."""
+        """Generates `num_outputs` texts for each story, independent of the other stories (`TextGenerator.generate`)."""
         stories = [self.encode_images(story) for story in stories]
         return self.text.generate(stories, config, num_outputs, on_token, drop_oldest)
 
@@ -178,7 +179,7 @@ class MMInterleavedPipeline:
         return self.text.answer(self.encode_images(story), question, config, prompt, on_token)
 
     def caption(self, image, config=None, num_outputs: int = 1, prompt: str | None = None) -> list[GeneratedText]:
-        """`num_outputs` captions of an image, or of a story's last one (`TextGenerator.caption`)."""
+        """Writes `num_outputs` captions of an image, or of a story's last image (`TextGenerator.caption`)."""
         story = image if isinstance(image, Story) else Story.of(ImageSegment.of(image))
         return self.text.caption(self.encode_images(story), config, num_outputs, prompt)
 
@@ -205,7 +206,7 @@ class MMInterleavedPipeline:
         Args:
             config: None for the model's own (`generation_config`).
             init_image: An image to start from (image to image), with `config.denoise`.
-            on_step: Called with the step, their number, and a function that returns a small preview `(1, 3, h, w)`.
+            on_step: Called with the step (from 1), their number, and a function that returns a preview `(1, 3, h, w)`.
         """
         return self.generate_images([story], config, 1, init_image and [init_image], on_step, drop_oldest)[0][0]
 
@@ -220,7 +221,7 @@ class MMInterleavedPipeline:
         batch_size: int = 8,
         seeds: Sequence[int] | None = None,
     ) -> list[list[ImageSegment]]:
-        """`num_outputs` images for each story; each as if it was alone (`ImageGenerator.generate`)."""
+        """Draws `num_outputs` images for each story, independent of the other stories (`ImageGenerator.generate`)."""
         config = config or self.generation_config.image
         if num_outputs < 1:
             raise SettingError(f"The number of images must be at least 1, not {num_outputs}.")
@@ -250,20 +251,24 @@ class MMInterleavedPipeline:
     ) -> Story:
         """Extends a story by `panels` panels, each text and image generated in view of everything before it.
 
-        A story that ends with text has, with the text first, the text of its next panel already. Where a text ends is
-        the model's choice; that an image follows is not.
+        In text-first order, text at the end of `story` is the text of the next panel. The model decides where a text
+        ends, not whether an image follows.
 
         Args:
             panels: How many images to add.
-            image_first: Whether a panel's image comes before its text; None does as the story and the model do
-                (`TextGenerator.resolve_image_first`). Panels of `story` in the other order are put into this one.
-            seeds: Of each panel, added to those of the configs; by default the number of the panel in the story, from
-                0, so that a resumed story has the panels of one told at once.
+            image_first: Whether a panel's image comes before its text; None uses the order of the story, else of the
+                model (`TextGenerator.resolve_image_first`). Panels of `story` in the other order are rearranged.
+            seeds: One per panel, added to the seeds of the configs; by default the number of the panel in the story,
+                from 0, so that a resumed story equals one generated at once.
             on_segment: Called with the story after each text and each image.
-            introduce: Whether a model whose stories introduce their characters says who is in an opening image.
+            introduce: Whether to add a text that says who is in an opening image (`introduce`).
 
         Returns:
             The whole story. New texts and images are segments of their own.
+
+        Raises:
+            SettingError: For a setting out of its range.
+            StoryTooLongError: If the extended story does not fit the LLM's context.
         """
         if panels < 1:
             raise SettingError(f"The number of panels must be at least 1, not {panels}.")
@@ -283,7 +288,7 @@ class MMInterleavedPipeline:
         )
 
     def introduce(self, story: Story) -> Story:
-        """The story with a text that says who is in its only image, if nothing in it does (`vqa.introduce`)."""
+        """Returns the story with a text that says who is in its only image, unless it has one (`vqa.introduce`)."""
         return self.text.introduce(self.encode_images(story) if len(story.images) == 1 else story)
 
     def run_plan(
@@ -314,7 +319,7 @@ class MMInterleavedPipeline:
         image_config: ImageGenerationConfig | None = None,
         drop_oldest: bool = False,
     ) -> None:
-        """Raises what `run_plan` would, before any work: settings that do not fit, or a story that may not."""
+        """Raises SettingError for settings, and StoryTooLongError for a story, that `run_plan` cannot use."""
         text_config = text_config or self.generation_config.text
         image_config = image_config or self.generation_config.image
         seed = max(text_config.seed, image_config.seed)
@@ -336,7 +341,7 @@ class _Author:
         return self.pipeline.encode_images(story, self.encoded)
 
     def attach_features(self, story: Story) -> Story:
-        """The story with the features that its images were given on the way."""
+        """Returns the story with the features computed so far."""
         features = self.encoded
         return story.map_images(lambda i: i.with_features(features[i.digest]) if i.digest in features else i)
 
@@ -360,16 +365,15 @@ def _friendly_errors(device: str):
 
 
 def tiny_random_pipeline(seed: int = 0) -> MMInterleavedPipeline:
-    """A tiny model with random weights and a vocabulary of bytes: every path of the code, no sense in its output."""
+    """A tiny model with random weights and a byte-level vocabulary; it runs all code, and its output is meaningless."""
     config, modules, tokenizer = tiny_random_blocks(seed)
     return MMInterleavedPipeline(config, {name: fuse_mmfs(block) for name, block in modules.items()}, tokenizer)
 
 
 def tiny_random_blocks(seed: int = 0):
-    """Config, modules as files hold them, and tokenizer of `tiny_random_pipeline`.
+    """Config, unfused modules and tokenizer of `tiny_random_pipeline`.
 
-    Its biases favour letters as often as English has them, and colours that are not all black, so that a page of it can
-    be looked at.
+    Biases give letters their frequency in English, and images colours that are not all black.
     """
     from .models.build import init_modules
     from .presets import tiny_config

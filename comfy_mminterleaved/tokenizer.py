@@ -10,12 +10,12 @@ from .errors import CheckpointError
 
 
 class Tokenizer:
-    """Encodes text so that it always stays text: what looks like a special token is spelled out.
+    """Encodes text to ids that are never special tokens; the name of a special token is encoded as plain text.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`.
         special: ids that no text may encode to.
-        vocab_size: ids from here on have no text either (the start-of-image and image tokens).
+        vocab_size: number of ids that may have text; the start-of-image and image tokens follow.
     """
 
     def __init__(self, tokenizer, special: SpecialTokens, vocab_size: int):
@@ -52,7 +52,7 @@ class Tokenizer:
         if after_text and text and not self.adds_space:
             text = " " + text
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        # A vocabulary may list a special token as ordinary text; the unknown id (0) is then the honest reading.
+        # A vocabulary may list a special token as ordinary text; it then becomes the unknown id, 0.
         forbidden = self.special.all()
         return [0 if i in forbidden or i >= self.vocab_size else i for i in ids]
 
@@ -67,9 +67,10 @@ class Tokenizer:
 
 
 def byte_level(vocab_size_below: int) -> object:
-    """A tokenizer whose tokens are bytes, with ids from 3: enough for a model that was not trained.
+    """A byte-level tokenizer for models that were not trained.
 
-    Ids 0, 1 and 2 are the unknown, bos and eos tokens. Needs `vocab_size_below` of at least 259.
+    Ids 0, 1 and 2 are the unknown, bos and eos tokens, bytes start at 3. Raises CheckpointError if `vocab_size_below`
+    is under 259.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers

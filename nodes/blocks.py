@@ -43,7 +43,7 @@ def attention(q, k, v, mask=None, causal=False):
 
 
 def block_patcher(module: torch.nn.Module, load_device: torch.device, offload_device: torch.device):
-    """ComfyUI's ModelPatcher for a block, which counts and frees what lies in memory beside the weights."""
+    """ComfyUI's ModelPatcher for a block; it also counts and frees the LLM's prefix cache."""
     base = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
 
     class BlockPatcher(base):
@@ -107,7 +107,7 @@ class PatchedEncoder(PatchedBlock):
     name = "encoder"
 
     def encode(self, image: ImageSegment) -> ImageSegment:
-        """The image with this encoder's features, kept where ComfyUI keeps what nodes pass on."""
+        """Returns the image with this encoder's features, on ComfyUI's intermediate device."""
         size = self.config.encoder.image_size
         self.load(encoding_bytes(self.config.encoder, self.itemsize))
         pixels = preprocess_image(image.pixels, size).unsqueeze(0).to(self.device, self.dtype)
@@ -117,7 +117,7 @@ class PatchedEncoder(PatchedBlock):
         return image.with_features(ImageFeatures(features.visual_tokens.to(device), maps, features.encoder_id))
 
     def encode_images(self, story: Story, on_image=None) -> Story:
-        """The story with this encoder's features in all its images; those that have them keep them."""
+        """Returns the story with this encoder's features on every image; features that it already has are kept."""
         encoder_id, total = self.module.encoder_id, len(story.images)
         count = 0
 
@@ -154,8 +154,8 @@ class PatchedLLM(PatchedBlock):
             tokenizer = Tokenizer.of_text(tokenizer, c.special_tokens, limit, label)
         self.generator = TextGenerator(self.module, config, tokenizer, known_words, generation_config)
         self.warned: set[str] = set()
-        # The cache lies beside the weights and goes when they do. A load only detaches the patches for a moment. The
-        # patcher must not hold the block, or neither goes before the garbage collector runs.
+        # The cache is freed when the weights are unloaded; a load only detaches the patches for a moment. The patcher
+        # must not reference the block: the cycle would keep both in memory until the garbage collector runs.
         self.patcher.generator = generator = weakref.ref(self.generator)
 
         def on_detach(_, unpatch_all: bool = True) -> None:
@@ -172,10 +172,10 @@ class PatchedLLM(PatchedBlock):
         are_given: bool = False,
         drop_oldest: bool | None = None,
     ) -> Story:
-        """Loads the LLM and prefills a story, after a check that it can be used; progress and Cancel on the way.
+        """Checks a story, loads the LLM and prefills the story, with progress and Cancel.
 
         Args:
-            reserve_tokens: How many more tokens of the story the LLM will process, `num_rows` times beside each other.
+            reserve_tokens: Number of tokens that the LLM will process after the story, in each of `num_rows` rows.
             are_given: Whether these tokens are given, as options are, or generated.
             drop_oldest: `TextGenerator.truncate_to_context`'s.
 

@@ -1,4 +1,4 @@
-"""One check of a node's inputs against its own schema: ComfyUI checks neither what a link brings nor NaN."""
+"""Checks a node's inputs against its schema, because ComfyUI checks neither linked values nor NaN."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class StoryToPanels(io.ComfyNode):
 
 
 class PanelsInside(io.ComfyNode):
-    """What Tell Story unfolds to at its end: ComfyUI makes a list output of a value that is a list, not of a list."""
+    """Last node of Tell Story's expansion: ComfyUI accepts a list output of an expansion only as one value, a list."""
 
     @classmethod
     def define_schema(cls):

@@ -1,4 +1,4 @@
-"""Load Storyboard: one story of a storyboard file, to be told over night."""
+"""Load Storyboard: reads one story of a storyboard file."""
 
 from __future__ import annotations
 

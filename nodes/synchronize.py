@@ -16,12 +16,14 @@ from .blocks import PatchedLLM, PatchedSynchronizer
 from .native import skip_channels_of
 from .types import (
     CATEGORY,
+    CONTEXT_IMAGES,
     LLMSocket,
     StorySocket,
     SynchronizerSocket,
     advanced,
-    context_images_input,
     drop_oldest_input,
+    former,
+    model_default_input,
     search_aliases,
     strength_input,
 )
@@ -60,7 +62,7 @@ def apply_mmfs(
         return model.clone()
     images = story.images[-num_images:] if num_images else ()
     c = synchronizer.config.synchronizer
-    # MMFS adds something even without images: that is how it was trained.
+    # MMFS adds a residual even without images, as in training.
     maps = [torch.zeros(1, 0, c.mmfs.d_value, size, size) for size in c.mmfs.spatial_shapes]
     if images:
         maps = [torch.stack(level).unsqueeze(0) for level in zip(*(image.features.feature_maps for image in images))]
@@ -68,7 +70,7 @@ def apply_mmfs(
     first, last = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)
     mmfs = synchronizer.module.mmfs_module
     num_skips = len(mmfs.mmfs_down_blocks)
-    # The projected images of one sampling, by dtype. Closures only, for a clone copies everything else.
+    # The projected images of one sampling, by dtype. Held by closures only, because a clone copies everything else.
     projected = {}
 
     def patch(h, hsp, transformer_options):
@@ -150,9 +152,10 @@ class ApplySynchronizer(io.ComfyNode):
                         step=0.01,
                         tooltip="When the U-Net stops attending to them, as a fraction of the sampling.",
                     ),
-                    context_images_input(),
+                    former(CONTEXT_IMAGES, "pictures", -1, -1, 64),
                     drop_oldest_input(),
                 ),
+                model_default_input(CONTEXT_IMAGES, "context_images", 0, 64),
             ],
             outputs=[
                 io.Model.Output("model_out", display_name="MODEL", tooltip="For any sampler."),
@@ -163,12 +166,23 @@ class ApplySynchronizer(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, llm, synchronizer, model, strength, start, end, pictures, story=None, drop_oldest=False
+        cls,
+        llm,
+        synchronizer,
+        model,
+        strength,
+        start,
+        end,
+        pictures,
+        story=None,
+        drop_oldest=False,
+        context_images=None,
     ) -> io.NodeOutput:
         check_blocks(llm, synchronizer, model)
         story = story or Story()
         c = synchronizer.config.synchronizer
-        num_images = c.num_context_images if pictures < 0 else pictures
+        num_images = pictures if context_images is None else context_images
+        num_images = c.num_context_images if num_images < 0 else num_images
         max_images = c.mmfs.max_num_image_per_seq - 1
         if num_images > max_images:
             raise SettingError(f"This synchronizer can attend to {max_images} images at most, not {num_images}.")

@@ -13,15 +13,19 @@ from .segments import ORDERS
 from .synchronize import check_blocks
 from .types import (
     CATEGORY,
+    CONTEXT_IMAGES,
     DEFAULTS,
+    HEIGHT,
+    WIDTH,
     EncoderSocket,
     LLMSocket,
     PlanSocket,
     StorySocket,
     SynchronizerSocket,
     advanced,
-    context_images_input,
     drop_oldest_input,
+    former,
+    model_default_input,
     sampling_inputs,
     seed_input,
     strength_input,
@@ -117,24 +121,10 @@ class TellStory(io.ComfyNode):
                         default="karras",
                         tooltip="Any of ComfyUI's schedules.",
                     ),
-                    io.Int.Input(
-                        "width",
-                        default=0,
-                        min=0,
-                        max=4096,
-                        step=8,
-                        tooltip="In pixels; 0 for the size the model was trained at.",
-                    ),
-                    io.Int.Input(
-                        "height",
-                        default=0,
-                        min=0,
-                        max=4096,
-                        step=8,
-                        tooltip="In pixels; 0 for the size the model was trained at.",
-                    ),
+                    former(WIDTH, "width", 0, 0, 4096, 8),
+                    former(HEIGHT, "height", 0, 0, 4096, 8),
                     strength_input(),
-                    context_images_input(),
+                    former(CONTEXT_IMAGES, "pictures", -1, -1, 64),
                     io.Boolean.Input(
                         "picture_first",
                         default=False,
@@ -149,6 +139,9 @@ class TellStory(io.ComfyNode):
                     tooltip="From Load Storyboard: the panels and their texts; replaces the number of panels.",
                 ),
                 *advanced(drop_oldest_input()),
+                model_default_input(WIDTH, "image_width", 8, 4096, 8),
+                model_default_input(HEIGHT, "image_height", 8, 4096, 8),
+                model_default_input(CONTEXT_IMAGES, "context_images", 0, 64),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story"),
@@ -182,6 +175,9 @@ class TellStory(io.ComfyNode):
         story=None,
         plan=None,
         drop_oldest=False,
+        image_width=None,
+        image_height=None,
+        context_images=None,
         **settings,
     ) -> io.NodeOutput:
         if plan is None and panels < 1:
@@ -210,7 +206,13 @@ class TellStory(io.ComfyNode):
         if opening_story.images and is_open:
             order = next(name for name, value in ORDERS.items() if value is opening_story.image_first)
             story = graph.node("MMInterleavedIntroduce", "introduce", llm=links["llm"], story=story, order=order).out(0)
-        latent = graph.node("EmptyLatentImage", "latent", width=width or size, height=height or size, batch_size=1)
+        latent = graph.node(
+            "EmptyLatentImage",
+            "latent",
+            width=links.get("image_width", width or size),
+            height=links.get("image_height", height or size),
+            batch_size=1,
+        )
         for number, (seed, panel) in enumerate(zip(seeds, panel_steps), 1):
             for step in panel:
                 if isinstance(step, TextSegment):
@@ -240,7 +242,7 @@ class TellStory(io.ComfyNode):
                     strength=strength,
                     start=0.0,
                     end=1.0,
-                    pictures=pictures,
+                    pictures=pictures if context_images is None else context_images,
                     drop_oldest=drop_oldest,
                     **_optional(story=story),
                 )

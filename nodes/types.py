@@ -22,7 +22,7 @@ def search_aliases(*names: str) -> dict[str, list[str]]:
 
 
 def advanced(*inputs):
-    """Inputs that pages hide until asked for, where they know how to."""
+    """Marks inputs as advanced; frontends that support it hide them at first."""
     for each in inputs:
         each.extra_dict = {**getattr(each, "extra_dict", {}), "advanced": True}
     return inputs
@@ -50,14 +50,33 @@ def strength_input():
     )
 
 
-def context_images_input():
-    return io.Int.Input(
-        "pictures",
-        default=-1,
-        min=-1,
-        max=64,
-        tooltip="How many of the last images the U-Net attends to; -1 for the model's own number.",
+def former(label: str, name: str, default: int, low: int, high: int, step: int = 1):
+    """A widget in which a number stood for "the model's own", hidden now.
+
+    It stays because workflows saved before hold widgets by position.
+    """
+    widget = io.Int.Input(
+        name, default=default, min=low, max=high, step=step, tooltip=f"{label}; {default} for the model's own."
     )
+    widget.extra_dict = {**getattr(widget, "extra_dict", {}), "hidden": True}
+    return widget
+
+
+def model_default_input(label: str, name: str, low: int, high: int, step: int = 1):
+    """A socket of a number that the model has one of its own for, which is used if nothing is connected."""
+    return io.Int.Input(
+        name,
+        optional=True,
+        force_input=True,
+        min=low,
+        max=high,
+        step=step,
+        tooltip=f"{label}; unconnected, the model's own.",
+    )
+
+
+WIDTH, HEIGHT = "Width of the images in pixels", "Height of the images in pixels"
+CONTEXT_IMAGES = "How many of the last images the U-Net attends to"
 
 
 def drop_oldest_input():

@@ -168,7 +168,7 @@ class Workflow:
                 {"definitions": {"subgraphs": [s.to_json() for s in self.subgraphs.values()]}} if self.subgraphs else {}
             ),
             "config": {},
-            "extra": {"ds": self._view()},
+            "extra": {"ds": self._view(), "mm_interleaved": name},
             "version": 0.4,
         }
 
@@ -258,7 +258,7 @@ class Subgraph(Workflow):
 EXAMPLE = "example (three stories)"
 MIA = "Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball."
 PAGES = (420, 760)  # of Save Story, which shows the panels
-TELL, TELL_ROOM = (400, 700), 1170  # of Tell Story with all its settings open; with the panels below
+TELL, TELL_ROOM = (400, 480), 1170  # of Tell Story; with all its settings open and the panels below
 
 
 def load(w: Workflow, x=0, y=0) -> Node:
@@ -507,7 +507,20 @@ def photograph(server: str, prompt: dict, outputs: dict) -> Image.Image:
     return sheet
 
 
+def write_translations() -> None:
+    """Notes and group titles in every language, for the page to put in place of the English ones (web/js/panels.js)."""
+    groups = json.loads((HERE / "notes" / "groups.json").read_text(encoding="utf-8"))
+    notes: dict[str, dict[str, str]] = {}
+    for path in sorted((HERE / "notes").glob("*.md")):
+        name, _, language = path.stem.partition(".")
+        notes.setdefault(language or "en", {})[name] = path.read_text(encoding="utf-8").rstrip()
+    data = {language: {"notes": notes[language], "groups": groups.get(language, {})} for language in notes}
+    path = HERE.parent / "web" / "js" / "templates.json"
+    path.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
 def main(server: str) -> None:
+    write_translations()
     with urllib.request.urlopen(f"{server}/object_info") as answer:
         definitions = json.load(answer)
     for name, make in TEMPLATES.items():

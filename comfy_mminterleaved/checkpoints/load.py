@@ -51,7 +51,7 @@ def read_state_dicts(folder: str | Path, blocks=BLOCKS) -> tuple[Config, dict[st
 def load_blocks(folder, dtype=torch.float32, device="cpu", blocks=BLOCKS) -> tuple[Config, dict[str, torch.nn.Module]]:
     """The blocks of a checkpoint of either layout, in `dtype`; the VAE always in float32, as the reference runs it.
 
-    Their MMFS projections are fused, so they have other parameters than the files.
+    MMFS projections are fused, so parameters differ from those in the files. Raises CheckpointError.
     """
     folder = Path(folder)
     if is_reference_layout(folder):
@@ -74,7 +74,7 @@ def known_words(folder: str | Path) -> frozenset[str] | None:
 
 
 def read_tokenizer(folder: str | Path, config: Config):
-    """The Tokenizer beside a checkpoint, or None: tokenizer.json, or llm/ in any form that transformers reads."""
+    """The Tokenizer of a checkpoint: tokenizer.json or tokenizer.model, beside it or in llm/; None if it has none."""
     from ..tokenizer import Tokenizer
 
     folder, limit = Path(folder), config.llm.vocab_size - config.llm.num_added_tokens
@@ -93,7 +93,7 @@ def _convert_sentencepiece(folder: Path):
 
     try:
         fast = LlamaTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # sentencepiece, protobuf and transformers raise what they like
+    except Exception as error:  # sentencepiece, protobuf and transformers raise errors of any type
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{str(folder / 'tokenizer.model')!r} cannot be converted; install sentencepiece and protobuf, or put the "

@@ -25,7 +25,7 @@ def read_native(
     """Config and checked tensors, by block and name.
 
     Args:
-        modules: What `build` makes of the config, if that is there already.
+        modules: Result of `build` for this config, if already built.
     """
     config = Config.from_dict(read_json(folder / "config.json"))
     missing = [f"{name}.safetensors" for name in blocks if not (folder / f"{name}.safetensors").is_file()]
@@ -39,7 +39,7 @@ def read_native(
 
 
 def parse_block_metadata(metadata: dict | None, block: str, label: str) -> tuple[Config, dict]:
-    """What a block's own file carries, so that it can be loaded alone.
+    """Reads the metadata that lets a block's file be loaded alone; raises CheckpointError.
 
     Returns:
         Its config, and for the LLM `tokenizer` (JSON), `words` and `generation_config`, if it has them.

@@ -94,7 +94,7 @@ def from_reference(parts: dict[str, dict]) -> Config:
     """The Config of a reference checkpoint, from its component configurations.
 
     Args:
-        parts: Any of model, llm, clip, unet, vae, scheduler; what is absent or unsaid is as in the released model.
+        parts: Any of model, llm, clip, unet, vae, scheduler; missing settings are those of the released model.
     """
     model, llm, clip, unet, vae, scheduler = ({**RELEASED_13B[name], **parts.get(name, {})} for name in RELEASED_13B)
     d_value, hidden_size = clip["hidden_size"], llm["hidden_size"]
@@ -228,9 +228,9 @@ _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|rng_state.*|rando
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files of the weights: those that an index names, else all that look like them.
+    """The weight files: those that an index lists, else all that look like weights.
 
-    Raises CheckpointError if the index names some that are not there.
+    Raises CheckpointError if files that the index lists are missing.
     """
     for pattern in ("*.safetensors.index.json", "*.index.json"):
         for index in sorted(folder.glob(pattern)):
@@ -248,7 +248,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _has_other_weights(folder: Path, names: list[str]) -> bool:
-    """Whether there is a single file of weights of which an index, left from before, does not speak."""
+    """Whether a folder with an outdated index has a single weight file that the index does not list."""
     return any((folder / name).is_file() and name not in names for name in ("model.safetensors", "pytorch_model.bin"))
 
 

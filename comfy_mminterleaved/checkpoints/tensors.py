@@ -1,4 +1,4 @@
-"""Files of a checkpoint: tensors in .safetensors and .bin, JSON, and what lies beside them."""
+"""Reads and writes checkpoint files: tensors in .safetensors and .bin, JSON, and a model's defaults."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def read_json(path: Path) -> dict:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one .safetensors or .bin file, memory-mapped where its format allows; raises CheckpointError.
 
-    A .bin is a pickle: it is read with `weights_only=True`, which refuses one that would run code. One that holds its
-    tensors under a single key ("module", "state_dict", "model") is taken as that.
+    A .bin is a pickle and is read with `weights_only=True`, which refuses one that would run code. Tensors under a
+    single key ("module", "state_dict", "model") are taken from there.
     """
     import pickle
 
@@ -57,7 +57,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _load_pickle(path: Path):
-    """What a .bin holds. Files older than PyTorch 1.6 are no ZIP archives and cannot be mapped into memory."""
+    """Loads a .bin. Files written before PyTorch 1.6 are not ZIP archives and cannot be memory-mapped."""
     import zipfile
 
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -83,7 +83,7 @@ def is_folder(path) -> bool:
 
 
 def write_beside(folder: Path, generation, words: frozenset[str] | None) -> None:
-    """What a model says of itself beside its weights, if it says anything."""
+    """Writes a model's generation config and vocabulary beside its weights, if it has them."""
     from ..generation.config import GENERATION_CONFIG_FILE, GenerationConfig
 
     if generation not in (None, GenerationConfig()):

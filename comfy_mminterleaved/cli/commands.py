@@ -60,7 +60,7 @@ class _Opening:
 
 
 def _opening(args, text_config: TextGenerationConfig | None = None, required: bool = True) -> _Opening:
-    """Everything that can be known before the model is loaded; raises for whatever does not fit.
+    """Story and settings of a command, checked before the model is loaded; raises MMInterleavedError.
 
     Args:
         text_config: The command's own settings, instead of the story's and the model's.
@@ -128,7 +128,7 @@ def _denoise(args) -> float:
 
 
 def _pipeline(args, opening: _Opening, *stories):
-    """The model, with a note if these stories hold words, or the settings a size, that it was not trained on."""
+    """Loads the model; prints a note if stories have words, or settings a size, that it was not trained on."""
     from ..pipeline import MMInterleavedPipeline
 
     if opening.model in ("tiny-random", "untrained"):

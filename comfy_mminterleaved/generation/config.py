@@ -117,7 +117,7 @@ class GeneratedText:
 
     Args:
         finish_reason: "eos", "image" (the model requests one), "length" or "cancelled".
-        score: Summed log-probability over length to the length penalty; of beam search only.
+        score: Summed log-probability / (number of tokens + 1) ** length_penalty; beam search only.
     """
 
     tokens: tuple[int, ...]
@@ -140,7 +140,7 @@ class RankedOption:
 
 @dataclass(frozen=True)
 class Introduction:
-    """How this model's stories introduce a character, as prompts that the model completes after an image of it.
+    """Prompts that introduce a character: the model completes them after an image of the character.
 
     Args:
         prompt: The start of the sentence that tells how `{name}` looks.
@@ -158,8 +158,8 @@ class GenerationConfig:
     """A model's defaults for text, images and stories.
 
     Args:
-        image_first: Whether its stories put each image before its text; None does as the opening does.
-        introduction: How a character is introduced whom the opening shows but does not describe; None never does.
+        image_first: Whether its stories put each image before its text; None keeps the opening's order.
+        introduction: Prompts that introduce a character whom the opening shows but does not describe; None for none.
     """
 
     text: TextGenerationConfig = TextGenerationConfig()

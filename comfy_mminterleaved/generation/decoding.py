@@ -166,7 +166,7 @@ def score_options(
     """Summed log-probability of each option's tokens after the one story of `prefix`, which stays unchanged.
 
     Args:
-        on_progress: Called with the number of options that have their score and of all.
+        on_progress: Called with the number of scored options and the number of all.
     """
     if any(not option for option in options):
         raise SettingError("An option to score must not be empty.")

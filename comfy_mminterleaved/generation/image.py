@@ -74,7 +74,7 @@ class ImageGenerator:
         batch_size: int = 8,
         seeds: Sequence[int] | None = None,
     ) -> list[list[ImageSegment]]:
-        """Draws `num_outputs` images for each story; each as if it was alone.
+        """Draws `num_outputs` images for each story, independent of the other stories.
 
         Args:
             stories: Their images carry features.

@@ -1,6 +1,6 @@
-"""How much memory encoding, prefilling and continuing a story take, beside the weights.
+"""Memory in bytes, beside the weights, that encoding, prefilling, continuing and drawing a story take.
 
-A host that manages memory asks before it starts. `tests/test_memory.py` holds these to what the code allocates, at
+A host that manages memory asks before it starts. `tests/test_memory.py` compares these to what the code allocates, at
 several widths.
 """
 

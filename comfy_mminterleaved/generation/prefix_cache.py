@@ -16,7 +16,7 @@ class PrefixCache:
 
     Args:
         input_ids: Cached tokens, a list per story.
-        image_digests: Of the images among them, with the encoder that made their features.
+        image_digests: Digest of each cached image, with the id of the encoder that made its features.
         visible_images: Images that the next token may attend to.
         hidden_states: Final hidden states `(L, hidden_size)`, a tensor per story.
         num_cached_tokens: Tokens taken over from an earlier cache.
@@ -31,7 +31,7 @@ class PrefixCache:
     num_cached_tokens: int = 0
 
     def fork(self, rows: list[int]) -> PrefixCache:
-        """A cache whose story i continues this one's story rows[i]; of hidden states it has the last alone.
+        """A cache whose story i continues this one's story rows[i]; it keeps only the last hidden state of each.
 
         Forks of a single story share its keys, values and images, which must not change meanwhile.
         """
@@ -57,7 +57,7 @@ class PrefixCache:
         return _common_prefix(tokens, self.input_ids[0], self.image_digests[0], num_img_token)[0]
 
     def truncate(self, length: int) -> None:
-        """Lets at most the first `length` tokens of the one cached story be shared."""
+        """Limits reuse to the first `length` tokens of the one cached story."""
         self.input_ids[0] = self.input_ids[0][:length]
 
     def last_hidden_state(self) -> torch.Tensor:
@@ -105,7 +105,7 @@ def prefill(llm: LlamaMMFS, batch: list[StoryTokens], cached: PrefixCache | None
 
     Args:
         batch: At least one story.
-        cached: An earlier cache; what its stories share with these, row by row, is taken over. It is used up.
+        cached: An earlier cache; prefixes shared with these stories, row by row, are reused. It becomes invalid.
     """
     c, n = llm.config, len(batch)
     device, dtype = llm.device, llm.soi_token.dtype
@@ -152,7 +152,7 @@ def prefill(llm: LlamaMMFS, batch: list[StoryTokens], cached: PrefixCache | None
 def _project_images(llm: LlamaMMFS, batch, cached: PrefixCache, kept: list[int]) -> LlamaImageValues:
     """The stories' images, projected for every MMFS layer; the first kept[i] of each are taken from `cached`.
 
-    `cached` loses its own: layer by layer, so that no more than one layer is in memory twice.
+    Takes the images out of `cached` layer by layer, so that at most one layer is in memory twice.
     """
     old, cached.image_values = cached.image_values, None
     n, num_images = len(batch), max(len(tokens.images) for tokens in batch)

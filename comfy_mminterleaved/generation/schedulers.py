@@ -21,8 +21,8 @@ def make_scheduler(name: str, settings: dict, num_inference_steps: int | None = 
     """A diffusers scheduler by short name or class name, with the noise schedule of `settings`.
 
     Args:
-        num_inference_steps: If given, that many steps are tried first on a tiny latent: classes that need other
-            arguments, other noise or more steps are found before anything is drawn.
+        num_inference_steps: If given, runs that many steps on a tiny latent first, to reject a class that needs other
+            arguments, other noise or more steps before anything is drawn.
 
     Raises:
         SettingError: For a class that is not known or does not fit.

@@ -28,7 +28,7 @@ class TextGenerator:
     `ImageFeatures`.
 
     Args:
-        known_words: The words that a model of a small world was taught, in lower case; None for an open vocabulary.
+        known_words: Words that a model of a small world was trained on, in lower case; None for an open vocabulary.
         generation_config: The model's own defaults.
     """
 
@@ -59,7 +59,7 @@ class TextGenerator:
     # ---- tokens ----
 
     def tokenize(self, story: Story) -> StoryTokens:
-        """The story as token ids, made once for each story. Ids that another vocabulary gave to a text are ignored."""
+        """Tokenizes a story, once per story. Token ids that another vocabulary gave to a text are ignored."""
         if story not in self._tokenized:
             segments = (self._checked(s) if isinstance(s, TextSegment) and s.token_ids else s for s in story.segments)
             tokens = tokenize_story(replace(story, segments=tuple(segments)), self.tokenizer, self.config.llm)
@@ -87,10 +87,10 @@ class TextGenerator:
         """The story if it leaves `reserve_tokens` of the LLM's context free, else without its oldest panels.
 
         Args:
-            drop_oldest: Whether panels may be dropped; None if the caller has no such switch: then no error names it.
+            drop_oldest: Whether panels may be dropped; None forbids it too, and the error does not name the switch.
 
         Raises:
-            StoryTooLongError: If `drop_oldest` is off, or nothing that is left fits.
+            StoryTooLongError: If the story does not fit and no panel may, or can, be dropped.
         """
         c = self.config.llm
         max_images = c.mmfs.max_num_image_per_seq - 1  # row 0 of the table stands for an image that is not visible
@@ -129,7 +129,7 @@ class TextGenerator:
         lengths = [len(self.tokenize(Story((text,)))) for text in steps if isinstance(text, TextSegment)]
         reserve = steps.count(Step.TEXT) * config.max_new_tokens + sum(lengths)
         reserve += num_images * (self.config.llm.num_img_token + 1)
-        if drop_oldest:  # each step makes its own room; one alone must fit
+        if drop_oldest:  # panels are dropped before each step; only the longest step must fit
             reserve, num_images = max(config.max_new_tokens, *lengths, 0), 0
         self.truncate_to_context(story, reserve, drop_oldest, f"A story with {len(plan)} more panels", num_images)
 
@@ -138,11 +138,11 @@ class TextGenerator:
     def prefill(self, story: Story, on_progress: Callable[[int, int], object] | None = None) -> None:
         """Runs the LLM on a story ahead of its use, piece by piece, and caches the result.
 
-        The pieces are always the same: `PIECE` tokens of a given text, each token of a generated text, an image after
-        its start-of-image token. So a story that is resumed has the same states, to the bit, as one that never stopped.
+        Pieces depend on the story alone: `PIECE` tokens of a given text, each token of a generated text, an image after
+        its start-of-image token. So a resumed story has bit-identical states to one that was never interrupted.
 
         Args:
-            on_progress: Called with the number of cached tokens and of all; if it raises, what is cached is kept.
+            on_progress: Called with the number of cached tokens and of all; if it raises, finished pieces stay cached.
         """
         self._require_features(story)
         num_img_token, tokens = self.config.llm.num_img_token, self.tokenize(story)
@@ -228,7 +228,7 @@ class TextGenerator:
         """Summed log-probability of each option after a story, in the order given.
 
         Args:
-            on_progress: Called with the number of options that have their score and of all.
+            on_progress: Called with the number of scored options and the number of all.
         """
         if not options:
             raise StoryError("There are no options to score; give at least one.")
@@ -257,7 +257,7 @@ class TextGenerator:
         return self.generate_text(story, config or ANSWER_CONFIG, on_token, None)
 
     def question_story(self, story: Story, question: str, prompt: str | None = None) -> Story:
-        """A story inside the prompt of a question, for `generate_text` or `score` to go on with."""
+        """Returns a story inside the prompt of a question, for `generate_text` or `score` to continue."""
         if not question.strip():
             raise StoryError("A question must not be empty.")
         return prompted(prompt or self.config.prompts["ask"], story, question=question.strip())
@@ -265,12 +265,12 @@ class TextGenerator:
     def caption(
         self, story: Story, config: TextGenerationConfig | None = None, num_outputs: int = 1, prompt: str | None = None
     ) -> list[GeneratedText]:
-        """`num_outputs` captions of a story's last image; by default by the reference's five beams."""
+        """Writes `num_outputs` captions of a story's last image; the default is the reference's five beams."""
         config = config or replace(CAPTION_CONFIG, num_beams=max(5, num_outputs))
         return self.generate([self.caption_story(story, prompt)], config, num_outputs, drop_oldest=None)[0]
 
     def caption_story(self, story: Story, prompt: str | None = None) -> Story:
-        """A story inside the prompt of a caption, for `generate` to go on with."""
+        """Returns a story inside the prompt of a caption, for `generate` to continue."""
         if not story.images:
             raise StoryError("There is no image to caption; add one to the story.")
         return prompted(prompt or self.config.prompts["caption"], story)
@@ -287,15 +287,17 @@ class TextGenerator:
     # ---- openings ----
 
     def resolve_image_first(self, story: Story, image_first: bool | None = None) -> bool:
-        """Whether panels have their image before their text: as asked, else as the story says, as the model's stories
-        have it, or as the opening does."""
+        """Whether panels have their image before their text.
+
+        Decided by `image_first`, else by the story, else by the model, else by the order of the opening.
+        """
         for choice in (image_first, story.image_first, self.generation_config.image_first):
             if choice is not None:
                 return choice
         return story.opens_image_first
 
     def introduce(self, story: Story) -> Story:
-        """The story with a text that says who is in its only image, if nothing in it does (`vqa.introduce`)."""
+        """Returns the story with a text that says who is in its only image, unless it has one (`vqa.introduce`)."""
         return introduce(self, story)
 
 
@@ -305,7 +307,7 @@ CAPTION_CONFIG = TextGenerationConfig(max_new_tokens=30, min_new_tokens=8, repet
 
 
 def _pieces(segment: TextSegment | ImageSegment, start: int, end: int) -> list[int]:
-    """Where the pieces of a segment end in which it is prefilled; none if it was joined to the one before."""
+    """Ends of the pieces in which a segment is prefilled; empty if it was joined to the segment before."""
     if start == end:
         return []
     if isinstance(segment, ImageSegment):

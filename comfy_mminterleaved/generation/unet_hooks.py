@@ -16,7 +16,7 @@ class _Enabled:
 
 @contextlib.contextmanager
 def attach_mmfs(unet, mmfs: MMFSNet, image_values: UNetImageValues, scale: float = 1.0):
-    """Within it, MMFS is added to the U-Net's middle block and skips; `value` of the yielded object switches it.
+    """Adds MMFS to the U-Net's middle block and skips within a `with`; `value` of the yielded object switches it.
 
     Raises:
         SettingError: If the U-Net has another number of skips than there are MMFS blocks.

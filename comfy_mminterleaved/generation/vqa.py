@@ -21,7 +21,7 @@ def prompted(prompt: str, story: Story, **values: str) -> Story:
 
 
 def introduce(generator: TextGenerator, story: Story) -> Story:
-    """The story with a text that says who is in its only image, if nothing in it does.
+    """Returns the story with a text that says who is in its only image, unless it has one.
 
     A model whose stories introduce their characters (`GenerationConfig.introduction`) draws an introduced one the same
     in every panel, whatever the image was. The sentence is put before the text of the image's panel. If that text holds
@@ -58,7 +58,7 @@ def _introduction(generator: TextGenerator, image: Story, described: str) -> str
     sentences: list[str] = []
     for name in names:
         sentence = _complete(generator, image, sentences, c.prompt.format(name=name))
-        if sentence.replace(name, names[0], 1) not in sentences:  # one seen twice is one
+        if sentence.replace(name, names[0], 1) not in sentences:  # the same description twice is one character
             sentences.append(sentence)
     if len(names) == 1 and (not described or generator.find_unknown_words(Story.of(described))):
         prompts = [prompt.format(name=names[0]) for prompt in c.scene_prompts]

@@ -1,4 +1,4 @@
-"""The one attention call of all blocks; a host may hand the blocks its own instead."""
+"""The attention function of all blocks; a host may pass its own instead."""
 
 import importlib.util
 
@@ -64,7 +64,7 @@ def causal_lower_right(q, k):
 
 
 def supports_varlen(x) -> bool:
-    """Whether xFormers serves tensors like this one: then rows of several lengths are packed rather than padded."""
+    """Whether xFormers supports the device and dtype of `x`; rows of several lengths are then packed, not padded."""
     return _XFORMERS and x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
 
 

@@ -11,7 +11,7 @@ MAX_LISTED = 20  # entries that an error names
 
 
 def block_makers(config: Config, **host):
-    """What makes each block: `host` has `operations` and `attention` of whoever runs encoder, LLM and synchronizer."""
+    """Block name -> function that builds it; `host` may give `operations` and `attention` for all but U-Net and VAE."""
     from .llama_mmfs import LlamaMMFS
     from .unet_synchronizer import UNetSynchronizer
     from .visual_tokenizer import VisualTokenizer
@@ -45,7 +45,10 @@ def build(config: Config, blocks=BLOCKS, **host) -> dict[str, torch.nn.Module]:
     """The blocks of a config, without weights: on the meta device.
 
     Args:
-        host: `operations` and `attention` of whoever runs them, for encoder, llm and synchronizer.
+        host: `operations` and `attention` for encoder, llm and synchronizer; by default PyTorch's.
+
+    Raises:
+        CheckpointError: For a config that describes no model.
     """
     makers = block_makers(config, **host)
     try:

@@ -14,7 +14,7 @@ from .attention import attention as default_attention
 from .attention import shared_prefix_attention
 from .mmfs import MMFS, MMFSValues
 
-CACHE_STEP = 128  # the cache grows by whole steps, so that a token rarely moves it
+CACHE_STEP = 128  # tokens by which the cache grows, so that it is rarely copied
 
 
 class KVCache:
@@ -63,11 +63,11 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Of what it holds itself, without a shared prefix."""
+        """Size in bytes, without a shared prefix."""
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def _runs(self):
-        """Rows to write to and where: all at once when their lengths agree."""
+        """Pairs of rows and the position to write to; a single pair if all lengths are equal."""
         if len(set(self.lengths)) == 1:
             return [(slice(None), self.lengths[0])]
         return list(enumerate(self.lengths))
@@ -213,7 +213,7 @@ class LlamaMMFS(nn.Module):
         self._device = device
 
     def compile_decode_step(self, **options) -> None:
-        """Compiles what surrounds attention and MMFS in the step of a single token; all layers share it.
+        """Compiles the parts around attention and MMFS in the single-token step; all layers share the compiled code.
 
         Longer inputs run uncompiled, because every length would be compiled anew.
 

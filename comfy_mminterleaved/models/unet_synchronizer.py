@@ -1,7 +1,7 @@
 """From the LLM's hidden states to a diffusion U-Net: conditioning, and MMFS at its skips (`ImageDecoder`, `MMFSNet`).
 
-There is no U-Net in here. Whoever runs one takes `prompt_embeds` and `neg_prompt_embeds`, and adds the MMFS blocks'
-residuals. A block belongs to a skip of the U-Net, numbered in the order the skips are made, or, last, to its middle.
+This module contains no U-Net. The code that runs one takes `prompt_embeds` and `neg_prompt_embeds` as conditioning and
+adds the MMFS blocks' residuals. Blocks are numbered as the U-Net makes its skips; the last one is for its middle block.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class MMFSNet(nn.Module):
         Args:
             maps: The encoder's feature maps, each `(N, P, C, h, w)`, oldest image first; P may be 0.
             image_mask: bool `(N, P)`, or `(R, N, P)`.
-            dtype: The U-Net's, where the host casts weights to that of activations; None for the weights' own.
+            dtype: dtype of the features, for a host that casts weights to it; None for the weights' own.
         """
         maps = [m for m in maps if m.shape[-1] in self.spatial_shapes]
         shapes = [tuple(m.shape[-2:]) for m in maps]

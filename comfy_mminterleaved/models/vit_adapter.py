@@ -122,7 +122,7 @@ class MSDeformAttn(nn.Module):
 
 
 class Injector(nn.Module):
-    """The adapter's three maps into the ViT's tokens."""
+    """Adds attention from the ViT's tokens to the adapter's three maps."""
 
     def __init__(self, c: VisualTokenizerConfig, operations):
         super().__init__()
@@ -155,7 +155,7 @@ class ConvFFN(nn.Module):
 
 
 class Extractor(nn.Module):
-    """The ViT's tokens into the adapter's three maps."""
+    """Adds attention from the adapter's three maps to the ViT's tokens, then a feed-forward sublayer."""
 
     def __init__(self, c: VisualTokenizerConfig, operations):
         super().__init__()

@@ -24,7 +24,7 @@ _ARRAY_TYPES = tuple(map(np.dtype, ("uint8", "uint16", "bool", "float16", "float
 # Formats whose further frames are an animation; those of others (MPO, TIFF, PSD, ...) are previews, pages or layers.
 ANIMATIONS = ("GIF", "WEBP", "PNG", "AVIF", "FLI")
 PAGE_SIDE = 1600  # px, the longer side of what a page embeds
-# What is kept as it is when a story is saved: any browser and any image program shows it.
+# Formats whose files are saved unchanged with a story, because every browser and image program shows them.
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 
 
@@ -40,8 +40,7 @@ def read_image(path: str | Path) -> torch.Tensor:
     """Reads an image file as RGB float32 (3, H, W) in [0, 1]; raises ImageError.
 
     Transparent pixels are laid on white; 16-bit, CMYK and embedded colour profiles are converted to sRGB; the camera's
-    rotation is applied. Of a still format with more than one image the first is read. An animation is refused: which
-    of its frames is meant would be a guess.
+    rotation is applied. Of a still format with more than one image the first is read; an animation is refused.
     """
     return read_image_file(path)[0]
 
@@ -224,7 +223,7 @@ def encode_data_url(pixels: torch.Tensor) -> str:
 
 
 def encode_page_url(pixels: torch.Tensor) -> str:
-    """A data: URL for a page, of at most PAGE_SIDE px a side: a PNG of drawings, a JPEG of what is larger."""
+    """A data: URL for a page, of at most PAGE_SIDE px a side: a PNG up to 768 px, else a JPEG."""
     image = to_pil(pixels)
     if max(image.size) <= 768:
         return encode_data_url(pixels)

@@ -1,4 +1,4 @@
-"""A story as files: numbered images, story.json, and story.html, one page that holds everything."""
+"""Saves and loads stories as files: numbered images, story.json, and story.html, a self-contained page."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class Book:
 def save_story(
     folder: str | Path, story: Story, title: str = "", settings: dict | None = None, metadata: dict | None = None
 ) -> list[Path]:
-    """Writes a story into a folder that is there; each file appears whole or not at all. Raises OutputError.
+    """Writes a story into an existing folder, each file atomically; raises OutputError.
 
     An image that came from a file keeps its bytes; others become PNGs that carry their panel's text and the settings.
-    One that the folder holds already is not written again.
+    Unchanged images are not written again.
 
     Args:
-        folder: A story saved there before is replaced, images and all.
-        settings: JSON-ready; Kept in story.json and in the images' metadata.
-        metadata: more text chunks for every PNG that is made, by keyword.
+        folder: A story saved there before is replaced, including its images.
+        settings: JSON-ready; kept in story.json and in the images' metadata.
+        metadata: Further text chunks of every PNG that is made, by keyword.
 
     Returns:
         The files: 01.png, 02.png, ..., story.json, story.html.

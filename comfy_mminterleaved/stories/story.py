@@ -143,9 +143,9 @@ class Story:
 
     @property
     def is_image_first(self) -> bool:
-        """Whether each text belongs to the image before it: `image_first`, or if that is None, as it opens and ends.
+        """Whether each text belongs to the image before it: `image_first`, or if that is None, inferred.
 
-        A story that opens with an image and ends with text is.
+        True is inferred for a story that opens with an image and ends with text.
         """
         if self.image_first is not None:
             return self.image_first
@@ -277,7 +277,7 @@ def _token_ids(value, number: int) -> tuple[int, ...] | None:
 
 
 def open_named_image(name: str, folder: str | Path) -> ImageSegment:
-    """An image by data URL, or by its path below `folder`; a path that leaves the folder is refused.
+    """Opens an image from a data URL or a path below `folder`; raises StoryError for a path that leaves it.
 
     Back slashes count as slashes: files written on Windows have them.
     """
@@ -294,7 +294,7 @@ def _parse(data) -> dict:
         try:
             data = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise StoryError(f"This is not JSON that can be read: {error}.") from None
+            raise StoryError(f"The story is not JSON: {error}.") from None
     if not isinstance(data, dict):
         raise StoryError(f"A story file must hold an object, not a {type(data).__name__}.")
     return data

@@ -28,7 +28,7 @@ class StoryPlan:
     """One story to generate.
 
     Args:
-        opening: What it opens with; its `image_first` is what the file asks for, if it does.
+        opening: The opening; its `image_first` is the file's, None if the file does not set it.
         panels: How many panels follow.
         script: The text of each panel, None where the model writes it; may be shorter than `panels`.
         steps: The steps of each panel where the file spells them out (the reference's annotations).
@@ -42,7 +42,7 @@ class StoryPlan:
     steps: tuple[tuple[Step | TextSegment, ...], ...] | None = None
 
     def steps_after(self, opening: Story) -> tuple[tuple[Step | TextSegment, ...], ...]:
-        """The steps of each panel behind `opening`, which is this plan's as the model arranged and introduced it."""
+        """The steps of each panel after `opening`: this plan's opening, arranged and introduced by the model."""
         return plan_panels(opening, self.panels, self.script) if self.steps is None else self.steps
 
 
@@ -56,7 +56,7 @@ def load_storyboard(path: str | Path) -> list[StoryPlan]:
              "image_first": false, "seed": 1}]}
 
     `panels` is their number, or a list of their texts: {"text": "..."} or a string; {} where the model writes it.
-    `image_first` may be left away: then it is as the model's stories are.
+    Without `image_first`, the model's own order is used.
 
     The reference's: a list of {sentences, images, sentence_ixs, image_first, generate_mode, num_iter}. With the mode
     generate_images its last image stands for the one to generate and is not read.
@@ -136,11 +136,11 @@ def _panels(value, name: str) -> tuple[int, tuple[str | None, ...]]:
 def plan_panels(story: Story, panels: int, script=()) -> tuple[tuple[Step | TextSegment, ...], ...]:
     """The steps of `panels` more panels in the story's own order.
 
-    Text that a text-first story ends with is the next panel's, as is all of a story without images; an image-first
-    story that ends with an image first gets the text of that.
+    Text at the end of a text-first story, and all text of a story without images, belongs to the next panel. An
+    image-first story that ends with an image first gets the text of that image.
 
     Args:
-        script: texts of the panels that have theirs already, None for the others.
+        script: Given texts of the panels; None where the model writes the text.
     """
     texts = [TextSegment(text) if text else Step.TEXT for text in script] + [Step.TEXT] * (panels - len(script))
     if story.image_first if story.image_first is not None else story.opens_image_first:
@@ -157,9 +157,9 @@ def plan_panels(story: Story, panels: int, script=()) -> tuple[tuple[Step | Text
 
 
 def panel_seeds(story: Story, plan) -> list[int]:
-    """What each entry of a plan adds to a story's seed: the number of its panel, from 0.
+    """Seed offset of each entry of a plan: the number of its panel in the story, from 0.
 
-    So panels that are added later have the seeds that they would have had in a story told at once.
+    Panels that are added later thus have the same seeds as in a story generated at once.
     """
     count, seeds = len(story.images), []
     for steps in plan:
@@ -170,7 +170,7 @@ def panel_seeds(story: Story, plan) -> list[int]:
 
 
 def _annotation(entry: dict, folder: Path, name: str) -> StoryPlan:
-    """As `load_annt_data` of the reference's inference.py places them."""
+    """Parses an annotation; places texts and images as `load_annt_data` of the reference's inference.py does."""
     sentences, images, places, firsts = (
         entry.get(key) for key in ("sentences", "images", "sentence_ixs", "image_first")
     )

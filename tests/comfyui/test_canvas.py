@@ -129,3 +129,26 @@ def test_a_node_that_is_switched_off_is_passed_or_its_absence_is_said(comfyui, p
             assert comfyui.wait(answer["prompt_id"])["outputs"]
         except Failed as failed:
             assert hasattr(errors, failed.kind.rpartition(".")[2]), (name, number, failed.kind, failed.sentence)
+
+
+@pytest.mark.parametrize("language", ["zh", "ja"])
+def test_notes_and_groups_are_in_the_pages_language(comfyui, page, language):
+    words = json.loads((Path(__file__).parents[2] / "web/js/templates.json").read_text(encoding="utf-8"))
+    try:
+        comfyui.post("/settings/Comfy.Locale", language)
+        page.reload()
+        page.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=60000)
+        time.sleep(2)
+        for path in TEMPLATES:
+            drop(page, path)
+            note = page.evaluate("window.app.graph.nodes.find(n => n.type === 'MarkdownNote').widgets[0].value")
+            assert note.strip() == words[language]["notes"][path.stem]
+            groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
+            titles = page.evaluate("window.app.graph.groups.map(g => g.title)")
+            assert titles == [words[language]["groups"][group["title"]] for group in groups]
+    finally:
+        comfyui.post("/settings/Comfy.Locale", "en")
+        page.reload()
+        page.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=60000)
+        time.sleep(2)
+        page.errors.clear()

@@ -108,6 +108,23 @@ function findNode(id) {
     return node;
 }
 
+// Notes and group titles of the templates, in the page's language.
+const translations = fetch(new URL("./templates.json", import.meta.url)).then((answer) => answer.json());
+
+async function translate(graph) {
+    const name = graph.extra?.mm_interleaved;
+    const language = app.extensionManager?.setting?.get("Comfy.Locale")?.split("-")[0];
+    const words = name && (await translations)[language];
+    if (!words || language === "en") return;
+    const english = (await translations).en.notes[name];
+    for (const node of graph.nodes) {
+        const widget = node.type === "MarkdownNote" && node.widgets?.[0];
+        if (widget && widget.value.trim() === english) widget.value = words.notes[name]; // as it came, not edited
+    }
+    for (const group of graph.groups) group.title = words.groups[group.title] ?? group.title;
+    graph.setDirtyCanvas(true, true);
+}
+
 app.registerExtension({
     name: "comfy-mminterleaved.panels",
     setup() {
@@ -138,7 +155,16 @@ app.registerExtension({
         }
     },
     nodeCreated(node) {
+        if (!node.comfyClass?.startsWith("MMInterleaved")) return;
+        for (const widget of node.widgets ?? []) {
+            // Older pages know these of a widget, but do not take them from its definition.
+            if (widget.options?.advanced) widget.advanced = true;
+            if (widget.options?.hidden) widget.hidden = true;
+        }
         if (node.comfyClass === "MMInterleavedSaveStory") node.hideOutputImages = true; // newer pages' way to say so
+    },
+    afterConfigureGraph() {
+        translate(app.graph);
     },
     loadedGraphNode(node) {
         const output = app.nodeOutputs?.[node.id];

@@ -140,7 +140,7 @@ def _triton_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> boo
 
 @functools.cache
 def _xformers_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether xFormers' operator accepts such tensors; tried once per device, dtype and head width."""
+    """Whether xFormers' operator accepts these tensors; tried once per device, dtype and head width."""
     if device.type != "cuda" or importlib.util.find_spec("xformers") is None:
         return False
     return _try("xFormers", xformers.mmfs_attention, "mmfs_attention", device, dtype, head_dim)

@@ -4,14 +4,14 @@ import torch
 
 
 def pad_levels(value, spatial_shapes):
-    """Maps with a border of zeros one cell wide, in which every point has its four cells.
+    """Pads maps with a border of zeros one cell wide, so that every point has four valid cells.
 
     Args:
         value: `(N, P, S, H, D)`, the cells of all levels of each of P images, one level after the other.
         spatial_shapes: `(h, w)` of each level.
 
     Returns:
-        (N, P, H, S', D), S' = sum of (h + 2) * (w + 2): what one head reads lies together.
+        (N, P, H, S', D), S' = sum of (h + 2) * (w + 2): the cells of one head are contiguous.
     """
     levels = []
     for level, (h, w) in zip(value.split([h * w for h, w in spatial_shapes], dim=2), spatial_shapes):

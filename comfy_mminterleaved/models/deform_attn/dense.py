@@ -1,4 +1,4 @@
-"""The same as one matrix of queries over cells: the cheapest to differentiate, for maps of few cells."""
+"""`ms_deform_attn` as a product with a dense matrix, queries x cells: fastest to differentiate on small maps."""
 
 import torch
 

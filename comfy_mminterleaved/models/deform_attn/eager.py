@@ -1,4 +1,4 @@
-"""The definition: index, weigh, add up. Any device, differentiable; memory grows with the number of points."""
+"""Reference `ms_deform_attn`: index, weight, sum. Any device, differentiable; memory grows with the points."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The same as one `embedding_bag` over the values' rows: nothing is sampled before it is summed."""
+"""`ms_deform_attn` as one `embedding_bag` over the rows of the values; samples are never stored."""
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ def _fused_corners(spatial_shapes, x, y, attention_weights, shape, dtype):
     """
     n, q, h, p, levels, k = x.shape
     device = x.device
-    # What is the same for all points of a level is repeated for each: the arithmetic below is then vectorized.
+    # Constants of a level are repeated for each point, so that the arithmetic below is vectorized.
     last, row, first, largest = level_geometry(spatial_shapes, x)
     last, row = last.repeat_interleave(k, dim=1), row.repeat_interleave(k, dim=1)
     left, x = _cell_and_fraction(x, last[..., 0].contiguous())
@@ -106,7 +106,7 @@ def _fused_corners(spatial_shapes, x, y, attention_weights, shape, dtype):
 
 
 def _cell_and_fraction(position, last):
-    """Of a coordinate, moved onto the border where it is outside: the cell before, and how far behind that it is."""
+    """Cell index and fraction of a coordinate, which is moved onto the border if it is outside; in place."""
     position.clamp_(-torch.ones_like(last), last)
     cell_index = position.floor()
     torch.minimum(cell_index, last - 1, out=cell_index)
