@@ -19,7 +19,7 @@ DOCS = ROOT / "web" / "docs"
 PREFIX = "MMInterleaved"
 # Template -> file, zoom, top left corner on the canvas, size in px.
 CANVASES = {
-    "1 Tell a story": ("canvas-tell.png", 0.72, (-50, -400), (980, 1090)),
+    "1 Tell a story": ("canvas-tell.png", 0.72, (-50, -400), (980, 900)),
     "2 The four blocks": ("canvas-blocks.png", 0.62, (-60, -100), (1080, 960)),
 }
 

@@ -258,7 +258,7 @@ class Subgraph(Workflow):
 EXAMPLE = "example (three stories)"
 MIA = "Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball."
 PAGES = (420, 760)  # of Save Story, which shows the panels
-TELL, TELL_ROOM = (400, 480), 1170  # of Tell Story; with all its settings open and the panels below
+TELL, TELL_ROOM = (400, 480), 1250  # of Tell Story; with all its settings open and the panels below
 
 
 def load(w: Workflow, x=0, y=0) -> Node:
@@ -351,8 +351,8 @@ def own_picture(w: Workflow) -> None:
     w.note(0, -380, (700, 240), "3 Continue from my picture")
     model = load(w)
     picture = w.add("MMInterleavedExampleImage", 0, 290, (300, 360))
-    begun = w.add("MMInterleavedStoryText", 400, 0, (320, 160), text="Mia runs in the meadow with a kite.")
-    shown = w.add("MMInterleavedStoryPicture", 400, 290, (320, 110), story=begun[0], encoder=model[0], image=picture[0])
+    begun = w.add("MMInterleavedStoryText", 400, 250, (320, 160), text="Mia runs in the meadow with a kite.")
+    shown = w.add("MMInterleavedStoryPicture", 400, 540, (320, 110), story=begun[0], encoder=model[0], image=picture[0])
     told = tell(w, model, 820, story=shown[0], panels=3, seed=8)
     pages = w.add("MMInterleavedSaveStory", 1320, 0, PAGES, story=told[0], title="My picture")
     w.group("1. Model and picture", BLUE, model, picture)

@@ -139,7 +139,7 @@ def test_notes_and_groups_are_in_the_pages_language(comfyui, page, language):
         page.reload()
         page.wait_for_function("window.app && window.app.graph && window.app.extensionManager", timeout=60000)
         time.sleep(2)
-        for path in TEMPLATES:
+        for path in TEMPLATES[:2]:
             drop(page, path)
             note = page.evaluate("window.app.graph.nodes.find(n => n.type === 'MarkdownNote').widgets[0].value")
             assert note.strip() == words[language]["notes"][path.stem]

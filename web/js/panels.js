@@ -157,9 +157,11 @@ app.registerExtension({
     nodeCreated(node) {
         if (!node.comfyClass?.startsWith("MMInterleaved")) return;
         for (const widget of node.widgets ?? []) {
-            // Older pages know these of a widget, but do not take them from its definition.
-            if (widget.options?.advanced) widget.advanced = true;
-            if (widget.options?.hidden) widget.hidden = true;
+            // Older pages know these of a widget, but do not take them from its definition, and leave it its room.
+            if (!widget.options?.advanced && !widget.options?.hidden) continue;
+            widget.advanced = Boolean(widget.options.advanced);
+            widget.hidden = Boolean(widget.options.hidden);
+            widget.computeSize = (width) => [width ?? 0, node.isWidgetVisible?.(widget) === false ? -4 : 20];
         }
         if (node.comfyClass === "MMInterleavedSaveStory") node.hideOutputImages = true; // newer pages' way to say so
     },
