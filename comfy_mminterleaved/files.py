@@ -124,8 +124,13 @@ def atomic_path(path: str | Path):
     with _renamed_into_place(Path(path)) as temp_path:
         yield temp_path
         if temp_path.is_file():
-            with open(temp_path, "rb+") as file:
-                os.fsync(file.fileno())
+            flush_to_disk(temp_path)
+
+
+def flush_to_disk(path: str | Path) -> None:
+    """Waits until a file that a library wrote is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def apply_umask(path: str | Path) -> None:

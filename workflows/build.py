@@ -48,6 +48,7 @@ class Workflow:
         self.nodes: list[Node] = []
         self.groups: list[dict] = []
         self.subgraphs: dict[str, Subgraph] = {}
+        self.bends: dict[tuple[int, str], list[tuple[int, int]]] = {}  # of the wire to a node's input, by its id
 
     def add(self, type: str, x: int, y: int, size=(300, 120), heading: str | None = None, room=0, **inputs) -> Node:
         wires = {name: value for name, value in inputs.items() if isinstance(value, tuple)}
@@ -61,6 +62,21 @@ class Workflow:
         self.definitions = {**self.definitions, subgraph.id: subgraph.definition()}
         self.subgraphs[subgraph.id] = subgraph
         return self.add(subgraph.id, x, y, size, heading, room, **inputs)
+
+    def bend(self, node: Node, name: str, *points: tuple[int, int]) -> None:
+        """Leads the wire to an input through points, around what it would pass behind."""
+        self.bends[node.id, name] = list(points)
+
+    def _bends_of(self, nodes: list[dict]) -> dict:
+        """The points as the page saves them: each knows the one before it, and the link its last."""
+        reroutes, extensions = [], []
+        for (node, name), points in self.bends.items():
+            link = next(each["link"] for each in nodes[node - 1]["inputs"] if each["name"] == name)
+            for number, point in enumerate(points):
+                parent = {"parentId": len(reroutes)} if number else {}
+                reroutes.append({"id": len(reroutes) + 1, **parent, "pos": list(point), "linkIds": [link]})
+            extensions.append({"id": link, "parentId": len(reroutes)})
+        return {"reroutes": reroutes, "linkExtensions": extensions} if reroutes else {}
 
     def note(self, x: int, y: int, size: tuple[int, int], name: str) -> None:
         text = (HERE / "notes" / f"{name}.md").read_text(encoding="utf-8").rstrip()
@@ -168,7 +184,7 @@ class Workflow:
                 {"definitions": {"subgraphs": [s.to_json() for s in self.subgraphs.values()]}} if self.subgraphs else {}
             ),
             "config": {},
-            "extra": {"ds": self._view(), "mm_interleaved": name},
+            "extra": {"ds": self._view(), "mm_interleaved": name, **self._bends_of(nodes)},
             "version": 0.4,
         }
 
@@ -340,6 +356,8 @@ def four_blocks(w: Workflow) -> None:
     for k, seed in enumerate(seeds):
         at = (560 + 60 * k, 490 * k)
         drawn = w.add_subgraph(draw, *at, (280, 220), f"Panel {k + 1}", room=440, story=told, seed=seed[0], **blocks)
+        if k:
+            w.bend(drawn, "story", (at[0] + 260, at[1] - 470), (at[0] + 260, at[1] - 42), (at[0] - 30, at[1] - 42))
         told = drawn[0]
     pages = w.add("MMInterleavedSaveStory", 1200, 520, (440, 660), story=told, title="Mia")
     w.group("Model and opening", BLUE, model, begun)
@@ -393,6 +411,7 @@ def storyboard_batch(w: Workflow) -> None:
     pages = w.add(
         "MMInterleavedSaveStory", 920, 0, PAGES, story=told[0], title=board[3], filename_prefix="storyboard/story"
     )
+    w.bend(pages, "title", (370, 440), (390, -50), (860, -50))
     w.group("1. Model and storyboard", BLUE, model, board)
     w.group("2. Tell", PURPLE, told)
     w.group("3. Save", GREEN, pages)
@@ -433,6 +452,8 @@ def own_sampler(w: Workflow) -> None:
     saved = w.add("SaveImage", 1620, 0, (420, 560), images=large[0], filename_prefix="stories/large")
     w.group("1. Model", BLUE, model, latent)
     w.group("2. Story", BROWN, begun, ready)
+    w.bend(image, "vae", (340, 660), (1130, 790), (1170, 560))
+    w.bend(drawn, "latent_image", (350, 690), (1150, 810), (1180, 130))
     w.group("3. Sampler", PURPLE, guider, noise, sampler, sigmas)
     w.group("4. Picture", BLUE, drawn, image, large)
     w.group("5. Large", GREEN, saved)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from ..files import apply_umask, atomic_write, write_json
+from ..files import apply_umask, atomic_write, flush_to_disk, write_json
 
 VOCABULARY_FILE = "words.txt"  # the words that a model of a small world was taught
 MAX_LISTED = 20  # entries that an error names
@@ -103,4 +103,5 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype, metadata:
         stored.add(tensor.untyped_storage().data_ptr())
         unique[key] = tensor
     save_file(unique, path, {"format": "pt", **(metadata or {})})
+    flush_to_disk(path)
     apply_umask(path)
