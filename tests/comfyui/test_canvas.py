@@ -101,7 +101,7 @@ def test_a_saved_picture_brings_its_workflow_back(comfyui, page):
     assert "MMInterleavedTellStory" in types and "MMInterleavedSaveStory" in types and page.evaluate(RED) == []
 
 
-@pytest.mark.parametrize("mode, name", [(2, "muted"), (4, "bypassed")])
+@pytest.mark.parametrize("mode, name", [pytest.param(2, "muted", marks=pytest.mark.long), (4, "bypassed")])
 def test_a_node_that_is_switched_off_is_passed_or_its_absence_is_said(comfyui, page, mode, name):
     """One node after the other: the story is told without it, or ComfyUI or a node of ours says what is missing."""
     from comfy_mminterleaved import errors
@@ -131,7 +131,7 @@ def test_a_node_that_is_switched_off_is_passed_or_its_absence_is_said(comfyui, p
             assert hasattr(errors, failed.kind.rpartition(".")[2]), (name, number, failed.kind, failed.sentence)
 
 
-@pytest.mark.parametrize("language", ["zh", "ja"])
+@pytest.mark.parametrize("language", [pytest.param("zh", marks=pytest.mark.long), "ja"])
 def test_notes_and_groups_are_in_the_pages_language(comfyui, page, language):
     words = json.loads((Path(__file__).parents[2] / "web/js/templates.json").read_text(encoding="utf-8"))
     try:
