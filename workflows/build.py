@@ -67,6 +67,13 @@ class Workflow:
         """Leads the wire to an input through points, around what it would pass behind."""
         self.bends[node.id, name] = list(points)
 
+    def bend_below(self, node: Node, name: str, above: Node) -> None:
+        """Leads the wire from the first output of the node above between the two."""
+        right, left = above.position[0] + above.size[0] + 30, node.position[0] - 30
+        self.bend(
+            node, name, (right, above.position[1] + 14), (right, node.position[1] - 42), (left, node.position[1] - 42)
+        )
+
     def _bends_of(self, nodes: list[dict]) -> dict:
         """The points as the page saves them: each knows the one before it, and the link its last."""
         reroutes, extensions = [], []
@@ -374,6 +381,7 @@ def own_picture(w: Workflow) -> None:
     told = tell(w, model, 820, story=shown[0], panels=3, seed=8)
     pages = w.add("MMInterleavedSaveStory", 1320, 0, PAGES, story=told[0], title="My picture")
     w.group("1. Model and picture", BLUE, model, picture)
+    w.bend_below(shown, "story", begun)
     w.group("2. The story begins", BROWN, begun, shown)
     w.group("3. and goes on", PURPLE, told)
     w.group("4. Its pages", GREEN, pages)
@@ -411,6 +419,7 @@ def storyboard_batch(w: Workflow) -> None:
     pages = w.add(
         "MMInterleavedSaveStory", 920, 0, PAGES, story=told[0], title=board[3], filename_prefix="storyboard/story"
     )
+    w.bend_below(board, "encoder", model)
     w.bend(pages, "title", (370, 440), (390, -50), (860, -50))
     w.group("1. Model and storyboard", BLUE, model, board)
     w.group("2. Tell", PURPLE, told)
@@ -452,6 +461,9 @@ def own_sampler(w: Workflow) -> None:
     saved = w.add("SaveImage", 1620, 0, (420, 560), images=large[0], filename_prefix="stories/large")
     w.group("1. Model", BLUE, model, latent)
     w.group("2. Story", BROWN, begun, ready)
+    w.bend_below(ready, "story", begun)
+    w.bend_below(image, "samples", drawn)
+    w.bend_below(large, "image", image)
     w.bend(image, "vae", (340, 660), (1130, 790), (1170, 560))
     w.bend(drawn, "latent_image", (350, 690), (1150, 810), (1180, 130))
     w.group("3. Sampler", PURPLE, guider, noise, sampler, sigmas)
