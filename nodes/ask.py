@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import comfy.model_management
-import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.generation.config import TextGenerationConfig
 from ..comfy_mminterleaved.generation.decoding import MAX_OPTIONS
 from ..comfy_mminterleaved.stories.story import Story
+from .blocks import progress
 from .segments import encode_story, images_from_batch
 from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket, search_aliases
 from .write import progress_callback
@@ -138,13 +137,7 @@ class RankAnswers(io.ComfyNode):
             story = llm.generator.question_story(story, question)
         longest = max(len(llm.generator.tokenize(Story.of(line))) for line in lines)
         story = llm.prepare(story, longest, min(len(lines), MAX_OPTIONS), are_given=True)
-        bar = comfy.utils.ProgressBar(len(lines))
-
-        def on_progress(count: int, total: int) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(count, total)
-
-        ranked = llm.generator.rank(story, lines, on_progress=on_progress)
+        ranked = llm.generator.rank(story, lines, on_progress=progress(len(lines)))
         table = "\n".join(f"{option.log_prob:8.2f}  {option.text}" for option in ranked)
         return io.NodeOutput(
             ranked[0].text, [o.text for o in ranked], [o.log_prob for o in ranked], ui=ui.PreviewText(table)

@@ -42,6 +42,17 @@ def attention(q, k, v, mask=None, causal=False):
     return kernel(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True)
 
 
+def progress(total: int) -> Callable[[int, int], None]:
+    """A callback `(done, total)` that moves the node's progress bar and lets Cancel through."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def on_progress(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return on_progress
+
+
 def block_patcher(module: torch.nn.Module, load_device: torch.device, offload_device: torch.device):
     """ComfyUI's ModelPatcher for a block; it also counts and frees the LLM's prefix cache."""
     base = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
@@ -184,13 +195,7 @@ class PatchedLLM(PatchedBlock):
         """
         story = self.generator.truncate_to_context(story, reserve_tokens, drop_oldest)
         self.load(story, reserve_tokens, num_rows, are_given)
-        bar = comfy.utils.ProgressBar(len(self.generator.tokenize(story)))
-
-        def on_progress(count: int, total: int) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(count, total)
-
-        self.generator.prefill(story, on_progress)
+        self.generator.prefill(story, progress(len(self.generator.tokenize(story))))
         return story
 
     def load(self, story: Story, new_tokens: int = 1, num_rows: int = 1, are_given: bool = False) -> None:

@@ -21,11 +21,16 @@ def search_aliases(*names: str) -> dict[str, list[str]]:
     return {"search_aliases": list(names)} if "search_aliases" in io.Schema.__dataclass_fields__ else {}
 
 
-def advanced(*inputs):
-    """Marks inputs as advanced; frontends that support it hide them at first."""
+def marked(flag: str, *inputs):
+    """Inputs with a flag for the page ("advanced", "hidden"), also on cores whose inputs have no argument for it."""
     for each in inputs:
-        each.extra_dict = {**getattr(each, "extra_dict", {}), "advanced": True}
+        each.extra_dict = {**getattr(each, "extra_dict", {}), flag: True}
     return inputs
+
+
+def advanced(*inputs):
+    """Inputs that pages hide until asked for, where they know how to."""
+    return marked("advanced", *inputs)
 
 
 def seed_input(label: str, name: str = "seed"):
@@ -58,8 +63,7 @@ def former(label: str, name: str, default: int, low: int, high: int, step: int =
     widget = io.Int.Input(
         name, default=default, min=low, max=high, step=step, tooltip=f"{label}; {default} for the model's own."
     )
-    widget.extra_dict = {**getattr(widget, "extra_dict", {}), "hidden": True}
-    return widget
+    return marked("hidden", widget)[0]
 
 
 def model_default_input(label: str, name: str, low: int, high: int, step: int = 1):

@@ -6,13 +6,13 @@ web/docs/about.json.
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 import sys
-import time
 import urllib.request
 from pathlib import Path
+
+from screenshots import open_template, run
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "web" / "docs"
@@ -92,24 +92,8 @@ def photograph_node(page, name: str) -> None:
 
 def photograph_canvas(server: str, page, template: str, file: str, scale: float, corner, size) -> None:
     """A template on the canvas after a run."""
-    path = ROOT / "workflows" / f"{template}.json"
-    page.evaluate(
-        """async ([name, data]) => {
-            const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
-            await window.app.handleFile(new File([bytes], name, {type: "application/json"}));
-        }""",
-        [path.name, base64.b64encode(path.read_bytes()).decode()],
-    )
-    page.wait_for_timeout(1500)
-
-    def num_finished() -> int:
-        with urllib.request.urlopen(f"{server}/history") as answer:
-            return len(json.load(answer))
-
-    before = num_finished()
-    page.evaluate("window.app.queuePrompt(0, 1)")
-    while num_finished() == before:
-        time.sleep(0.5)
+    open_template(page, ROOT / "workflows" / f"{template}.json")
+    run(server, page)
     x, y = 90, 110  # beside the side bar, below the menu
     page.evaluate(
         """([scale, x, y, left, top]) => {

@@ -7,7 +7,7 @@ import pytest
 from conftest import COMFYUI
 from PIL import Image
 from server import Failed
-from test_behaviour import LOAD, node
+from test_behaviour import by_hand, node
 
 pytestmark = pytest.mark.skipif(not COMFYUI, reason="no ComfyUI to test in: set COMFYUI_PATH (and COMFYUI_PYTHON)")
 
@@ -51,51 +51,22 @@ def patches(definitions) -> dict[str, dict]:
 
 def drawing(name: str, inputs: dict, place: str, strength: float) -> dict:
     """A prompt that draws the third image of a story whose earlier ones are red and blue."""
-    prompt = {
-        "1": LOAD,
-        "2": node("EmptyImage", width=128, height=128, batch_size=1, color=0xCC2222),
-        "3": node("EmptyImage", width=128, height=128, batch_size=1, color=0x2222CC),
-        "4": node("MMInterleavedStoryPicture", encoder=["1", 0], image=["2", 0]),
-        "5": node("MMInterleavedStoryPicture", story=["4", 0], encoder=["1", 0], image=["3", 0]),
-        "6": node("MMInterleavedStoryText", story=["5", 0], text="Mia waves in the village."),
-        "7": node(
-            "MMInterleavedSynchronize",
-            llm=["1", 1],
-            synchronizer=["1", 2],
-            story=["6", 0],
-            model=["1", 3],
-            strength=strength,
-            start=0.0,
-            end=1.0,
-            pictures=-1,
-        ),
-        "8": node("EmptyLatentImage", width=128, height=128, batch_size=1),
-        "9": node(
-            "KSampler",
-            model=["7", 0],
-            positive=["7", 1],
-            negative=["7", 2],
-            latent_image=["8", 0],
-            seed=1,
-            steps=3,
-            cfg=3.0,
-            sampler_name="euler",
-            scheduler="normal",
-            denoise=1.0,
-        ),
-        "10": node("VAEDecode", samples=["9", 0], vae=["1", 4]),
-        "11": node("PreviewImage", images=["10", 0]),
-        "20": node(name, model=["7", 0] if place == "after" else ["1", 3], **inputs),
+    prompt = by_hand(steps=3)
+    prompt |= {
+        "10": node("EmptyImage", width=128, height=128, batch_size=1, color=0xCC2222),
+        "11": node("EmptyImage", width=128, height=128, batch_size=1, color=0x2222CC),
+        "12": node("MMInterleavedStoryPicture", encoder=["1", 0], image=["10", 0]),
+        "13": node("MMInterleavedStoryPicture", story=["12", 0], encoder=["1", 0], image=["11", 0]),
+        "20": node(name, model=["3", 0] if place == "after" else ["1", 3], **inputs),
     }
-    if place == "before":
-        prompt["7"]["inputs"]["model"] = ["20", 0]
-    else:
-        prompt["9"]["inputs"]["model"] = ["20", 0]
+    prompt["2"]["inputs"]["story"] = ["13", 0]
+    prompt["3"]["inputs"]["strength"] = strength
+    prompt["3" if place == "before" else "5"]["inputs"]["model"] = ["20", 0]
     return prompt
 
 
 def picture(comfyui, prompt) -> np.ndarray:
-    shown = comfyui.run(prompt)["outputs"]["11"]["images"][0]
+    shown = comfyui.run(prompt)["outputs"]["7"]["images"][0]
     query = f"filename={shown['filename']}&subfolder={shown['subfolder']}&type={shown['type']}"
     return np.asarray(Image.open(io.BytesIO(comfyui.fetch(f"/view?{query}"))).convert("RGB"), dtype=float)
 
