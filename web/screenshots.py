@@ -92,8 +92,8 @@ def overlaps(page) -> list[str]:
             const title = window.LiteGraph.NODE_TITLE_HEIGHT, scale = window.app.canvas.ds.scale;
             const box = n => {  // the new nodes are elements of the page
                 const element = document.querySelector(`[data-node-id="${n.id}"]`)?.getBoundingClientRect();
-                const height = element ? element.height / scale : n.size[1] + title;
-                const width = element ? element.width / scale : n.size[0];
+                const height = element ? element.height / scale : n.collapsed ? title : n.size[1] + title;
+                const width = element ? element.width / scale : n.collapsed ? n._collapsed_width : n.size[0];
                 return [n.title, n.pos[0], n.pos[1] - title, width, height].map(v => v?.toFixed ? Math.round(v) : v);
             };
             return [

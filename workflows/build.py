@@ -25,6 +25,9 @@ BLUE, GREEN, PURPLE, BROWN = "#3f789e", "#8A8", "#a1309b", "#b58b2a"
 SEEDS = ("seed", "noise_seed", "index")  # these have a second widget: what to do with them after queueing
 
 
+COLLAPSED = 220  # width of a collapsed node
+
+
 @dataclass
 class Node:
     id: int
@@ -35,6 +38,15 @@ class Node:
     heading: str | None
     wires: dict[str, tuple[Node, int]] = field(default_factory=dict)
     room: int = 0  # height to keep free, if it grows when it runs
+    is_collapsed: bool = False
+
+    @property
+    def right(self) -> int:
+        return self.position[0] + (COLLAPSED if self.is_collapsed else self.size[0])
+
+    @property
+    def bottom(self) -> int:
+        return self.position[1] + (0 if self.is_collapsed else self.size[1])
 
     def __getitem__(self, output: int) -> tuple[Node, int]:
         return self, output
@@ -93,8 +105,8 @@ class Workflow:
         """A frame around nodes, each with its title above it."""
         left = min(node.position[0] for node in members) - 20
         top = min(node.position[1] for node in members) - 80
-        right = max(node.position[0] + node.size[0] for node in members) + 20
-        bottom = max(node.position[1] + node.room for node in members) + 20
+        right = max(node.right for node in members) + 20
+        bottom = max(node.bottom if node.is_collapsed else node.position[1] + node.room for node in members) + 20
         self.groups.append(
             {
                 "id": len(self.groups) + 1,
@@ -126,7 +138,7 @@ class Workflow:
                 "type": node.type,
                 "pos": list(node.position),
                 "size": list(node.size),
-                "flags": {},
+                "flags": {"collapsed": True} if node.is_collapsed else {},
                 "order": node.id - 1,
                 "mode": 0,
                 "inputs": [],
@@ -199,8 +211,8 @@ class Workflow:
         """Zoom and offset at which the whole graph is in view on a screen of 1800 x 1000 px."""
         left = min(node.position[0] for node in self.nodes) - 40
         top = min(node.position[1] for node in self.nodes) - 60
-        right = max(node.position[0] + node.size[0] for node in self.nodes) + 40
-        bottom = max(node.position[1] + node.size[1] for node in self.nodes) + 40
+        right = max(node.right for node in self.nodes) + 40
+        bottom = max(node.bottom for node in self.nodes) + 40
         scale = min(1600 / (right - left), 900 / (bottom - top), 0.9)
         return {"scale": round(scale, 3), "offset": [round(100 / scale - left), round(80 / scale - top)]}
 
@@ -293,11 +305,18 @@ def tell(w: Workflow, model: Node, x: int, **inputs) -> Node:
     return w.add("MMInterleavedTellStory", x, 0, TELL, room=TELL_ROOM, **blocks, **inputs)
 
 
+def save(w: Workflow, told: Node, x: int, **inputs) -> Node:
+    """Save Story behind Tell Story: collapsed, because Tell Story shows the panels already."""
+    node = w.add("MMInterleavedSaveStory", x, 0, PAGES, story=told[0], **inputs)
+    node.is_collapsed = True
+    return node
+
+
 def tell_a_story(w: Workflow) -> None:
     w.note(0, -360, (720, 220), "1 Tell a story")
     model = load(w)
     told = tell(w, model, 380, opening=MIA, panels=4, seed=3)
-    pages = w.add("MMInterleavedSaveStory", 860, 0, PAGES, story=told[0], title="Mia")
+    pages = save(w, told, 860, title="Mia")
     w.group("1. Model", BLUE, model)
     w.group("2. The story", PURPLE, told)
     w.group("3. Its pages", GREEN, pages)
@@ -379,7 +398,7 @@ def own_picture(w: Workflow) -> None:
     begun = w.add("MMInterleavedStoryText", 400, 250, (320, 160), text="Mia runs in the meadow with a kite.")
     shown = w.add("MMInterleavedStoryPicture", 400, 540, (320, 110), story=begun[0], encoder=model[0], image=picture[0])
     told = tell(w, model, 820, story=shown[0], panels=3, seed=8)
-    pages = w.add("MMInterleavedSaveStory", 1320, 0, PAGES, story=told[0], title="My picture")
+    pages = save(w, told, 1320, title="My picture")
     w.group("1. Model and picture", BLUE, model, picture)
     w.bend_below(shown, "story", begun)
     w.group("2. The story begins", BROWN, begun, shown)
@@ -416,9 +435,7 @@ def storyboard_batch(w: Workflow) -> None:
     model = load(w)
     board = w.add("MMInterleavedLoadStoryboard", 0, 290, (300, 260), encoder=model[0], storyboard=EXAMPLE)
     told = tell(w, model, 420, story=board[0], panels=board[1], seed=board[2], plan=board[4])
-    pages = w.add(
-        "MMInterleavedSaveStory", 920, 0, PAGES, story=told[0], title=board[3], filename_prefix="storyboard/story"
-    )
+    pages = save(w, told, 920, title=board[3], filename_prefix="storyboard/story")
     w.bend_below(board, "encoder", model)
     w.bend(pages, "title", (370, 440), (390, -50), (860, -50))
     w.group("1. Model and storyboard", BLUE, model, board)
@@ -475,7 +492,7 @@ def reroll(w: Workflow) -> None:
     w.note(0, -390, (760, 250), "7 Draw a panel anew")
     model = load(w)
     told = tell(w, model, 420, opening=MIA, panels=4, seed=3, seeds=", , 42")
-    pages = w.add("MMInterleavedSaveStory", 920, 0, PAGES, story=told[0], title="Mia, another way")
+    pages = save(w, told, 920, title="Mia, another way")
     w.group("1. Model", BLUE, model)
     w.group("2. Change the third of the seeds", PURPLE, told)
     w.group("3. Its pages", GREEN, pages)

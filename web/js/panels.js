@@ -47,22 +47,27 @@ function rootOf(node) {
         const widget = node.addDOMWidget(PANELS, "MMI_PANELS", root, {
             serialize: false,
             hideOnZoom: false,
-            getMinHeight: () => (isText ? 70 : 320),
+            getMinHeight: () => (isText ? 70 : root.childElementCount > 2 ? 500 : 320), // two rows of panels
             getValue: () => "",
             setValue: () => {},
         });
         widget.serialize = false;
         node.mmiPanels = root;
-        const [width, height] = node.computeSize();
-        node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
+        grow(node);
     }
     return node.mmiPanels;
+}
+
+function grow(node) {
+    const [width, height] = node.computeSize();
+    node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
 }
 
 function show(node, panels) {
     const root = rootOf(node);
     const isAtEnd = root.scrollTop + root.clientHeight >= root.scrollHeight - 8;
     root.replaceChildren(...panels.map(figure));
+    if (!node.flags?.collapsed) grow(node);
     if (isAtEnd) root.scrollTop = root.scrollHeight;
     node.setDirtyCanvas?.(true, true);
 }

@@ -18,7 +18,7 @@ from .locations import locations_and_weights
 __all__ = ["BACKENDS", "MMFS_BACKENDS", "mmfs_attention", "ms_deform_attn", "pad_levels", "select_backend"]
 
 ENVIRONMENT = "MMI_MMFS_BACKEND"  # forces one of MMFS_BACKENDS, for every tensor
-CHUNK_SIZE = 2**18  # sampling locations processed at a time on the CPU, so that intermediates stay in its cache
+CHUNK_SIZE = 2**20  # sampling locations at a time on the CPU: larger tensors get fresh pages from the system each time
 log = logging.getLogger(__name__)
 
 
