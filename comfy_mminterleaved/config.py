@@ -39,6 +39,7 @@ class MMFSConfig:
         d_model: Channels of the values; d_value: of the feature maps.
         max_num_image_per_seq: Rows of the table of relative image positions; row 0 stands for 'not visible'.
         cross_attention_frequency: In the LLM every how many layers one has MMFS.
+        is_fused: Whether the weights are those after `MMFS.fuse_projections`, as `convert --quantize` writes them.
     """
 
     spatial_shapes: tuple[int, ...]
@@ -49,6 +50,7 @@ class MMFSConfig:
     d_value: int = 1024
     max_num_image_per_seq: int = 50
     cross_attention_frequency: int = 1
+    is_fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,11 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class LlamaMMFSConfig:
-    """Llama with gated MMFS in some of its layers (`modeling_llama_mmfs`, `TextDecoder`)."""
+    """Llama with gated MMFS in some of its layers (`modeling_llama_mmfs`, `TextDecoder`).
+
+    Args:
+        quantization: How attention and MLP weights are stored: a name in `models.quantization.FORMATS`, or None.
+    """
 
     num_img_token: int
     mmfs: MMFSConfig
@@ -120,6 +126,7 @@ class LlamaMMFSConfig:
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
     special_tokens: SpecialTokens = SpecialTokens()
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)

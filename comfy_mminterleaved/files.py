@@ -217,3 +217,82 @@ def atomic_dir(path: str | Path):
             yield temp_path
             if path.exists():
                 path.rmdir()
+
+
+PROGRESS_SUFFIX = ".progress"  # of a file beside one that is being written, with how far it is
+
+
+@contextlib.contextmanager
+def resumable_dir(path: str | Path, fingerprint: str, size: int):
+    """Like `atomic_dir`, for hours of work: what a killed process wrote is there again for the next of the same work.
+
+    Args:
+        fingerprint: Says what is written from what; of another one, nothing is kept.
+        size: Bytes that will be written; raises OutputError if the disk has no room for them.
+    """
+    path = Path(path)
+    work = path.with_name(f".{path.name}.unfinished")
+    mark, lock = work / ".fingerprint", work / ".process"
+    with friendly_errors(path, "The folder"):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputError(f"Folder {str(path)!r} already exists; choose a new name.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        owner = _read_text(lock).partition(" ")
+        if owner[0] == _HOST and owner[2].isdecimal() and _is_running(int(owner[2])) and int(owner[2]) != os.getpid():
+            raise OutputError(f"The folder {str(path)!r} is being written by process {owner[2]}; wait for it.")
+        if _read_text(mark) != fingerprint:
+            _remove(work)
+            work.mkdir()
+            mark.write_text(fingerprint, encoding="utf-8")
+        lock.write_text(f"{_HOST} {os.getpid()}", encoding="ascii")
+        _check_free_space(path.parent, size, work)
+    try:
+        yield work
+    except OSError as error:
+        lock.unlink(missing_ok=True)
+        reason = (error.strerror or str(error)).rstrip(".")
+        raise OutputError(
+            f"The folder {str(path)!r} cannot be written: {reason}. What is done is kept in {work.name!r} beside it; "
+            "run the same command again to go on."
+        ) from None
+    except KeyboardInterrupt:
+        lock.unlink(missing_ok=True)
+        raise
+    except BaseException:
+        _remove(work)
+        raise
+    with friendly_errors(path, "The folder"):
+        for left in (mark, lock, *work.rglob(f"*{PROGRESS_SUFFIX}")):
+            left.unlink()
+        if path.exists():
+            path.rmdir()
+        os.replace(work, path)
+
+
+def _check_free_space(folder: Path, size: int, work: Path) -> None:
+    """Raises OutputError if a disk has less room than `size`, apart from what `work` has taken already."""
+    taken = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    free = shutil.disk_usage(folder).free
+    if size - taken > free:
+        if not taken or not any(work.rglob(f"*{PROGRESS_SUFFIX}")):
+            _remove(work)
+        raise OutputError(
+            f"The model takes {format_bytes(size - taken)}, but {str(folder)!r} has {format_bytes(free)} free; free "
+            f"{format_bytes(size - taken - free)} there, or choose another disk."
+        )
+
+
+def format_bytes(count: float) -> str:
+    """Like 13.9 GB, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB" if count >= 10 else f"{count:.2f} GB"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -64,7 +64,8 @@ class MMInterleavedPipeline:
             source: A folder; "starter", the small model that ships with the package and knows one picture-book world;
                 or "tiny-random", a tiny model with random weights, for tests.
             device: "auto" takes CUDA if there is one.
-            dtype: None for float32 on the CPU and float16 on CUDA.
+            dtype: Of what is computed; None for float16 on CUDA and float32 on the CPU, where a large model is computed
+                in bfloat16 if the processor has units for it.
             compile: Compile the U-Net's blocks and the LLM's token step with `torch.compile`. The first image and the
                 first text wait for it, so it pays for many; it needs a compiler (Triton on CUDA, C++ on the CPU).
 
@@ -76,10 +77,10 @@ class MMInterleavedPipeline:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         with _friendly_errors(device):
             torch.empty(0, device=device)
-        dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
         folder = checkpoints.model_folder(source)
         if folder is None:
             pipeline = tiny_random_pipeline()
+            dtype = dtype or checkpoints.default_dtype(pipeline.config, torch.device(device))
             for block in (pipeline.encoder, pipeline.llm, pipeline.synchronizer, pipeline.unet):
                 torch.nn.Module.to(block, device, dtype)  # diffusers' own `to` warns of every cast
             pipeline.vae.to(device)

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..config import BLOCKS, Config
+from ..config import BLOCKS, Config, LlamaMMFSConfig
 from ..errors import CheckpointError
 from ..models.build import build
 from ..models.mmfs import fuse_mmfs
+from ..models.quantization import is_quantized_weight, stored_linears
 from ..presets import STARTER_DIR
 from .native import read_native
-from .reference import is_reference_layout, read_reference
-from .tensors import VOCABULARY_FILE, is_folder, read_json
+from .reference import asset_folders, is_reference_layout, read_reference
+from .tensors import VOCABULARY_FILE, is_folder, read_json, stored_dtype
 
 if TYPE_CHECKING:
     from ..generation.config import GenerationConfig
@@ -48,21 +49,62 @@ def read_state_dicts(folder: str | Path, blocks=BLOCKS) -> tuple[Config, dict[st
     return read_native(folder, blocks)
 
 
-def load_blocks(folder, dtype=torch.float32, device="cpu", blocks=BLOCKS) -> tuple[Config, dict[str, torch.nn.Module]]:
+LARGE = 5 * 10**8  # parameters of an LLM from which on it is not held in float32
+
+
+def num_llm_parameters(c: LlamaMMFSConfig) -> int:
+    """Of attention, MLP, embeddings and head: all but MMFS."""
+    attention = 2 * c.hidden_size**2 * (1 + c.num_key_value_heads / c.num_attention_heads)
+    mlp = 3 * c.hidden_size * c.intermediate_size
+    return round(c.num_hidden_layers * (attention + mlp) + 2 * c.vocab_size * c.hidden_size)
+
+
+def default_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """What a model computes in: on CUDA float16; on the CPU float32, or if it is large and there are units, bfloat16."""
+    if device.type != "cpu":
+        return torch.float16
+    return torch.bfloat16 if is_large(config) and has_bfloat16_units() else torch.float32
+
+
+def is_large(config: Config) -> bool:
+    return num_llm_parameters(config.llm) >= LARGE
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in hardware."""
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe is not None and probe() for probe in probes)
+
+
+def load_blocks(
+    folder, dtype: torch.dtype | None = torch.float32, device="cpu", blocks=BLOCKS
+) -> tuple[Config, dict[str, torch.nn.Module]]:
     """The blocks of a checkpoint of either layout, in `dtype`; the VAE always in float32, as the reference runs it.
 
-    MMFS projections are fused, so parameters differ from those in the files. Raises CheckpointError.
+    Quantized weights stay as they are stored, and so do on the CPU the attention and MLP weights of a large LLM, which
+    are then not copied from the file into memory. MMFS projections are fused, so parameters differ from those in the
+    files. Raises CheckpointError.
+
+    Args:
+        dtype: None for `default_dtype`.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
     if is_reference_layout(folder):
         config, tensors = read_state_dicts(folder, blocks)
-        modules = build(config, blocks)
     else:
-        modules = build(read_config(folder), blocks)
+        config, tensors = read_config(folder), None
+    is_mapped = device.type == "cpu" and not config.llm.quantization and is_large(config)
+    modules = build(config, blocks, linears=stored_linears() if is_mapped else None)
+    if tensors is None:
         config, tensors = read_native(folder, blocks, modules)
+    dtype = dtype or default_dtype(config, device)
     for name, module in modules.items():
         to = torch.float32 if name == "vae" else dtype
-        module.load_state_dict({key: t.to(device, to) for key, t in tensors.pop(name).items()}, assign=True)
+        found = tensors.pop(name)
+        for key in list(found):
+            keep = is_mapped and name == "llm" and is_quantized_weight(key)
+            found[key] = found[key].to(device, found[key].dtype if keep else stored_dtype(key, found[key], to))
+        module.load_state_dict(found, assign=True)
         fuse_mmfs(module)
     return config, modules
 
@@ -81,7 +123,7 @@ def read_tokenizer(folder: str | Path, config: Config):
     for path in (folder / "tokenizer.json", folder / "llm" / "tokenizer.json"):
         if path.is_file():
             return Tokenizer.load(path, config.llm.special_tokens, limit)
-    for place in (folder / "llm", folder):
+    for place in (folder / "llm", folder, *asset_folders(folder, "lmsys/vicuna-13b-v1.3")):
         if (place / "tokenizer.model").is_file():
             return Tokenizer(_convert_sentencepiece(place), config.llm.special_tokens, limit)
     return None
@@ -112,6 +154,15 @@ class Saved:
     tokenizer: Tokenizer | None
     generation: GenerationConfig
     words: frozenset[str] | None
+
+
+def fingerprint(source: str | Path) -> str | None:
+    """Changes when a file of a checkpoint folder does; None for a model without files."""
+    folder = model_folder(source)
+    if folder is None:
+        return None
+    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return repr([(str(path.resolve()), about.st_size, about.st_mtime_ns) for path, about in files])
 
 
 def read(source: str | Path) -> Saved:

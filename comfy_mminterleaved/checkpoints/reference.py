@@ -1,7 +1,8 @@
 """The reference's layout: names, component configurations, and folders as trainers leave them.
 
 Shards (.bin or .safetensors) with the reference's names; beside them config.json (the model's own settings),
-llm/config.json, clip/config.json and sd/{unet,vae,scheduler}. What is missing is as in the released model.
+llm/config.json, clip/config.json and sd/{unet,vae,scheduler}, or the reference's `assets/`. What is missing is as in
+the released model.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dataclasses
 import logging
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +29,20 @@ from ..config import (
     skip_channels,
 )
 from ..errors import CheckpointError
-from ..files import atomic_dir, write_json
+from ..files import atomic_dir, resumable_dir, write_json
 from ..models.build import build, check_shapes, param_shapes
 from ..presets import RELEASED_13B
-from .tensors import MAX_LISTED, is_folder, read_json, read_tensors, write_beside, write_tensors
+from .tensors import (
+    MAX_LISTED,
+    Progress,
+    is_folder,
+    plain_items,
+    read_json,
+    read_tensors,
+    stored_dtype,
+    write_beside,
+    write_tensors,
+)
 
 # Reference prefix -> (block, native prefix); the first match counts.
 PREFIXES = (
@@ -273,6 +285,37 @@ def _is_known(name: str) -> bool:
     return True
 
 
+# Where the reference's `download_hf_models.py` and its README's `OUTPUT/` put the components, from the weights' folder.
+_ASSETS = ("assets", "../assets", "../../assets")
+_COMPONENTS = {
+    "llm": "lmsys/vicuna-13b-v1.3/config.json",
+    "clip": "openai/clip-vit-large-patch14/config.json",
+    "unet": "stabilityai/stable-diffusion-2-1-base/unet/config.json",
+    "vae": "stabilityai/stable-diffusion-2-1-base/vae/config.json",
+    "scheduler": "stabilityai/stable-diffusion-2-1-base/scheduler/scheduler_config.json",
+}
+
+
+def asset_folders(folder: Path, name: str) -> list[Path]:
+    """Folders of one of the reference's components that are there, like lmsys/vicuna-13b-v1.3."""
+    return [path for assets in _ASSETS if is_folder(path := folder / assets / name)]
+
+
+def _component_config(folder: Path, part: str, file: str) -> dict | None:
+    """Settings of one component: in the checkpoint's own folder, else among the reference's assets."""
+    if (folder / file).is_file():
+        return read_json(folder / file)
+    if part not in _COMPONENTS:
+        return None
+    name, _, rest = _COMPONENTS[part].partition("/")
+    name, rest = f"{name}/{rest.partition('/')[0]}", rest.partition("/")[2]
+    for path in asset_folders(folder, name):
+        if (path / rest).is_file():
+            settings = read_json(path / rest)
+            return settings.get("vision_config", settings)  # CLIP's text half is not used
+    return None
+
+
 def read_reference(folder: Path) -> tuple[Config, dict[str, dict[str, torch.Tensor]]]:
     """Config and tensors, by block and native name, of a reference checkpoint; one CheckpointError names all faults."""
     tensors: dict[str, torch.Tensor] = {}
@@ -294,7 +337,8 @@ def read_reference(folder: Path) -> tuple[Config, dict[str, dict[str, torch.Tens
         "vae": "sd/vae/config.json",
         "scheduler": "sd/scheduler/scheduler_config.json",
     }
-    config = from_reference({k: read_json(folder / f) for k, f in files.items() if (folder / f).is_file()})
+    parts = {part: _component_config(folder, part, file) for part, file in files.items()}
+    config = from_reference({part: settings for part, settings in parts.items() if settings is not None})
     positions = tensors.get("visual_tokenizer.encoder.vision_model.embeddings.position_embedding.weight")
     if positions is not None:  # the reference resizes them at load, so CLIP's config need not say the true size
         side = math.isqrt(len(positions) - 1) * config.encoder.patch_size
@@ -333,10 +377,15 @@ def save_reference(
     generation=None,
     words: frozenset[str] | None = None,
     max_shard_size: int | str = "5GB",
+    fingerprint: str | None = None,
+    on_progress: Callable[[int, int], object] | None = None,
 ) -> None:
     """Writes a checkpoint in the reference's layout: model.safetensors, and the component configs beside it.
 
     A larger model is written in shards with an index, as transformers writes it.
+
+    Args:
+        fingerprint, on_progress: See `native.save`.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -348,11 +397,13 @@ def save_reference(
             "settings; use --to native."
         )
     named = {reference_name(block, key): t for block, tensors in blocks.items() for key, t in tensors.items()}
-    sizes = {key: torch.empty(t.shape, dtype=dtype or t.dtype, device="meta") for key, t in named.items()}
+    sizes = {key: torch.empty(t.shape, dtype=stored_dtype(key, t, dtype), device="meta") for key, t in named.items()}
     shards = split_torch_state_dict_into_shards(
         sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    with atomic_dir(folder) as temp_path:
+    size = sum(t.nbytes for t in sizes.values())
+    written = Progress(size, on_progress)
+    with resumable_dir(folder, fingerprint, size) if fingerprint else atomic_dir(folder) as temp_path:
         for file, settings in files.items():
             (temp_path / file).parent.mkdir(parents=True, exist_ok=True)
             write_json(temp_path / file, settings)
@@ -360,7 +411,8 @@ def save_reference(
         if tokenizer is not None:
             tokenizer.save(temp_path / "llm" / "tokenizer.json")
         for file, keys in shards.filename_to_tensors.items():
-            write_tensors(temp_path / file, {key: named[key] for key in keys}, dtype)
+            tensors = {key: named[key] for key in keys}
+            write_tensors(temp_path / file, plain_items(tensors, dtype), None, fingerprint is not None, written)
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             write_json(temp_path / "model.safetensors.index.json", index)

@@ -1,15 +1,19 @@
-"""Reads and writes checkpoint files: tensors in .safetensors and .bin, JSON, and a model's defaults."""
+"""Reads and writes checkpoint files: tensors in .safetensors, .gguf and .bin, JSON, and a model's defaults."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError
-from ..files import apply_umask, atomic_write, flush_to_disk, write_json
+from ..files import PROGRESS_SUFFIX, atomic_write, write_json
+from ..models.quantization import STORED_DTYPES
 
 VOCABULARY_FILE = "words.txt"  # the words that a model of a small world was taught
 MAX_LISTED = 20  # entries that an error names
@@ -92,16 +96,141 @@ def write_beside(folder: Path, generation, words: frozenset[str] | None) -> None
         atomic_write(folder / VOCABULARY_FILE, "".join(f"{word}\n" for word in sorted(words)).encode("utf-8"))
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype, metadata: dict[str, str] | None = None) -> None:
-    from safetensors.torch import save_file
+@dataclass(frozen=True)
+class Item:
+    """Tensors of a file that are made together, when their turn comes.
 
-    stored, unique = set(), {}
-    for key, tensor in tensors.items():
-        tensor = tensor.to(dtype or tensor.dtype).contiguous()
-        if tensor.untyped_storage().data_ptr() in stored:  # safetensors refuses what shares memory
-            tensor = tensor.clone()
-        stored.add(tensor.untyped_storage().data_ptr())
-        unique[key] = tensor
-    save_file(unique, path, {"format": "pt", **(metadata or {})})
-    flush_to_disk(path)
-    apply_umask(path)
+    Args:
+        outputs: Meta tensors, by name.
+        make: Makes tensors of these shapes and dtypes.
+    """
+
+    outputs: dict[str, torch.Tensor]
+    make: Callable[[], dict[str, torch.Tensor]]
+
+
+def plain_items(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> list[Item]:
+    """Tensors as they are, floating-point ones in `dtype`; those of quantized weights keep theirs."""
+
+    def item(name: str, tensor: torch.Tensor) -> Item:
+        to = stored_dtype(name, tensor, dtype)
+        return Item({name: torch.empty(tensor.shape, dtype=to, device="meta")}, lambda: {name: tensor.to(to)})
+
+    return [item(name, tensor) for name, tensor in tensors.items()]
+
+
+def stored_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a tensor in a model that is cast to `dtype`; None leaves it."""
+    is_kept = dtype is None or tensor.dtype in STORED_DTYPES or name.endswith("weight_scale")
+    return tensor.dtype if is_kept or not tensor.is_floating_point() else dtype
+
+
+SYNC_EVERY = 2**28  # bytes after which a file's progress is made sure of
+
+
+class Progress:
+    """Counts the bytes that are written."""
+
+    def __init__(self, total: int, on_progress: Callable[[int, int], object] | None = None):
+        self.total, self.done, self.on_progress = total, 0, on_progress
+
+    def add(self, size: int) -> None:
+        self.done += size
+        if self.on_progress is not None:
+            self.on_progress(self.done, self.total)
+
+
+def write_tensors(
+    path: Path,
+    items: list[Item],
+    metadata: dict[str, str] | None = None,
+    resume: bool = False,
+    written: Progress | None = None,
+) -> None:
+    """Writes a .safetensors or .gguf file, one item at a time, so that no more than that is in memory.
+
+    Args:
+        resume: Go on where an earlier call for the same items stopped; its progress is kept in a file beside it.
+    """
+    from .gguf_files import gguf_header
+
+    outputs = {name: tensor for item in items for name, tensor in item.outputs.items()}
+    make_header = gguf_header if path.suffix == ".gguf" else _safetensors_header
+    header, places, size = make_header(outputs, metadata or {})
+    progress = path.with_name(path.name + PROGRESS_SUFFIX)
+    done = _read_progress(progress) if resume and path.is_file() and path.stat().st_size == size else 0
+    if not done:
+        with open(path, "wb") as file:
+            _allocate(file, size)
+            file.write(header)
+    written = written or Progress(size)
+    written.add(sum(t.nbytes for item in items[:done] for t in item.outputs.values()))
+    with open(path, "r+b") as file:
+        unsynced = 0
+        for number, item in enumerate(items[done:], done + 1):
+            for name, tensor in item.make().items():
+                expected = item.outputs[name]
+                assert tensor.shape == expected.shape and tensor.dtype == expected.dtype, name
+                file.seek(places[name])
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+                unsynced += tensor.nbytes
+                written.add(tensor.nbytes)
+            if unsynced > SYNC_EVERY or number == len(items):
+                file.flush()
+                os.fsync(file.fileno())
+                if resume:
+                    progress.write_text(str(number), encoding="ascii")
+                unsynced = 0
+
+
+def _read_progress(path: Path) -> int:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return 0
+
+
+def _allocate(file, size: int) -> None:
+    """Has the system set the file's room aside, so that a full disk shows at once, where it can."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+    file.truncate(size)
+
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def _safetensors_header(
+    outputs: dict[str, torch.Tensor], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, int], int]:
+    """The beginning of a .safetensors file, where each tensor's bytes go, and the file's size.
+
+    The safetensors package writes only tensors that are all in memory.
+    """
+    entries, ends, end = {"__metadata__": {"format": "pt", **metadata}}, {}, 0
+    for name in sorted(outputs, key=lambda n: (-outputs[n].itemsize, n)):  # the largest first, so that all are aligned
+        tensor = outputs[name]
+        ends[name], start = end + tensor.nbytes, end
+        end = ends[name]
+        entries[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {n: len(header) + e - outputs[n].nbytes for n, e in ends.items()}, len(header) + end

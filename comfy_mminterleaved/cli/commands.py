@@ -172,19 +172,19 @@ class _ProgressBars:
         self.make = lambda total, label: tqdm(total=total, desc=label, leave=False, disable=quiet or None, unit="")
         self.bar, self.label = None, ""
 
-    def _update(self, label: str, done: int, total: int):
+    def update(self, label: str, done: int, total: int):
         if self.bar is None or self.label != label or done <= self.bar.n:
             self.close()
             self.bar, self.label = self.make(total, label), label
         self.bar.update(done - self.bar.n)
 
     def on_step(self, done: int, total: int, _preview) -> None:
-        self._update("drawing", done, total)
+        self.update("drawing", done, total)
 
     def on_token(self, limit: int):
         def on_token(text: str) -> None:
             count = 1 if self.bar is None or self.label != "writing" else self.bar.n + 1
-            self._update("writing", min(count, limit), limit)
+            self.update("writing", min(count, limit), limit)
             self.bar.set_postfix_str(text[-60:].replace("\n", " "))
 
         return on_token
@@ -336,25 +336,54 @@ def caption(args) -> int:
 
 
 def convert(args) -> int:
-    from ..checkpoints.load import read
+    from ..checkpoints.load import fingerprint, is_large, read
     from ..checkpoints.native import save
     from ..checkpoints.reference import save_reference
 
+    if args.quantize and args.to == "reference":
+        raise SettingError("--quantize writes this project's layout; omit --to reference.")
     saved = read(args.source)
+    if saved.tokenizer is None and is_large(saved.config):
+        print_status(
+            "Note: the checkpoint has no tokenizer, so the model will read and write no text; put tokenizer.model of "
+            f"lmsys/vicuna-13b-v1.3 into {Path(args.source) / 'llm'} and convert again."
+        )
+    print_ = fingerprint(args.source)
+    options = {
+        "fingerprint": print_ and f"{print_} {args.to} {args.dtype} {args.quantize}",
+        **({} if args.to == "reference" else {"quantization": args.quantize}),
+    }
+    bars = _ProgressBars(args.quiet)
     save_as = save_reference if args.to == "reference" else save
-    save_as(args.target, saved.config, saved.blocks, saved.tokenizer, _dtype(args.dtype), saved.generation, saved.words)
+    with contextlib.closing(bars):
+        save_as(
+            args.target,
+            saved.config,
+            saved.blocks,
+            saved.tokenizer,
+            _dtype(args.dtype),
+            saved.generation,
+            saved.words,
+            on_progress=lambda done, total: bars.update("writing MB", done // 10**6, total // 10**6),
+            **options,
+        )
     return _emit(args, {"folder": args.target}, f"Written: {args.target}")
 
 
 def info(args) -> int:
     from ..checkpoints.load import read
+    from ..files import format_bytes
+    from ..models.build import num_parameters
 
     saved = read(args.source)
     config, tokenizer = saved.config, saved.tokenizer
-    counts = {name: sum(t.numel() for t in tensors.values()) for name, tensors in saved.blocks.items()}
+    counts = num_parameters(config)
+    sizes = {name: sum(t.nbytes for t in tensors.values()) for name, tensors in saved.blocks.items()}
     data = {
         "layout": saved.layout,
         "parameters": counts,
+        "bytes": sizes,
+        "quantization": config.llm.quantization,
         "tokenizer": tokenizer is not None,
         "image_size": config.synchronizer.image_size,
         "max_position_embeddings": config.llm.max_position_embeddings,
@@ -362,14 +391,25 @@ def info(args) -> int:
         "generation_config": saved.generation.to_dict(),
         "config": config.to_dict(),
     }
-    lines = [f"{name:13}{count / 1e6:12,.2f} million parameters" for name, count in counts.items()]
+    lines = [
+        f"{n:13}{count / 1e6:12,.2f} million parameters{format_bytes(sizes[n]):>12}" for n, count in counts.items()
+    ]
     lines += [
         f"{'layout':13}{saved.layout:>12}",
+        f"{'LLM stored as':13}{config.llm.quantization or _dtype_name(saved.blocks['llm']):>12}",
         f"{'tokenizer':13}{'yes' if tokenizer else 'none':>12}",
         f"{'image':13}{config.synchronizer.image_size:>12} px",
         f"{'context':13}{config.llm.max_position_embeddings:>12} tokens, {config.llm.num_img_token + 1} per image",
     ]
     return _emit(args, data, "\n".join(lines))
+
+
+def _dtype_name(tensors) -> str:
+    """The dtype of most of a block's bytes."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        sizes[str(tensor.dtype)[6:]] = sizes.get(str(tensor.dtype)[6:], 0) + tensor.nbytes
+    return max(sizes, key=sizes.get)
 
 
 COMMANDS = {command.__name__: command for command in (tell, write, draw, ask, caption, convert, info)}

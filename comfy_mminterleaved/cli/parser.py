@@ -6,6 +6,7 @@ from collections.abc import Callable
 from .. import __version__
 
 DTYPES = ("float32", "float16", "bfloat16")
+FORMATS = ("fp8", "int8", "q4_0")  # `models.quantization.FORMATS`, without importing PyTorch
 DEFAULT_OUT = "out/story"
 DEFAULT_DENOISE = 0.6  # of an initial image: its layout stays, its content can change
 
@@ -138,6 +139,13 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
     p.add_argument("target", help="a new folder")
     p.add_argument("--to", choices=("native", "reference", "own"), default="native", metavar="{native,reference}")
     p.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as they are)")
+    p.add_argument(
+        "--quantize",
+        choices=FORMATS,
+        help="store the LLM's attention and MLP in 8 bits, or in 4 (q4_0, which needs `pip install gguf`); what else "
+        "is in float32 is written in float16",
+    )
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
 
     p = command("info", "Shows what a checkpoint contains.")
     p.add_argument("source", help="a checkpoint folder, starter or tiny-random")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..config import BLOCKS, Config
@@ -10,15 +12,19 @@ from ..errors import CheckpointError
 MAX_LISTED = 20  # entries that an error names
 
 
-def block_makers(config: Config, **host):
-    """Block name -> function that builds it; `host` may give `operations` and `attention` for all but U-Net and VAE."""
+def block_makers(config: Config, linears=None, **host):
+    """Block name -> function that builds it; `host` may give `operations` and `attention` for all but U-Net and VAE.
+
+    Args:
+        linears: `LlamaMMFS`'s.
+    """
     from .llama_mmfs import LlamaMMFS
     from .unet_synchronizer import UNetSynchronizer
     from .visual_tokenizer import VisualTokenizer
 
     return {
         "encoder": lambda: VisualTokenizer(config.encoder, **host),
-        "llm": lambda: LlamaMMFS(config.llm, **host),
+        "llm": lambda: LlamaMMFS(config.llm, linears=linears, **host),
         "synchronizer": lambda: UNetSynchronizer(config.synchronizer, **host),
         "unet": lambda: diffusers_model(config.unet),
         "vae": lambda: diffusers_model(config.vae),
@@ -45,7 +51,8 @@ def build(config: Config, blocks=BLOCKS, **host) -> dict[str, torch.nn.Module]:
     """The blocks of a config, without weights: on the meta device.
 
     Args:
-        host: `operations` and `attention` for encoder, llm and synchronizer; by default PyTorch's.
+        host: `operations` and `attention` for encoder, llm and synchronizer; by default PyTorch's. `linears` for the
+            LLM's attention and MLP.
 
     Raises:
         CheckpointError: For a config that describes no model.
@@ -88,6 +95,13 @@ def check_shapes(expected: dict[str, tuple], actual: dict[str, tuple], label: st
     problems = (problems + missing)[:MAX_LISTED]
     more = [f"... and {count - len(problems)} more"] if count > len(problems) else []
     raise CheckpointError(f"{label} does not fit its config in {count} entries.\n  " + "\n  ".join(problems + more))
+
+
+def num_parameters(config: Config) -> dict[str, int]:
+    """Weights of each block, however many bits each is stored in."""
+    llm = replace(config.llm, quantization=None)
+    modules = build(replace(config, llm=llm))
+    return {name: sum(tensor.numel() for tensor in module.state_dict().values()) for name, module in modules.items()}
 
 
 def param_shapes(module: torch.nn.Module) -> dict[str, tuple]:

@@ -13,6 +13,7 @@ from ..config import LlamaMMFSConfig
 from .attention import attention as default_attention
 from .attention import shared_prefix_attention
 from .mmfs import MMFS, MMFSValues
+from .quantization import quantized_linears
 
 CACHE_STEP = 128  # tokens by which the cache grows, so that it is rarely copied
 
@@ -155,6 +156,7 @@ class LlamaMMFSAttention(nn.Module):
             m.n_points,
             m.max_num_image_per_seq,
             operations,
+            m.is_fused,
         )
 
     def project_images(self, features, spatial_shapes) -> MMFSValues:
@@ -166,13 +168,13 @@ class LlamaMMFSAttention(nn.Module):
 
 
 class LlamaDecoderLayer(nn.Module):
-    def __init__(self, c: LlamaMMFSConfig, has_cross_attention: bool, operations, attention):
+    def __init__(self, c: LlamaMMFSConfig, has_cross_attention: bool, operations, attention, linears):
         super().__init__()
         self.input_layernorm = operations.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.self_attn = LlamaAttention(c, operations, attention)
+        self.self_attn = LlamaAttention(c, linears, attention)
         self.llama_cross_attn = LlamaMMFSAttention(c, operations) if has_cross_attention else None
         self.post_attention_layernorm = operations.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.mlp = LlamaMLP(c, operations)
+        self.mlp = LlamaMLP(c, linears)
 
     def project_qkv(self, x, cos, sin):
         """See `LlamaAttention.project_qkv`."""
@@ -188,15 +190,22 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class LlamaMMFS(nn.Module):
-    """The multi-modal language model: embeddings in, hidden states and next-token logits out."""
+    """The multi-modal language model: embeddings in, hidden states and next-token logits out.
 
-    def __init__(self, c: LlamaMMFSConfig, operations=nn, attention=default_attention):
+    Args:
+        linears: The `operations` of attention and MLP, if not those of the other layers; None for those of the config's
+            quantization.
+    """
+
+    def __init__(self, c: LlamaMMFSConfig, operations=nn, attention=default_attention, linears=None):
         super().__init__()
+        if linears is None:
+            linears = quantized_linears(c.quantization) if c.quantization else operations
         self.config, self._device, self._compiled = c, None, ()
         self.embed_tokens = operations.Embedding(c.vocab_size, c.hidden_size)
         self.soi_token = nn.Parameter(torch.zeros(1, c.hidden_size))
         self.layers = nn.ModuleList(
-            LlamaDecoderLayer(c, i % c.mmfs.cross_attention_frequency == 0, operations, attention)
+            LlamaDecoderLayer(c, i % c.mmfs.cross_attention_frequency == 0, operations, attention, linears)
             for i in range(c.num_hidden_layers)
         )
         self.norm = operations.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)

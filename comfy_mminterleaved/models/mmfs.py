@@ -42,6 +42,7 @@ class MMFS(nn.Module):
         d_model: Channels of the values, all heads together.
         spatial_shapes: Nominal side of each level's map; divided by `base_spatial_shape` it scales the level's offsets.
         max_num_image_per_seq: Rows of the table of relative positions; row 0 stands for 'not visible'.
+        is_fused: Whether the projections are fused from the start.
     """
 
     def __init__(
@@ -56,15 +57,21 @@ class MMFS(nn.Module):
         n_points=8,
         max_num_image_per_seq=50,
         operations=nn,
+        is_fused=False,
     ):
         super().__init__()
         self.n_heads, self.n_points, self.operations = n_heads, n_points, operations
         self.scale_ratios = tuple(level / base_spatial_shape for level in spatial_shapes)
-        self.dynamic_offset_mask = operations.Linear(d_query, d_query)
-        self.query_relpos = operations.Embedding(max_num_image_per_seq, d_query)
-        self.sampling_offsets = operations.Linear(d_query, n_heads * n_points * 2)
-        # The reference has one more logit per level, for the ignore token, and never uses its value.
-        self.attention_weights = operations.Linear(d_query, n_heads * len(spatial_shapes) * (n_points + 1))
+        if is_fused:
+            num_terms = n_heads * n_points * (2 + len(spatial_shapes))
+            self.fused_query_proj = operations.Linear(d_query, num_terms)
+            self.relpos_table = nn.Parameter(torch.zeros(max_num_image_per_seq, num_terms), requires_grad=False)
+        else:
+            self.dynamic_offset_mask = operations.Linear(d_query, d_query)
+            self.query_relpos = operations.Embedding(max_num_image_per_seq, d_query)
+            self.sampling_offsets = operations.Linear(d_query, n_heads * n_points * 2)
+            # The reference has one more logit per level, for the ignore token, and never uses its value.
+            self.attention_weights = operations.Linear(d_query, n_heads * len(spatial_shapes) * (n_points + 1))
         self.ignore_token = nn.Parameter(torch.zeros(1, 1, 1, d_model))
         self.value_proj = operations.Linear(d_value, d_model)
         self.output_proj = operations.Linear(d_model, d_out)

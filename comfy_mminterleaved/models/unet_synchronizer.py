@@ -54,8 +54,9 @@ class MMFSBlock(nn.Module):
             m.n_points,
             m.max_num_image_per_seq,
             operations,
+            m.is_fused,
         )
-        self.conv = operations.Conv2d(channels, channels, 1)
+        self.conv = nn.Identity() if m.is_fused else operations.Conv2d(channels, channels, 1)
 
     def fuse_projections(self) -> None:
         """Fuses the convolution into the output projection of MMFS, in place."""

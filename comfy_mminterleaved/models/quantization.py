@@ -1,0 +1,171 @@
+"""Weights of linear layers stored in 8 or 4 bits and computed in 16 or 32.
+
+Only the attention and MLP projections of the LLM are stored so: they are nine tenths of the 13B model. The formats are
+those that others read: `fp8` and `int8` are ComfyUI's `comfy_quant` tensors, `q4_0` is llama.cpp's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from ..errors import CheckpointError
+
+BLOCK = 32  # weights that share a scale in q4_0
+BLOCK_BYTES = 18  # of them: a float16 scale, and 4 bits each
+MAX_PACKED_ROWS = 16  # of the input, up to which the CPU multiplies int8 weights as they are
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one format stores a weight `(out, in)`.
+
+    Args:
+        dtype: Of the stored weight.
+        core_name: ComfyUI's name of the format in `comfy_quant`; None if its core has none.
+        bits: For each weight, scales included, rounded to a quarter.
+    """
+
+    dtype: torch.dtype
+    core_name: str | None
+    bits: float
+
+    def weight_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        return out_features, in_features
+
+    def scale_shape(self, out_features: int) -> tuple[int, ...] | None:
+        """Of `weight_scale`, float32; None if the weight holds its scales itself."""
+        return None
+
+
+class Fp8(Format):
+    """float8_e4m3fn with one scale for the whole weight."""
+
+    def scale_shape(self, out_features):
+        return ()
+
+    def quantize(self, weight):
+        weight = weight.float()
+        scale = (weight.abs().amax() / torch.finfo(self.dtype).max).clamp(min=1e-12)
+        return (weight / scale).to(self.dtype), scale
+
+    def dequantize(self, weight, scale, dtype):
+        return weight.to(dtype) * scale.to(dtype)
+
+
+class Int8(Format):
+    """int8 with one scale for each output."""
+
+    def scale_shape(self, out_features):
+        return out_features, 1
+
+    def quantize(self, weight):
+        weight = weight.float()
+        scale = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12)
+        return (weight / scale).round().to(self.dtype), scale
+
+    def dequantize(self, weight, scale, dtype):
+        return weight.to(dtype) * scale.to(dtype)
+
+
+class Q4(Format):
+    """Blocks of 32 weights along the input, each a float16 scale and 32 numbers of 4 bits (GGUF's Q4_0)."""
+
+    def weight_shape(self, out_features, in_features):
+        if in_features % BLOCK:
+            raise CheckpointError(f"q4_0 needs layers whose width is a multiple of {BLOCK}, not {in_features}.")
+        return out_features, in_features // BLOCK * BLOCK_BYTES
+
+    def quantize(self, weight):
+        from ..checkpoints.gguf_files import import_gguf
+
+        gguf = import_gguf()
+        packed = gguf.quants.quantize(weight.float().numpy(), gguf.GGMLQuantizationType.Q4_0)
+        return torch.from_numpy(packed), None
+
+    def dequantize(self, weight, scale, dtype):
+        blocks = weight.unflatten(-1, (-1, BLOCK_BYTES))
+        scale = blocks[..., :2].contiguous().view(torch.float16).to(dtype)
+        pairs = blocks[..., 2:]
+        numbers = torch.cat([pairs & 15, pairs >> 4], dim=-1).to(dtype) - 8
+        return (numbers * scale).flatten(-2)
+
+
+FORMATS: dict[str, Format] = {
+    "fp8": Fp8(torch.float8_e4m3fn, "float8_e4m3fn", 8),
+    "int8": Int8(torch.int8, "int8_tensorwise", 8),
+    "q4_0": Q4(torch.uint8, None, 4.5),
+}
+STORED_DTYPES = tuple(each.dtype for each in FORMATS.values())  # tensors of these keep their dtype when a model is cast
+
+
+def format_of(name: str) -> Format:
+    """Raises CheckpointError for a name that is not in FORMATS."""
+    if name not in FORMATS:
+        raise CheckpointError(f"The weights are stored as {name!r:.40}; this release reads {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def is_quantized_weight(name: str) -> bool:
+    """Whether a parameter of the LLM is one of those that `convert --quantize` stores in fewer bits."""
+    return name.endswith("_proj.weight") and (".self_attn." in name or ".mlp." in name)
+
+
+def comfy_quant(format: Format) -> torch.Tensor:
+    """ComfyUI's description of a layer's format, JSON as uint8; activations are not quantized."""
+    text = json.dumps({"format": format.core_name, "full_precision_matrix_mult": True})
+    return torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8)
+
+
+def init_quantized(layer: nn.Module, format: Format) -> None:
+    """Gives a linear layer an empty quantized weight, and its scale, instead of its own."""
+    out_features, in_features = layer.out_features, layer.in_features
+    shape = format.weight_shape(out_features, in_features)
+    device = layer.weight.device
+    layer.weight = nn.Parameter(torch.empty(shape, dtype=format.dtype, device=device), requires_grad=False)
+    if format.scale_shape(out_features) is None:
+        layer.weight_scale = None
+        return
+    scale = torch.empty(format.scale_shape(out_features), device=device)
+    layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+
+def quantized_linears(name: str) -> SimpleNamespace:
+    """An `operations` namespace whose Linear stores its weight in a format and computes in its input's dtype."""
+    format = format_of(name)
+
+    class Linear(nn.Linear):
+        def __init__(self, in_features, out_features, bias=False):
+            super().__init__(in_features, out_features, bias)
+            init_quantized(self, format)
+
+        def reset_parameters(self):
+            pass
+
+        def forward(self, x):
+            if isinstance(format, Int8) and _has_packed_kernel(x):
+                scale = self.weight_scale.flatten().to(x.dtype)
+                return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, scale).unflatten(0, x.shape[:-1])
+            return linear(x, format.dequantize(self.weight, self.weight_scale, x.dtype), self.bias)
+
+    return SimpleNamespace(Linear=Linear)
+
+
+def stored_linears() -> SimpleNamespace:
+    """An `operations` namespace whose Linear keeps the dtype of its weight, whatever its input's."""
+
+    class Linear(nn.Linear):
+        def forward(self, x):
+            return linear(x, self.weight.to(x.dtype), self.bias)
+
+    return SimpleNamespace(Linear=Linear)
+
+
+def _has_packed_kernel(x: torch.Tensor) -> bool:
+    """Whether PyTorch multiplies `x` with int8 weights without writing them out in its dtype first."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= MAX_PACKED_ROWS
