@@ -14,10 +14,16 @@ import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention_for_device
 
+from ..comfy_mminterleaved.checkpoints.load import cast_tensors, default_dtype, is_large
 from ..comfy_mminterleaved.config import Config
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.generation.config import GenerationConfig
-from ..comfy_mminterleaved.generation.memory import continuation_bytes, encoding_bytes, prefill_bytes
+from ..comfy_mminterleaved.generation.memory import (
+    continuation_bytes,
+    dequantization_bytes,
+    encoding_bytes,
+    prefill_bytes,
+)
 from ..comfy_mminterleaved.generation.text import TextGenerator
 from ..comfy_mminterleaved.models.attention import causal_lower_right
 from ..comfy_mminterleaved.models.build import build, check_shapes, param_shapes
@@ -26,6 +32,7 @@ from ..comfy_mminterleaved.models.mmfs import fuse_mmfs
 from ..comfy_mminterleaved.models.visual_tokenizer import ImageFeatures
 from ..comfy_mminterleaved.stories.story import ImageSegment, Story
 from ..comfy_mminterleaved.tokenizer import Tokenizer
+from .quantization import comfy_linears, for_core
 
 
 def attention(q, k, v, mask=None, causal=False):
@@ -40,6 +47,14 @@ def attention(q, k, v, mask=None, causal=False):
         mask = mask.expand(q.shape[0], 1, q.shape[2], k.shape[2])
     kernel = optimized_attention_for_device(q.device, mask=mask is not None, small_input=True)
     return kernel(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True)
+
+
+def compute_dtype(config: Config, tensors: dict[str, torch.Tensor], device: torch.device) -> torch.dtype:
+    """Of a block's activations, and of its weights that are not quantized."""
+    if comfy.model_management.is_device_cpu(device):
+        return default_dtype(config, device)
+    is_bfloat16 = any(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    return torch.bfloat16 if is_bfloat16 and comfy.model_management.should_use_bf16(device) else torch.float16
 
 
 def progress(total: int) -> Callable[[int, int], None]:
@@ -91,10 +106,16 @@ class PatchedBlock:
         management = comfy.model_management
         self.config = config
         load_device, offload_device = management.text_encoder_device(), management.text_encoder_offload_device()
-        self.dtype = torch.float32 if management.is_device_cpu(load_device) else torch.float16
-        module = build(config, (self.name,), operations=comfy.ops.manual_cast, attention=attention)[self.name]
-        check_shapes(param_shapes(module), {key: tuple(tensor.shape) for key, tensor in tensors.items()}, label)
-        module.load_state_dict({k: t.to(offload_device, self.dtype) for k, t in tensors.items()}, assign=True)
+        self.dtype = compute_dtype(config, tensors, load_device)
+        expected = param_shapes(build(config, (self.name,))[self.name])
+        check_shapes(expected, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, label)
+        quantization = config.llm.quantization if self.name == "llm" else None
+        linears = comfy_linears(quantization, self.dtype) if quantization else None
+        host = {"operations": comfy.ops.manual_cast, "attention": attention, "linears": linears}
+        module = build(config, (self.name,), **host)[self.name]
+        is_mapped = management.is_device_cpu(load_device) and is_large(config)
+        tensors = cast_tensors(self.name, tensors, self.dtype, offload_device, is_mapped)
+        module.load_state_dict(for_core(tensors, quantization), assign=True)
         self.patcher = block_patcher(fuse_mmfs(module), load_device, offload_device)
 
     @property
@@ -206,6 +227,7 @@ class PatchedLLM(PatchedBlock):
         longest = max((end - start for start, end in zip((0, *tokens.segment_ends), tokens.segment_ends)), default=1)
         needed = prefill_bytes(c, len(tokens), len(story.images), self.itemsize, longest)
         needed += continuation_bytes(c, len(tokens), new_tokens, num_rows, self.itemsize, are_given)
+        needed += dequantization_bytes(c, self.itemsize)
         super().load(max(0, needed - (cache.nbytes if cache is not None else 0)))
         self.module.device = self.device  # in a partial load the weights are in several places
 

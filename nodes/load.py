@@ -9,8 +9,9 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
+from ..comfy_mminterleaved.checkpoints.gguf_files import read_gguf
 from ..comfy_mminterleaved.checkpoints.load import known_words, read_config
-from ..comfy_mminterleaved.checkpoints.native import parse_block_metadata
+from ..comfy_mminterleaved.checkpoints.native import block_file, check_formats, parse_block_metadata
 from ..comfy_mminterleaved.errors import CheckpointError
 from ..comfy_mminterleaved.generation.config import GenerationConfig, read_generation_config
 from ..comfy_mminterleaved.presets import STARTER_DIR
@@ -31,7 +32,7 @@ def models() -> list[str]:
         names += [
             Path(path).relative_to(folder).as_posix()
             for path, _, files in sorted(os.walk(folder, followlinks=True))
-            if {"config.json", "llm.safetensors"} <= set(files)
+            if "config.json" in files and not {"llm.safetensors", "llm.gguf"}.isdisjoint(files)
         ]
     return [STARTER, *dict.fromkeys(names)]
 
@@ -49,7 +50,9 @@ def model_folder(name: str) -> Path:
 
 
 def read(path: str | Path) -> tuple[dict, dict | None]:
-    """Tensors and metadata of a safetensors file; raises CheckpointError."""
+    """Tensors and metadata of a safetensors or GGUF file; raises CheckpointError."""
+    if Path(path).suffix == ".gguf":
+        return read_gguf(Path(path))
     try:
         return comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     except Exception as error:  # ComfyUI and safetensors raise what they like for a file that is cut off
@@ -64,14 +67,27 @@ def load_block(kind, path: str | Path):
     config, about = parse_block_metadata(metadata, kind.name, label)
     if kind is not PatchedLLM:
         return kind(config, tensors, label)
+    check_formats(tensors, config, label)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".comfy_quant")}
     words = frozenset(about["words"]) if about.get("words") else None
     generation = GenerationConfig.from_dict(about.get("generation_config") or {}, label)
     return PatchedLLM(config, tensors, label, about.get("tokenizer"), words, generation)
 
 
+def file_names(category: str) -> list[str]:
+    """What one of ComfyUI's model folders holds; of text encoders, GGUF files too, which core does not list."""
+    names = folder_paths.get_filename_list(category)
+    if category != "text_encoders":
+        return names
+    for folder in folder_paths.get_folder_paths(category):
+        found, _ = folder_paths.recursive_search(folder, excluded_dir_names=[".git"])
+        names = [*names, *folder_paths.filter_files_extensions(found, {".gguf"})]
+    return sorted(dict.fromkeys(names))
+
+
 def native_path(category: str, name: str) -> str:
     """A file of one of ComfyUI's model folders, by the name that its list shows; raises CheckpointError."""
-    path = folder_paths.get_full_path(category, name) if name in folder_paths.get_filename_list(category) else None
+    path = folder_paths.get_full_path(category, name) if name in file_names(category) else None
     if path is None:
         raise CheckpointError(f"The file {name!r:.80} is not in models/{category}.")
     return path
@@ -116,7 +132,7 @@ class LoadMMInterleaved(io.ComfyNode):
         folder = model_folder(model)
         config = read_config(folder)
         encoder, llm, synchronizer = (
-            load_block(kind, folder / f"{kind.name}.safetensors")
+            load_block(kind, folder / block_file(config, kind.name))
             for kind in (PatchedEncoder, PatchedLLM, PatchedSynchronizer)
         )
         llm.generator.known_words = known_words(folder)
@@ -140,8 +156,8 @@ def _one_block(node_id, title, kind, category, socket, output, label):
                 inputs=[
                     io.Combo.Input(
                         "file",
-                        options=folder_paths.get_filename_list(category),
-                        tooltip=f"A safetensors file in models/{category}, written by this project's converter.",
+                        options=file_names(category),
+                        tooltip=f"A file in models/{category}, written by this project's converter.",
                     ),
                 ],
                 outputs=[socket.Output(f"{output}_out", display_name=output)],

@@ -60,7 +60,7 @@ def num_llm_parameters(c: LlamaMMFSConfig) -> int:
 
 
 def default_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """What a model computes in: on CUDA float16; on the CPU float32, or if it is large and there are units, bfloat16."""
+    """What a model computes in: CUDA float16; the CPU float32, or if it is large and there are units, bfloat16."""
     if device.type != "cpu":
         return torch.float16
     return torch.bfloat16 if is_large(config) and has_bfloat16_units() else torch.float32
@@ -74,6 +74,20 @@ def has_bfloat16_units() -> bool:
     """Whether this processor multiplies bfloat16 matrices in hardware."""
     probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(probe is not None and probe() for probe in probes)
+
+
+def cast_tensors(block: str, tensors: dict[str, torch.Tensor], dtype, device, keep_linears: bool) -> dict:
+    """A block's tensors in `dtype`, one after the other, quantized weights as they are; empties `tensors`.
+
+    Args:
+        keep_linears: Leave the dtype of the LLM's attention and MLP weights.
+    """
+    cast = {}
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        is_kept = keep_linears and block == "llm" and is_quantized_weight(name)
+        cast[name] = tensor.to(device, tensor.dtype if is_kept else stored_dtype(name, tensor, dtype))
+    return cast
 
 
 def load_blocks(
@@ -100,11 +114,7 @@ def load_blocks(
     dtype = dtype or default_dtype(config, device)
     for name, module in modules.items():
         to = torch.float32 if name == "vae" else dtype
-        found = tensors.pop(name)
-        for key in list(found):
-            keep = is_mapped and name == "llm" and is_quantized_weight(key)
-            found[key] = found[key].to(device, found[key].dtype if keep else stored_dtype(key, found[key], to))
-        module.load_state_dict(found, assign=True)
+        module.load_state_dict(cast_tensors(name, tensors.pop(name), to, device, is_mapped), assign=True)
         fuse_mmfs(module)
     return config, modules
 

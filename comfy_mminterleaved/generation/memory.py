@@ -40,6 +40,12 @@ def prefill_bytes(
     return cache_bytes(c, num_tokens, num_images, itemsize) + max(forward, projection) * itemsize
 
 
+def dequantization_bytes(c: LlamaMMFSConfig, itemsize: int) -> int:
+    """Peak of one quantized layer at work: its weight in the dtype that is computed in, and on the way there."""
+    copies = {None: 0, "fp8": 2, "int8": 2, "q4_0": 4}[c.quantization]
+    return copies * c.hidden_size * c.intermediate_size * itemsize
+
+
 def continuation_bytes(
     c: LlamaMMFSConfig, num_tokens: int, new_tokens: int, num_rows: int, itemsize: int, is_given: bool = False
 ) -> int:

@@ -135,6 +135,14 @@ def init_quantized(layer: nn.Module, format: Format) -> None:
     layer.weight_scale = nn.Parameter(scale, requires_grad=False)
 
 
+def quantized_linear(format: Format, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None):
+    """`x` times a stored weight, in the dtype of `x`."""
+    if isinstance(format, Int8) and _has_packed_kernel(x):
+        rows = x.flatten(0, -2)
+        return torch._weight_int8pack_mm(rows, weight, scale.flatten().to(x.dtype)).unflatten(0, x.shape[:-1])
+    return linear(x, format.dequantize(weight, scale, x.dtype))
+
+
 def quantized_linears(name: str) -> SimpleNamespace:
     """An `operations` namespace whose Linear stores its weight in a format and computes in its input's dtype."""
     format = format_of(name)
@@ -148,10 +156,7 @@ def quantized_linears(name: str) -> SimpleNamespace:
             pass
 
         def forward(self, x):
-            if isinstance(format, Int8) and _has_packed_kernel(x):
-                scale = self.weight_scale.flatten().to(x.dtype)
-                return torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, scale).unflatten(0, x.shape[:-1])
-            return linear(x, format.dequantize(self.weight, self.weight_scale, x.dtype), self.bias)
+            return quantized_linear(format, x, self.weight, self.weight_scale)
 
     return SimpleNamespace(Linear=Linear)
 

@@ -1,0 +1,203 @@
+"""The 13B model on this machine, with random weights: python -m benchmarks.full_size COMMAND --help
+
+`fake` writes a folder like the published one, at full width and any depth; `convert` converts one and says how long
+that took and how much memory; `accuracy` compares each quantized form with float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from comfy_mminterleaved.checkpoints.reference import from_reference, reference_shapes, to_reference
+from comfy_mminterleaved.checkpoints.tensors import _safetensors_header
+from comfy_mminterleaved.config import Config
+from comfy_mminterleaved.models.quantization import FORMATS
+from comfy_mminterleaved.tokenizer import byte_level
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHARD = 4 * 10**9  # bytes
+
+
+def config_of(layers: int, width: int | None = None) -> Config:
+    """The released model's config with fewer layers in the LLM, and if `width` is given a narrower LLM."""
+    config = from_reference({})
+    llm = replace(config.llm, num_hidden_layers=layers)
+    if width is not None:
+        llm = replace(
+            llm, hidden_size=width, intermediate_size=width * 27 // 10 // 32 * 32, num_attention_heads=width // 128
+        )
+        llm = replace(llm, num_key_value_heads=llm.num_attention_heads)
+        encoder = replace(config.encoder, llm_hidden_size=width)
+        perceiver = replace(config.synchronizer.perceiver, encoder_hidden_size=width)
+        synchronizer = replace(config.synchronizer, llm_hidden_size=width, perceiver=perceiver)
+        config = replace(config, encoder=encoder, synchronizer=synchronizer)
+    return replace(config, llm=llm)
+
+
+def fake(folder: Path, config: Config, dtype: torch.dtype, sparse: bool = False) -> None:
+    """Writes a folder as the reference's trainer leaves it: .bin shards with an index, and the LLM's config.
+
+    Args:
+        sparse: One .safetensors file of zeros instead, which takes no room on most disks.
+    """
+    folder.mkdir(parents=True)
+    for file, settings in to_reference(config).items():
+        if file in ("config.json", "llm/config.json"):  # what is as in the released model is not needed
+            (folder / file).parent.mkdir(exist_ok=True)
+            (folder / file).write_text(json.dumps(settings), encoding="utf-8")
+    byte_level(32000).save(str(folder / "llm" / "tokenizer.json"))
+    shapes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in reference_shapes(config).items()}
+    if sparse:
+        header, _, size = _safetensors_header(shapes, {})
+        with open(folder / "model.safetensors", "wb") as file:
+            file.write(header)
+            file.truncate(size)
+        return
+    shards, size = [{}], 0
+    for name, tensor in shapes.items():
+        if size + tensor.nbytes > SHARD:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    generator, weight_map = torch.Generator().manual_seed(0), {}
+    for number, shard in enumerate(shards, 1):
+        name = f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
+        torch.save({key: _random(key, tensor, generator) for key, tensor in shard.items()}, folder / name)
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in shapes.values())}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _random(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Weights of the size that trained ones have: norms about 1, matrices as their width asks, all gates open."""
+    if like.ndim == 1 and ("norm" in name.lower() or "ln" in name) and name.endswith("weight"):
+        return torch.ones(like.shape, dtype=like.dtype)
+    if like.ndim > 1:
+        width = max(1, like[0].numel())
+        return torch.empty(like.shape).normal_(0, min(0.5, width**-0.5), generator=generator).to(like.dtype)
+    return torch.empty(like.shape).uniform_(-0.1, 0.1, generator=generator).to(like.dtype)
+
+
+def measured(*arguments: str) -> dict:
+    """Seconds and peak of anonymous memory of the command line; raises RuntimeError if it fails.
+
+    What is mapped from files counts as nothing: the system takes it back when it needs room.
+    """
+    began, peak = time.perf_counter(), 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "comfy_mminterleaved", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+    reader.start()
+    while process.poll() is None:
+        peak = max(peak, _anonymous_bytes(process.pid))
+        time.sleep(0.02)
+    reader.join()
+    if process.returncode:
+        raise RuntimeError(f"mminterleaved {' '.join(arguments)} failed:\n{''.join(lines)[-2000:]}")
+    return {"seconds": round(time.perf_counter() - began, 1), "peak_gb": round(peak / 1e9, 2), "output": "".join(lines)}
+
+
+def _anonymous_bytes(process: int) -> int:
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+
+
+@torch.no_grad()
+def accuracy(layers: int, tokens: int = 64, steps: int = 4) -> dict[str, dict[str, float]]:
+    """Each form against float32, at full width: relative errors, and how often the likeliest token is the same."""
+    from comfy_mminterleaved import ImageGenerationConfig, ImageSegment, MMInterleavedPipeline, Story
+    from comfy_mminterleaved.checkpoints import native
+
+    config, found = config_of(layers), {}
+    with tempfile.TemporaryDirectory(dir=Path.home()) as folder:
+        source = Path(folder) / "source"
+        fake(source, config, torch.float32)
+        saved = native_source(source)
+        generator = torch.Generator().manual_seed(1)
+        image = ImageSegment(torch.rand(3, 224, 224, generator=generator))
+        text = "Once upon a time there was a fox in a red coat. " * (tokens // 12)
+        reference = None
+        for form in ("float32", "bfloat16", *FORMATS):
+            target = source
+            if form in FORMATS:
+                target = Path(folder) / form
+                native.save(target, saved.config, saved.blocks, saved.tokenizer, torch.float32, quantization=form)
+            pipeline = MMInterleavedPipeline.load(
+                target, "cpu", torch.bfloat16 if form == "bfloat16" else torch.float32
+            )
+            story = Story.of(text, image, text)
+            states = pipeline.context_features([story])[0].float()
+            logits = pipeline.llm.logits(states.to(pipeline.llm.soi_token.dtype)).float()
+            embeds = pipeline.synchronizer.conditioner.prompt_embeds([states.to(pipeline.llm.soi_token.dtype)]).float()
+            settings = ImageGenerationConfig(num_inference_steps=steps, scheduler="ddim", size=(256, 256))
+            picture = pipeline.generate_image(story, settings).pixels
+            measured = {"states": states, "synchronizer": embeds, "top": logits.argmax(-1), "picture": picture}
+            if reference is None:
+                reference = measured
+            found[form] = {
+                "hidden states": _relative(states, reference["states"]),
+                "same likeliest token": (measured["top"] == reference["top"]).float().mean().item(),
+                "synchronizer": _relative(embeds, reference["synchronizer"]),
+                "picture": (picture - reference["picture"]).abs().mean().item(),
+            }
+            del pipeline
+            if form in FORMATS:
+                shutil.rmtree(target)
+    return found
+
+
+def native_source(folder: Path):
+    from comfy_mminterleaved.checkpoints.load import read
+
+    return read(folder)
+
+
+def _relative(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("fake")
+    p.add_argument("folder", type=Path)
+    p.add_argument("--layers", type=int, default=2)
+    p.add_argument("--width", type=int, help="of the LLM (default: the released model's)")
+    p.add_argument("--dtype", choices=DTYPES, default="float16")
+    p.add_argument("--sparse", action="store_true")
+    p = commands.add_parser("convert", help="`mminterleaved convert`, measured")
+    p.add_argument("arguments", nargs=argparse.REMAINDER)
+    p = commands.add_parser("accuracy")
+    p.add_argument("--layers", type=int, default=2)
+    options = parser.parse_args()
+    if options.command == "fake":
+        fake(options.folder, config_of(options.layers, options.width), DTYPES[options.dtype], options.sparse)
+    elif options.command == "convert":
+        sys.stdout.write(json.dumps(measured("convert", *options.arguments)) + "\n")
+    else:
+        for form, errors in accuracy(options.layers).items():
+            sys.stdout.write(f"{form:10}" + "".join(f"{name} {value:.4g}  " for name, value in errors.items()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
