@@ -21,6 +21,7 @@ from .generation.config import (
     read_generation_config,
 )
 from .generation.image import ImageGenerator
+from .generation.placement import Placement, Plan, make_plan, parse_bytes
 from .generation.text import TextGenerator
 from .models.image_processor import preprocess_image
 from .models.mmfs import fuse_mmfs
@@ -49,6 +50,7 @@ class MMInterleavedPipeline:
         self.encoder, self.llm, self.synchronizer, self.unet, self.vae = (modules[name] for name in BLOCKS)
         self.text = TextGenerator(self.llm, config, tokenizer, known_words, generation_config)
         self.image = ImageGenerator(config, self.synchronizer, self.unet, self.vae)
+        self.placement: Placement | None = None
 
     @classmethod
     def load(
@@ -57,6 +59,8 @@ class MMInterleavedPipeline:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         compile: bool = False,
+        memory: int | str | None = None,
+        cache_dtype: torch.dtype | None = None,
     ) -> MMInterleavedPipeline:
         """Loads a checkpoint folder of either layout, or a model that comes with the package.
 
@@ -68,8 +72,12 @@ class MMInterleavedPipeline:
                 in bfloat16 if the processor has units for it.
             compile: Compile the U-Net's blocks and the LLM's token step with `torch.compile`. The first image and the
                 first text wait for it, so it pays for many; it needs a compiler (Triton on CUDA, C++ on the CPU).
+            memory: Of the card that may be used, in bytes or like "12GB": blocks that do not fit together take turns,
+                and an LLM that does not fit alone is copied in parts (`generation.placement`). None for what is free.
+            cache_dtype: Of the LLM's cache, like `torch.float8_e4m3fn`; None for `dtype`.
 
         Raises:
+            SettingError: If the model does not fit `memory`, however it is placed.
             CheckpointError: If the device cannot be used, or tensors are missing, unexpected or of the wrong shape; the
                 error lists them.
         """
@@ -85,9 +93,18 @@ class MMInterleavedPipeline:
                 torch.nn.Module.to(block, device, dtype)  # diffusers' own `to` warns of every cast
             pipeline.vae.to(device)
         else:
-            config, modules = checkpoints.load_blocks(folder, dtype, device)
+            plan = None
+            if memory is not None or torch.device(device).type == "cuda":
+                config = checkpoints.read_config(folder)
+                dtype = dtype or checkpoints.default_dtype(config, torch.device(device))
+                plan = _plan(config, memory, device, dtype, cache_dtype)
+            placed = {} if plan is None else {"device": "cpu", "keep_linears": False}
+            config, modules = checkpoints.load_blocks(folder, dtype, **{"device": device, **placed})
             tokenizer, words = checkpoints.read_tokenizer(folder, config), checkpoints.known_words(folder)
             pipeline = cls(config, modules, tokenizer, words, read_generation_config(folder))
+            if plan is not None:
+                pipeline.placement = Placement(plan, modules, torch.device(device))
+        pipeline.llm.cache_dtype = cache_dtype
         return pipeline.compile() if compile else pipeline
 
     def compile(self, **options) -> MMInterleavedPipeline:
@@ -111,6 +128,10 @@ class MMInterleavedPipeline:
     @property
     def device(self) -> torch.device:
         return self.llm.device
+
+    def _place(self, phase: str) -> None:
+        if self.placement is not None:
+            self.placement.place(phase)
 
     def clear_cache(self) -> None:
         """Frees the LLM's cache of the most recent story."""
@@ -136,6 +157,7 @@ class MMInterleavedPipeline:
             if image.features is not None and image.features.encoder_id == encoder_id:
                 return image
             if image.digest not in encoded:  # one at a time, so memory and result depend on it alone
+                self._place("encode")
                 pixels = preprocess_image(image.pixels, size).unsqueeze(0).to(self.device, self.llm.soi_token.dtype)
                 encoded[image.digest] = self.encoder(pixels)[0]
             return image.with_features(encoded[image.digest])
@@ -144,13 +166,23 @@ class MMInterleavedPipeline:
 
     def prefill(self, story: Story, on_progress: Callable[[int, int], object] | None = None) -> None:
         """Encodes a story and runs the LLM on it ahead of its use (`TextGenerator.prefill`)."""
-        self.text.prefill(self.encode_images(story), on_progress)
+        story = self.encode_images(story)
+        self._place("text")
+        self.text.prefill(story, on_progress)
 
     def context_features(self, stories: Sequence[Story]) -> list[torch.Tensor]:
         """LLM hidden states of each story (`TextGenerator.context_features`)."""
-        return self.text.context_features([self.encode_images(story) for story in stories])
+        stories = [self.encode_images(story) for story in stories]
+        self._place("text")
+        return self.text.context_features(stories)
 
     # ---- text ----
+
+    def _encoded(self, story: Story, function: Callable, *args):
+        """`function` of the encoded story, with the LLM in place."""
+        story = self.encode_images(story)
+        self._place("text")
+        return function(story, *args)
 
     def generate_text(
         self, story: Story, config: TextGenerationConfig | None = None, on_token=None, drop_oldest: bool = False
@@ -161,7 +193,7 @@ class MMInterleavedPipeline:
             config: None for the model's own (`generation_config`).
             on_token: Called with the text so far; a true result ends the text.
         """
-        return self.text.generate_text(self.encode_images(story), config, on_token, drop_oldest)
+        return self._encoded(story, self.text.generate_text, config, on_token, drop_oldest)
 
     def generate_texts(
         self,
@@ -173,24 +205,25 @@ class MMInterleavedPipeline:
     ) -> list[list[GeneratedText]]:
         """Generates `num_outputs` texts for each story, independent of the other stories (`TextGenerator.generate`)."""
         stories = [self.encode_images(story) for story in stories]
+        self._place("text")
         return self.text.generate(stories, config, num_outputs, on_token, drop_oldest)
 
     def answer(self, story: Story, question: str, config=None, prompt: str | None = None, on_token=None):
         """Answers a question about a story's images (`TextGenerator.answer`)."""
-        return self.text.answer(self.encode_images(story), question, config, prompt, on_token)
+        return self._encoded(story, self.text.answer, question, config, prompt, on_token)
 
     def caption(self, image, config=None, num_outputs: int = 1, prompt: str | None = None) -> list[GeneratedText]:
         """Writes `num_outputs` captions of an image, or of a story's last image (`TextGenerator.caption`)."""
         story = image if isinstance(image, Story) else Story.of(ImageSegment.of(image))
-        return self.text.caption(self.encode_images(story), config, num_outputs, prompt)
+        return self._encoded(story, self.text.caption, config, num_outputs, prompt)
 
     def score(self, story: Story, options: Sequence[str | list[int]]) -> list[float]:
         """Summed log-probability of each option after a story, in the order given."""
-        return self.text.score(self.encode_images(story), options)
+        return self._encoded(story, self.text.score, options)
 
     def rank(self, story: Story, options: Sequence[str], question: str = "", prompt=None) -> list[RankedOption]:
         """Ranks options, likeliest first (`TextGenerator.rank`)."""
-        return self.text.rank(self.encode_images(story), options, question, prompt)
+        return self._encoded(story, self.text.rank, options, question, prompt)
 
     # ---- images ----
 
@@ -231,7 +264,9 @@ class MMInterleavedPipeline:
         self.image.check(config)
         stories = [self.text.truncate_to_context(story, 1, drop_oldest) for story in stories]
         stories = [self.encode_images(story) for story in stories]
+        self._place("text")
         context = self.text.context_features(stories)
+        self._place("draw")
         return self.image.generate(stories, context, config, num_outputs, init_images, on_step, batch_size, seeds)
 
     # ---- stories ----
@@ -290,7 +325,7 @@ class MMInterleavedPipeline:
 
     def introduce(self, story: Story) -> Story:
         """Returns the story with a text that says who is in its only image, unless it has one (`vqa.introduce`)."""
-        return self.text.introduce(self.encode_images(story) if len(story.images) == 1 else story)
+        return self._encoded(story, self.text.introduce) if len(story.images) == 1 else self.text.introduce(story)
 
     def run_plan(
         self,
@@ -354,6 +389,15 @@ class _Author:
     def illustrate(self, story: Story, seed: int) -> ImageSegment:
         config = self.image_config.with_seed_offset(seed)
         return self.pipeline.generate_image(self.encode(story), config, None, self.on_step, self.drop_oldest)
+
+
+def _plan(config: Config, memory: int | str | None, device: str, dtype: torch.dtype, cache_dtype) -> Plan | None:
+    """The plan for a card; None if everything fits what it has free."""
+    if isinstance(memory, str):
+        memory = parse_bytes(memory)
+    capacity = memory if memory is not None else torch.cuda.mem_get_info(device)[0]
+    plan = make_plan(config, capacity, dtype, cache_dtype=cache_dtype)
+    return None if plan.mode == "resident" else plan
 
 
 @contextlib.contextmanager

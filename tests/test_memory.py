@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peak_memory import PeakMemory
 
 from comfy_mminterleaved import ImageSegment, Story
 from comfy_mminterleaved.checkpoints.load import read_config
 from comfy_mminterleaved.config import skip_channels
 from comfy_mminterleaved.generation import memory
 from comfy_mminterleaved.generation.config import TextGenerationConfig
+from comfy_mminterleaved.generation.peak_memory import PeakMemory
 from comfy_mminterleaved.generation.text import TextGenerator
 from comfy_mminterleaved.models.build import build
 from comfy_mminterleaved.models.mmfs import fuse_mmfs

@@ -12,11 +12,11 @@ from ..config import BLOCKS, Config, LlamaMMFSConfig
 from ..errors import CheckpointError
 from ..models.build import build
 from ..models.mmfs import fuse_mmfs
-from ..models.quantization import is_quantized_weight, stored_linears
+from ..models.quantization import is_quantized_weight, stored_dtype, stored_linears
 from ..presets import STARTER_DIR
 from .native import read_native
 from .reference import asset_folders, is_reference_layout, read_reference
-from .tensors import VOCABULARY_FILE, is_folder, read_json, stored_dtype
+from .tensors import VOCABULARY_FILE, is_folder, read_json
 
 if TYPE_CHECKING:
     from ..generation.config import GenerationConfig
@@ -91,7 +91,7 @@ def cast_tensors(block: str, tensors: dict[str, torch.Tensor], dtype, device, ke
 
 
 def load_blocks(
-    folder, dtype: torch.dtype | None = torch.float32, device="cpu", blocks=BLOCKS
+    folder, dtype: torch.dtype | None = torch.float32, device="cpu", blocks=BLOCKS, keep_linears: bool | None = None
 ) -> tuple[Config, dict[str, torch.nn.Module]]:
     """The blocks of a checkpoint of either layout, in `dtype`; the VAE always in float32, as the reference runs it.
 
@@ -101,13 +101,17 @@ def load_blocks(
 
     Args:
         dtype: None for `default_dtype`.
+        keep_linears: Whether attention and MLP weights stay as in the file; None for a large LLM on the CPU.
     """
     folder, device = Path(folder), torch.device(device)
     if is_reference_layout(folder):
         config, tensors = read_state_dicts(folder, blocks)
     else:
         config, tensors = read_config(folder), None
-    is_mapped = device.type == "cpu" and not config.llm.quantization and is_large(config)
+    is_mapped = keep_linears
+    if is_mapped is None:
+        is_mapped = device.type == "cpu" and is_large(config)
+    is_mapped = is_mapped and not config.llm.quantization
     modules = build(config, blocks, linears=stored_linears() if is_mapped else None)
     if tensors is None:
         config, tensors = read_native(folder, blocks, modules)

@@ -11,9 +11,9 @@ from ..config import Config
 from ..errors import CheckpointError
 from ..models.build import build
 from ..models.mmfs import MMFS
-from ..models.quantization import comfy_quant, format_of, is_quantized_weight
+from ..models.quantization import comfy_quant, format_of, is_quantized_weight, stored_dtype
 from ..models.unet_synchronizer import MMFSBlock
-from .tensors import Item, plain_items, stored_dtype
+from .tensors import Item, plain_items
 
 
 def quantized_config(config: Config, quantization: str) -> Config:

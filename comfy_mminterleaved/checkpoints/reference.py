@@ -31,6 +31,7 @@ from ..config import (
 from ..errors import CheckpointError
 from ..files import atomic_dir, resumable_dir, write_json
 from ..models.build import build, check_shapes, param_shapes
+from ..models.quantization import stored_dtype
 from ..presets import RELEASED_13B
 from .tensors import (
     MAX_LISTED,
@@ -39,7 +40,6 @@ from .tensors import (
     plain_items,
     read_json,
     read_tensors,
-    stored_dtype,
     write_beside,
     write_tensors,
 )

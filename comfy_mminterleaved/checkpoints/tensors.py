@@ -13,7 +13,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..files import PROGRESS_SUFFIX, atomic_write, write_json
-from ..models.quantization import STORED_DTYPES
+from ..models.quantization import stored_dtype
 
 VOCABULARY_FILE = "words.txt"  # the words that a model of a small world was taught
 MAX_LISTED = 20  # entries that an error names
@@ -117,12 +117,6 @@ def plain_items(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = No
         return Item({name: torch.empty(tensor.shape, dtype=to, device="meta")}, lambda: {name: tensor.to(to)})
 
     return [item(name, tensor) for name, tensor in tensors.items()]
-
-
-def stored_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of a tensor in a model that is cast to `dtype`; None leaves it."""
-    is_kept = dtype is None or tensor.dtype in STORED_DTYPES or name.endswith("weight_scale")
-    return tensor.dtype if is_kept or not tensor.is_floating_point() else dtype
 
 
 SYNC_EVERY = 2**28  # bytes after which a file's progress is made sure of

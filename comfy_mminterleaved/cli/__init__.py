@@ -20,6 +20,21 @@ def main(argv: list[str] | None = None) -> int:
     except MMInterleavedError as error:
         print_status(f"Error: {error}")
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print_status(
+            "Error: out of memory; give --memory a smaller size, so that blocks take turns, --kv-cache fp8, a smaller "
+            "--size, or a model of `convert --quantize q4_0`."
+        )
+        return 2
     except KeyboardInterrupt:
         print_status("Stopped; what was finished is kept.")
         return 130
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    import torch
+
+    is_on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    return is_on_cpu or isinstance(error, torch.OutOfMemoryError)

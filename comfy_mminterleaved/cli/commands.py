@@ -133,7 +133,10 @@ def _pipeline(args, opening: _Opening, *stories):
 
     if opening.model in ("tiny-random", "untrained"):
         print_status(f"Note: the model '{opening.model}' has random weights; its texts and images mean nothing.")
-    pipeline = MMInterleavedPipeline.load(opening.model, args.device, _dtype(args.dtype), args.compile)
+    pipeline = MMInterleavedPipeline.load(
+        opening.model, args.device, _dtype(args.dtype), args.compile, args.memory, _cache_dtype(args)
+    )
+    _note_large(pipeline)
     _warn_unknown_words(pipeline, stories)
     size, trained = opening.image_config.size, pipeline.config.synchronizer.image_size
     if size is not None and size != (trained, trained) and pipeline.known_words is not None:
@@ -141,6 +144,29 @@ def _pipeline(args, opening: _Opening, *stories):
             f"Note: this model was trained at {trained} x {trained} px; at other sizes it tends to repeat objects."
         )
     return pipeline
+
+
+def _cache_dtype(args):
+    import torch
+
+    return torch.float8_e4m3fn if args.kv_cache == "fp8" else None
+
+
+def _note_large(pipeline) -> None:
+    """One line on how a large model is computed."""
+    from ..checkpoints.load import is_large
+    from ..files import format_bytes
+
+    if not is_large(pipeline.config):
+        return
+    plan = pipeline.placement.plan if pipeline.placement is not None else None
+    where = f"on {pipeline.device}, in {str(pipeline.llm.soi_token.dtype)[6:]}"
+    stored = pipeline.config.llm.quantization
+    stored = f", from {stored} weights" if stored else ""
+    if plan is None:
+        print_status(f"Note: the model is computed {where}{stored}.")
+    else:
+        print_status(f"Note: the model is computed {where}{stored}; {plan.mode}, at most {format_bytes(plan.peak)}.")
 
 
 def _warn_unknown_words(pipeline, stories) -> None:
@@ -377,6 +403,11 @@ def info(args) -> int:
 
     saved = read(args.source)
     config, tokenizer = saved.config, saved.tokenizer
+    plan = None
+    if args.memory:
+        from ..generation.placement import make_plan, parse_bytes
+
+        plan = make_plan(config, parse_bytes(args.memory), cache_dtype=_cache_dtype(args))
     counts = num_parameters(config)
     sizes = {name: sum(t.nbytes for t in tensors.values()) for name, tensors in saved.blocks.items()}
     data = {
@@ -390,6 +421,7 @@ def info(args) -> int:
         "num_img_token": config.llm.num_img_token,
         "generation_config": saved.generation.to_dict(),
         "config": config.to_dict(),
+        **({"plan": {**dataclasses.asdict(plan), "mode": plan.mode, "peak": plan.peak}} if plan else {}),
     }
     lines = [
         f"{n:13}{count / 1e6:12,.2f} million parameters{format_bytes(sizes[n]):>12}" for n, count in counts.items()
@@ -401,6 +433,8 @@ def info(args) -> int:
         f"{'image':13}{config.synchronizer.image_size:>12} px",
         f"{'context':13}{config.llm.max_position_embeddings:>12} tokens, {config.llm.num_img_token + 1} per image",
     ]
+    if plan:
+        lines += ["", f"On a card of {args.memory}, with a full context, in float16:", plan.table()]
     return _emit(args, data, "\n".join(lines))
 
 

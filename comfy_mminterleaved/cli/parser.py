@@ -43,7 +43,19 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
             help="a checkpoint folder; starter: the small model that ships (the default); tiny-random: random weights",
         )
         p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-        p.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, float16 on CUDA)")
+        p.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            help="of what is computed (default: float16 on CUDA; float32 on CPU, for a large model bfloat16 if the "
+            "processor has units for it)",
+        )
+        p.add_argument(
+            "--memory",
+            metavar="SIZE",
+            help="of the card that may be used, like 12GB: blocks that do not fit together take turns (default: what is "
+            "free)",
+        )
+        p.add_argument("--kv-cache", choices=("fp8",), help="store the LLM's cache in 8 bits: half the memory")
         p.add_argument("--compile", action="store_true", help="torch.compile: slow to start, for many images")
         p.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -149,4 +161,8 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
 
     p = command("info", "Shows what a checkpoint contains.")
     p.add_argument("source", help="a checkpoint folder, starter or tiny-random")
+    p.add_argument(
+        "--memory", metavar="SIZE", help="plan it on a card of this size, like 12GB; exit code 2 if it does not fit"
+    )
+    p.add_argument("--kv-cache", choices=("fp8",), help="plan with the LLM's cache in 8 bits")
     return parser

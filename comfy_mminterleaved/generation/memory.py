@@ -22,14 +22,26 @@ def encoding_bytes(c: VisualTokenizerConfig, itemsize: int) -> int:
     return round((4.1 * cells * c.hidden_size + 0.8 * (8 * grid) ** 2 * c.conv_inplane) * itemsize)
 
 
-def cache_bytes(c: LlamaMMFSConfig, num_tokens: int, num_images: int, itemsize: int) -> int:
-    """Of a `PrefixCache`: keys and values, hidden states, and the images projected for every MMFS layer."""
+def cache_bytes(
+    c: LlamaMMFSConfig, num_tokens: int, num_images: int, itemsize: int, cache_itemsize: int | None = None
+) -> int:
+    """Of a `PrefixCache`: keys and values, hidden states, and the images projected for every MMFS layer.
+
+    Args:
+        cache_itemsize: Of keys and values; None for `itemsize`.
+    """
     images = num_images * _num_mmfs_layers(c) * _value_size(c) * itemsize
-    return _kv_bytes(c, num_tokens, itemsize) + num_tokens * c.hidden_size * itemsize + images
+    keys_and_values = _kv_bytes(c, num_tokens, cache_itemsize or itemsize)
+    return keys_and_values + num_tokens * c.hidden_size * itemsize + images
 
 
 def prefill_bytes(
-    c: LlamaMMFSConfig, num_tokens: int, num_images: int, itemsize: int, longest_segment: int = PIECE
+    c: LlamaMMFSConfig,
+    num_tokens: int,
+    num_images: int,
+    itemsize: int,
+    longest_segment: int = PIECE,
+    cache_itemsize: int | None = None,
 ) -> int:
     """Peak of `TextGenerator.prefill` on a story: its cache, and one piece or one MMFS layer's images at work."""
     piece = min(num_tokens, longest_segment, PIECE)
@@ -37,7 +49,9 @@ def prefill_bytes(
     forward = piece * (c.hidden_size + 2 * c.intermediate_size) + 14 * min(piece * samples, max(CHUNK_SIZE, samples))
     cells = sum(side * side for side in c.mmfs.spatial_shapes)
     projection = (num_images + 2) * _value_size(c) + 3 * cells * c.mmfs.d_value if num_images else 0
-    return cache_bytes(c, num_tokens, num_images, itemsize) + max(forward, projection) * itemsize
+    if cache_itemsize not in (None, itemsize):  # one layer's keys and values in the dtype that is computed in
+        forward += _kv_bytes(c, num_tokens, 1) // c.num_hidden_layers
+    return cache_bytes(c, num_tokens, num_images, itemsize, cache_itemsize) + max(forward, projection) * itemsize
 
 
 def dequantization_bytes(c: LlamaMMFSConfig, itemsize: int) -> int:

@@ -111,7 +111,7 @@ def prefill(llm: LlamaMMFS, batch: list[StoryTokens], cached: PrefixCache | None
     device, dtype = llm.device, llm.soi_token.dtype
     if cached is None or len(cached.input_ids) != n:
         empty = [torch.zeros(0, c.hidden_size, device=device, dtype=dtype)] * n
-        cached = PrefixCache([[]] * n, [[]] * n, [[]] * n, empty, KVCache(n), None)
+        cached = PrefixCache([[]] * n, [[]] * n, [[]] * n, empty, KVCache(n, dtype=llm.cache_dtype), None)
     shared = [
         _common_prefix(tokens, ids, digests, c.num_img_token)
         for tokens, ids, digests in zip(batch, cached.input_ids, cached.image_digests)

@@ -25,10 +25,11 @@ class KVCache:
 
     Args:
         prefix: A cache of one row that all rows continue. It is shared, not copied, and must not change meanwhile.
+        dtype: That keys and values are stored in, like float8_e4m3fn; None for the one they are computed in.
     """
 
-    def __init__(self, rows: int, prefix: KVCache | None = None):
-        self.prefix, self.lengths = prefix, [0] * rows
+    def __init__(self, rows: int, prefix: KVCache | None = None, dtype: torch.dtype | None = None):
+        self.prefix, self.lengths, self.dtype = prefix, [0] * rows, dtype
         self.keys: list[torch.Tensor | None] = []
         self.values: list[torch.Tensor | None] = []
 
@@ -42,25 +43,26 @@ class KVCache:
             room = 0 if store[layer] is None else store[layer].shape[2]
             if room < end:
                 n, h, _, d = new.shape
-                grown = new.new_zeros(n, h, -(-end // CACHE_STEP) * CACHE_STEP, d)
+                grown = new.new_zeros(n, h, -(-end // CACHE_STEP) * CACHE_STEP, d, dtype=self.dtype or new.dtype)
                 if room:
                     grown[:, :, :room] = store[layer]
                 store[layer] = grown
             for row, start in self._runs():
-                store[layer][row, :, start : start + new.shape[2]] = new[row]
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+                store[layer][row, :, start : start + new.shape[2]] = new[row].to(store[layer].dtype)
+        return self.keys[layer][:, :, :end].to(k.dtype), self.values[layer][:, :, :end].to(v.dtype)
 
     @property
     def prefix_length(self) -> int:
         return self.prefix.lengths[0] if self.prefix is not None else 0
 
-    def prefix_layer(self, layer: int):
+    def prefix_layer(self, layer: int, dtype: torch.dtype):
         """Keys and values `(H, P, D)` of the shared prefix."""
-        return tuple(store[layer][0, :, : self.prefix_length] for store in (self.prefix.keys, self.prefix.values))
+        stores = self.prefix.keys, self.prefix.values
+        return tuple(store[layer][0, :, : self.prefix_length].to(dtype) for store in stores)
 
     def fork(self, rows: int) -> KVCache:
         """A cache of several rows that continue this one's only row."""
-        return KVCache(rows, self) if self.prefix is None else self.select_rows([0] * rows)
+        return KVCache(rows, self, self.dtype) if self.prefix is None else self.select_rows([0] * rows)
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +77,7 @@ class KVCache:
 
     def select_rows(self, index: list[int]) -> KVCache:
         """A cache whose row i is this one's row index[i]."""
-        other = KVCache(len(index), self.prefix)
+        other = KVCache(len(index), self.prefix, self.dtype)
         other.lengths = [self.lengths[i] for i in index]
         other.keys = [k[index] for k in self.keys]
         other.values = [v[index] for v in self.values]
@@ -202,6 +204,7 @@ class LlamaMMFS(nn.Module):
         if linears is None:
             linears = quantized_linears(c.quantization) if c.quantization else operations
         self.config, self._device, self._compiled = c, None, ()
+        self.cache_dtype: torch.dtype | None = None  # of `KVCache`s made for it
         self.embed_tokens = operations.Embedding(c.vocab_size, c.hidden_size)
         self.soi_token = nn.Parameter(torch.zeros(1, c.hidden_size))
         self.layers = nn.ModuleList(
@@ -317,7 +320,7 @@ class LlamaMMFS(nn.Module):
             if cache is not None:
                 k, v = cache.update(i, k, v)
             if prefix:
-                out = shared_prefix_attention(q, *cache.prefix_layer(i), k, v, mask)
+                out = shared_prefix_attention(q, *cache.prefix_layer(i, q.dtype), k, v, mask)
             else:
                 out = layer.self_attn.attention_fn(q, k, v, mask=mask, causal=causal)
             x = part.add_attention(x, out)

@@ -116,6 +116,12 @@ def is_quantized_weight(name: str) -> bool:
     return name.endswith("_proj.weight") and (".self_attn." in name or ".mlp." in name)
 
 
+def stored_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a tensor in a model that is cast to `dtype`; None leaves it."""
+    is_kept = dtype is None or tensor.dtype in STORED_DTYPES or name.endswith("weight_scale")
+    return tensor.dtype if is_kept or not tensor.is_floating_point() else dtype
+
+
 def comfy_quant(format: Format) -> torch.Tensor:
     """ComfyUI's description of a layer's format, JSON as uint8; activations are not quantized."""
     text = json.dumps({"format": format.core_name, "full_precision_matrix_mult": True})
