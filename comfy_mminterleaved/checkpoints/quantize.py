@@ -11,7 +11,7 @@ from ..config import Config
 from ..errors import CheckpointError
 from ..models.build import build
 from ..models.mmfs import MMFS
-from ..models.quantization import comfy_quant, format_of, is_quantized_weight, stored_dtype
+from ..models.quantization import comfy_quant, format_of, is_quantized_weight
 from ..models.unet_synchronizer import MMFSBlock
 from .tensors import Item, plain_items
 
@@ -57,28 +57,17 @@ def quantized_items(
 def _fused_item(path: str, part: torch.nn.Module, tensors: dict[str, torch.Tensor], dtype) -> Item:
     """The tensors of one MMFS, or of a block around one, after `fuse_projections`."""
     inner = {name[len(path) + 1 :]: tensor for name, tensor in tensors.items()}
+    to = dtype or next(iter(inner.values())).dtype
 
-    def make() -> dict[str, torch.Tensor]:
-        module = _copy(part)
-        module.load_state_dict(inner, assign=True)
+    def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        module = copy.deepcopy(part, {id(torch.nn): torch.nn})  # MMFS holds its `operations`, a Python module
+        module.load_state_dict(tensors, assign=True)
         module.fuse_projections()
-        return {
-            f"{path}.{name}": tensor.to(stored_dtype(name, tensor, dtype))
-            for name, tensor in module.state_dict().items()
-        }
+        return {f"{path}.{name}": tensor.to(to) for name, tensor in module.state_dict().items()}
 
-    shapes = _copy(part)
-    shapes.load_state_dict({name: torch.empty_like(t, device="meta") for name, t in inner.items()}, assign=True)
-    shapes.fuse_projections()
-    outputs = {
-        f"{path}.{name}": torch.empty(t.shape, dtype=stored_dtype(name, t, dtype), device="meta")
-        for name, t in shapes.state_dict().items()
-    }
-    return Item(outputs, make)
-
-
-def _copy(module: torch.nn.Module) -> torch.nn.Module:
-    return copy.deepcopy(module, {id(torch.nn): torch.nn})  # MMFS holds its `operations`, a Python module
+    # In float64 the result does not depend on the order of the sums, which is another on each machine.
+    outputs = fused({name: torch.empty_like(tensor, device="meta") for name, tensor in inner.items()})
+    return Item(outputs, lambda: fused({name: tensor.double() for name, tensor in inner.items()}))
 
 
 def _quantized_item(name: str, weight: torch.Tensor, quantization: str) -> Item:

@@ -52,8 +52,8 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
         p.add_argument(
             "--memory",
             metavar="SIZE",
-            help="of the card that may be used, like 12GB: blocks that do not fit together take turns (default: what is "
-            "free)",
+            help="of the card that may be used, like 12GB: blocks that do not fit together take turns (default: what "
+            "is free)",
         )
         p.add_argument("--kv-cache", choices=("fp8",), help="store the LLM's cache in 8 bits: half the memory")
         p.add_argument("--compile", action="store_true", help="torch.compile: slow to start, for many images")

@@ -23,7 +23,11 @@ class PeakMemory(TorchDispatchMode):
         known = {_key(tensor) for tensor in tree_iter((args, kwargs)) if isinstance(tensor, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor) and (key := _key(tensor)) not in known | self._live:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and not tensor.is_meta
+                and (key := _key(tensor)) not in known | self._live
+            ):
                 storage = tensor.untyped_storage()
                 self._live.add(key)
                 self.now += storage.nbytes()
