@@ -25,6 +25,7 @@ from .generation.placement import Placement, Plan, make_plan, parse_bytes
 from .generation.text import TextGenerator
 from .models.image_processor import preprocess_image
 from .models.mmfs import fuse_mmfs
+from .models.quantization import quantize_with_torchao
 from .models.visual_tokenizer import ImageFeatures
 from .stories.story import ImageSegment, Story, TextSegment
 from .stories.storyboard import panel_seeds, plan_panels
@@ -61,6 +62,7 @@ class MMInterleavedPipeline:
         compile: bool = False,
         memory: int | str | None = None,
         cache_dtype: torch.dtype | None = None,
+        quantize: str | None = None,
     ) -> MMInterleavedPipeline:
         """Loads a checkpoint folder of either layout, or a model that comes with the package.
 
@@ -75,6 +77,8 @@ class MMInterleavedPipeline:
             memory: Of the card that may be used, in bytes or like "12GB": blocks that do not fit together take turns,
                 and an LLM that does not fit alone is copied in parts (`generation.placement`). None for what is free.
             cache_dtype: Of the LLM's cache, like `torch.float8_e4m3fn`; None for `dtype`.
+            quantize: "fp8" or "int8" to quantize the LLM's attention and MLP while it loads, with torchao; the
+                computer's memory must hold the model as it is. `convert --quantize` does it once for all.
 
         Raises:
             SettingError: If the model does not fit `memory`, however it is placed.
@@ -94,6 +98,8 @@ class MMInterleavedPipeline:
             pipeline.vae.to(device)
         else:
             plan = None
+            if quantize is not None:
+                return cls._load_with_torchao(folder, torch.device(device), dtype, quantize, cache_dtype)
             if memory is not None or torch.device(device).type == "cuda":
                 config = checkpoints.read_config(folder)
                 dtype = dtype or checkpoints.default_dtype(config, torch.device(device))
@@ -106,6 +112,21 @@ class MMInterleavedPipeline:
                 pipeline.placement = Placement(plan, modules, torch.device(device))
         pipeline.llm.cache_dtype = cache_dtype
         return pipeline.compile() if compile else pipeline
+
+    @classmethod
+    def _load_with_torchao(cls, folder: Path, device: torch.device, dtype, quantize: str, cache_dtype):
+        config = checkpoints.read_config(folder)
+        if config.llm.quantization is not None:
+            raise CheckpointError(f"The model is stored as {config.llm.quantization} already; omit --quantize.")
+        dtype = dtype or checkpoints.default_dtype(config, device)
+        config, modules = checkpoints.load_blocks(folder, dtype, "cpu", keep_linears=False)
+        quantize_with_torchao(modules["llm"], quantize)
+        for module in modules.values():
+            torch.nn.Module.to(module, device)
+        tokenizer, words = checkpoints.read_tokenizer(folder, config), checkpoints.known_words(folder)
+        pipeline = cls(config, modules, tokenizer, words, read_generation_config(folder))
+        pipeline.llm.cache_dtype = cache_dtype
+        return pipeline
 
     def compile(self, **options) -> MMInterleavedPipeline:
         """This pipeline with `torch.compile` (and its `options`) on the U-Net's blocks and the LLM's token step."""

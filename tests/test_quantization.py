@@ -348,3 +348,26 @@ def test_a_gguf_that_is_cut_short(folders, tmp_path, keep):
 
 def test_the_description_of_a_format_is_comfyuis():
     assert json.loads(bytes(comfy_quant(FORMATS["fp8"]).tolist()))["format"] == "float8_e4m3fn"
+
+
+# ---- while loading ----
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_torchao_quantizes_while_loading(states, name):
+    pytest.importorskip("torchao")
+    pipeline = MMInterleavedPipeline.load("starter", "cpu", quantize=name)
+    found = pipeline.context_features([STORY])[0]
+    assert 0 < (found - states).norm() / states.norm() < 0.1
+    assert pipeline.generate_text(STORY).text
+
+
+def test_without_torchao_it_is_said_what_else_would_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(CheckpointError, match="pip install torchao`, or write the model with `convert --quantize fp8`"):
+        MMInterleavedPipeline.load("starter", "cpu", quantize="fp8")
+
+
+def test_a_stored_format_is_not_quantized_again(folders):
+    with pytest.raises(CheckpointError, match="stored as int8 already; omit --quantize"):
+        MMInterleavedPipeline.load(folders / "int8", "cpu", quantize="fp8")

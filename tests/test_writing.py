@@ -242,3 +242,38 @@ def test_beams_go_on_while_a_longer_text_may_still_be_better(tiny_random, story,
     assert written.tokens == (a, *[c] * 7) and len(calls) == 8
     best = (torch.tensor(0.501 * 0.45 * 0.501).log() + 5 * torch.tensor(0.999).log()).item() / 9
     assert written.score == pytest.approx(best, abs=1e-4)
+
+
+def test_the_llm_reads_nothing_back_from_the_card(tiny_random):
+    """On a device without content, where that raises: a token waits for the card once, when its logits are copied."""
+    from comfy_mminterleaved.generation.prefix_cache import PrefixCache
+    from comfy_mminterleaved.models.build import build
+    from comfy_mminterleaved.models.llama_mmfs import KVCache
+    from comfy_mminterleaved.models.mmfs import fuse_mmfs
+
+    c = tiny_random.config.llm
+    llm, kv_cache = fuse_mmfs(build(tiny_random.config, ("llm",))["llm"]), KVCache(1)
+    maps = [torch.empty(1, 2, c.mmfs.d_value, side, side, device="meta") for side in c.mmfs.spatial_shapes]
+    values, mask = llm.project_images(maps), torch.ones(1, 3, 2, dtype=torch.bool, device="meta")
+    llm(torch.empty(1, 3, c.hidden_size, device="meta"), values, mask, kv_cache)
+    states = [torch.empty(3, c.hidden_size, device="meta")]
+    cache = PrefixCache([[1, 5, 6]], [["a", "b"]], [[True, True]], states, kv_cache, values)
+    for _ in range(4):
+        hidden = cache.extend(llm, [[7]])[0]
+        logits = llm.logits(hidden).float()
+    assert kv_cache.lengths == [7]
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        logits.argmax().item()
+
+
+def test_reserved_tokens_are_written_without_a_copy(tiny_random):
+    from comfy_mminterleaved.models.llama_mmfs import KVCache
+
+    cache = KVCache(1)
+    cache.reserve(300)
+    cache.update(0, torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
+    first = cache.keys[0].data_ptr()
+    for length in range(1, 300):
+        cache.lengths = [length]
+        cache.update(0, torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4))
+    assert cache.keys[0].data_ptr() == first

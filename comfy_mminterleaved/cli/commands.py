@@ -134,7 +134,13 @@ def _pipeline(args, opening: _Opening, *stories):
     if opening.model in ("tiny-random", "untrained"):
         print_status(f"Note: the model '{opening.model}' has random weights; its texts and images mean nothing.")
     pipeline = MMInterleavedPipeline.load(
-        opening.model, args.device, _dtype(args.dtype), args.compile, args.memory, _cache_dtype(args)
+        opening.model,
+        args.device,
+        _dtype(args.dtype),
+        args.compile,
+        args.memory,
+        _cache_dtype(args),
+        args.quantize,
     )
     _note_large(pipeline)
     _warn_unknown_words(pipeline, stories)

@@ -56,6 +56,11 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
             "is free)",
         )
         p.add_argument("--kv-cache", choices=("fp8",), help="store the LLM's cache in 8 bits: half the memory")
+        p.add_argument(
+            "--quantize",
+            choices=FORMATS[:2],
+            help="quantize the LLM while it loads, with torchao; `convert --quantize` does it once for all",
+        )
         p.add_argument("--compile", action="store_true", help="torch.compile: slow to start, for many images")
         p.add_argument("--quiet", action="store_true", help="no progress bars")
 

@@ -80,6 +80,7 @@ def _sample(
     ends: list[str | None] = [None] * n
     generated_ids = torch.full((n, 1), llm.config.special_tokens.bos)
     hidden = prefix.last_hidden_state()
+    prefix.kv_cache.reserve(s.max_new_tokens)
     for step in range(s.max_new_tokens):
         scores = process(generated_ids, llm.logits(hidden).float().cpu())
         if s.do_sample:

@@ -30,8 +30,13 @@ class KVCache:
 
     def __init__(self, rows: int, prefix: KVCache | None = None, dtype: torch.dtype | None = None):
         self.prefix, self.lengths, self.dtype = prefix, [0] * rows, dtype
+        self._reserved = 0
         self.keys: list[torch.Tensor | None] = []
         self.values: list[torch.Tensor | None] = []
+
+    def reserve(self, num_tokens: int) -> None:
+        """Has the next growth make room for this many more tokens, so that writing them copies nothing."""
+        self._reserved = max(self.lengths) + num_tokens
 
     def update(self, layer: int, k, v):
         """Writes (N, H, Q, D) behind each row's length; returns all keys and values up to the longest row's new end."""
@@ -43,7 +48,8 @@ class KVCache:
             room = 0 if store[layer] is None else store[layer].shape[2]
             if room < end:
                 n, h, _, d = new.shape
-                grown = new.new_zeros(n, h, -(-end // CACHE_STEP) * CACHE_STEP, d, dtype=self.dtype or new.dtype)
+                length = -(-max(end, self._reserved) // CACHE_STEP) * CACHE_STEP
+                grown = new.new_zeros(n, h, length, d, dtype=self.dtype or new.dtype)
                 if room:
                     grown[:, :, :room] = store[layer]
                 store[layer] = grown

@@ -180,3 +180,26 @@ def stored_linears() -> SimpleNamespace:
 def _has_packed_kernel(x: torch.Tensor) -> bool:
     """Whether PyTorch multiplies `x` with int8 weights without writing them out in its dtype first."""
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= MAX_PACKED_ROWS
+
+
+TORCHAO_CONFIGS = {"fp8": "Float8WeightOnlyConfig", "int8": "Int8WeightOnlyConfig"}
+
+
+def quantize_with_torchao(llm: nn.Module, name: str) -> None:
+    """Quantizes attention and MLP of a loaded LLM in place; raises CheckpointError if torchao is not installed.
+
+    Args:
+        name: A name in TORCHAO_CONFIGS.
+    """
+    try:
+        from torchao import quantization
+    except ImportError:
+        raise CheckpointError(
+            "Quantizing a model while it loads needs torchao; install it with `pip install torchao`, or write the "
+            f"model with `convert --quantize {name}`."
+        ) from None
+
+    def is_chosen(module: nn.Module, path: str) -> bool:
+        return isinstance(module, nn.Linear) and is_quantized_weight(f"{path}.weight")
+
+    quantization.quantize_(llm, getattr(quantization, TORCHAO_CONFIGS[name])(), filter_fn=is_chosen)
