@@ -19,10 +19,14 @@ from pathlib import Path
 
 import torch
 
+from comfy_mminterleaved import ImageGenerationConfig, ImageSegment, MMInterleavedPipeline, Story
+from comfy_mminterleaved.checkpoints import native
+from comfy_mminterleaved.checkpoints.load import read
 from comfy_mminterleaved.checkpoints.reference import from_reference, reference_shapes, to_reference
 from comfy_mminterleaved.checkpoints.tensors import _safetensors_header
 from comfy_mminterleaved.config import Config
 from comfy_mminterleaved.models.quantization import FORMATS
+from comfy_mminterleaved.presets import STARTER_DIR
 from comfy_mminterleaved.tokenizer import byte_level
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -122,54 +126,89 @@ def _anonymous_bytes(process: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
-@torch.no_grad()
-def accuracy(layers: int, tokens: int = 64, steps: int = 4) -> dict[str, dict[str, float]]:
-    """Each form against float32, at full width: relative errors, and how often the likeliest token is the same."""
-    from comfy_mminterleaved import ImageGenerationConfig, ImageSegment, MMInterleavedPipeline, Story
-    from comfy_mminterleaved.checkpoints import native
+FORMS = ("float32", "bfloat16", *FORMATS, "fp8 cache")
 
-    config, found = config_of(layers), {}
-    with tempfile.TemporaryDirectory(dir=Path.home()) as folder:
-        source = Path(folder) / "source"
-        fake(source, config, torch.float32)
-        saved = native_source(source)
-        generator = torch.Generator().manual_seed(1)
-        image = ImageSegment(torch.rand(3, 224, 224, generator=generator))
-        text = "Once upon a time there was a fox in a red coat. " * (tokens // 12)
-        reference = None
-        for form in ("float32", "bfloat16", *FORMATS):
-            target = source
-            if form in FORMATS:
-                target = Path(folder) / form
-                native.save(target, saved.config, saved.blocks, saved.tokenizer, torch.float32, quantization=form)
-            pipeline = MMInterleavedPipeline.load(
-                target, "cpu", torch.bfloat16 if form == "bfloat16" else torch.float32
-            )
-            story = Story.of(text, image, text)
-            states = pipeline.context_features([story])[0].float()
-            logits = pipeline.llm.logits(states.to(pipeline.llm.soi_token.dtype)).float()
-            embeds = pipeline.synchronizer.conditioner.prompt_embeds([states.to(pipeline.llm.soi_token.dtype)]).float()
-            settings = ImageGenerationConfig(num_inference_steps=steps, scheduler="ddim", size=(256, 256))
-            picture = pipeline.generate_image(story, settings).pixels
-            measured = {"states": states, "synchronizer": embeds, "top": logits.argmax(-1), "picture": picture}
-            if reference is None:
-                reference = measured
-            found[form] = {
-                "hidden states": _relative(states, reference["states"]),
-                "same likeliest token": (measured["top"] == reference["top"]).float().mean().item(),
-                "synchronizer": _relative(embeds, reference["synchronizer"]),
-                "picture": (picture - reference["picture"]).abs().mean().item(),
-            }
-            del pipeline
-            if form in FORMATS:
-                shutil.rmtree(target)
+
+@torch.no_grad()
+def accuracy(source: Path, stories, settings, folder: Path) -> dict[str, dict[str, float]]:
+    """Each form of a float32 model against it, on stories that end where an image follows.
+
+    Args:
+        stories: Given the float32 model.
+        folder: Where quantized models are written for a while.
+    """
+    found, reference = {}, []
+    for form in FORMS:
+        target, dtype = source, torch.bfloat16 if form == "bfloat16" else torch.float32
+        if form in FORMATS:
+            saved, target = read(source), folder / form
+            parts = saved.blocks, saved.tokenizer, torch.float32, saved.generation, saved.words
+            native.save(target, saved.config, *parts, quantization=form)
+            del saved, parts
+        cache_dtype = torch.float8_e4m3fn if form == "fp8 cache" else None
+        pipeline = MMInterleavedPipeline.load(target, "cpu", dtype, cache_dtype=cache_dtype)
+        if form == FORMS[0]:
+            stories = stories(pipeline)
+        measured = [_outputs(pipeline, story, settings, dtype) for story in stories]
+        reference = reference or measured
+        errors = [_errors(*pair) for pair in zip(measured, reference)]
+        found[form] = {name: sum(each[name] for each in errors) / len(errors) for name in errors[0]}
+        del pipeline
+        if form in FORMATS:
+            shutil.rmtree(target)
     return found
 
 
-def native_source(folder: Path):
-    from comfy_mminterleaved.checkpoints.load import read
+def _outputs(pipeline, story, settings, dtype) -> dict[str, torch.Tensor]:
+    states = pipeline.context_features([story])[0].to(dtype)
+    pipeline.clear_cache()
+    return {
+        "states": states.float(),
+        "tokens": pipeline.llm.logits(states).float().argmax(-1),
+        "synchronizer": pipeline.synchronizer.conditioner.prompt_embeds([states]).float(),
+        "picture": pipeline.generate_image(story, settings).pixels,
+    }
 
-    return read(folder)
+
+def _errors(found: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {
+        "hidden states": _relative(found["states"], reference["states"]),
+        "same likeliest token": (found["tokens"] == reference["tokens"]).float().mean().item(),
+        "synchronizer": _relative(found["synchronizer"], reference["synchronizer"]),
+        "picture": 255 * (found["picture"] - reference["picture"]).abs().mean().item(),
+    }
+
+
+def random_accuracy(layers: int) -> dict:
+    """At full width, with random weights: one story of text, an image and text; pictures after 4 steps."""
+    settings = ImageGenerationConfig(num_inference_steps=4, scheduler="ddim", size=(256, 256))
+    text = "Once upon a time there was a fox in a red coat. " * 5
+    image = torch.rand(3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory(dir=Path.home()) as folder:
+        fake(Path(folder) / "source", config_of(layers), torch.float32)
+        return accuracy(
+            Path(folder) / "source", lambda _: [Story.of(text, ImageSegment(image), text)], settings, Path(folder)
+        )
+
+
+def starter_accuracy(count: int = 8) -> dict:
+    """On the starter: stories that it tells itself, by seed."""
+    settings = ImageGenerationConfig(num_inference_steps=20, scheduler="dpm++")
+
+    def tell(pipeline) -> list[Story]:
+        opening = Story.of("Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball.")
+        return [
+            pipeline.generate_story(
+                opening,
+                3,
+                text_config=replace(pipeline.generation_config.text, seed=100 * seed),
+                image_config=replace(pipeline.generation_config.image, seed=100 * seed),
+            ).add("Mia sleeps in the forest.")
+            for seed in range(count)
+        ]
+
+    with tempfile.TemporaryDirectory(dir=Path.home()) as folder:
+        return accuracy(STARTER_DIR, tell, settings, Path(folder))
 
 
 def _relative(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -187,16 +226,20 @@ def main() -> None:
     p.add_argument("--sparse", action="store_true")
     p = commands.add_parser("convert", help="`mminterleaved convert`, measured")
     p.add_argument("arguments", nargs=argparse.REMAINDER)
-    p = commands.add_parser("accuracy")
+    p = commands.add_parser("accuracy", help="each form against float32")
     p.add_argument("--layers", type=int, default=2)
+    p.add_argument("--starter", action="store_true", help="the starter instead of random weights at full width")
     options = parser.parse_args()
     if options.command == "fake":
         fake(options.folder, config_of(options.layers, options.width), DTYPES[options.dtype], options.sparse)
     elif options.command == "convert":
         sys.stdout.write(json.dumps(measured("convert", *options.arguments)) + "\n")
     else:
-        for form, errors in accuracy(options.layers).items():
-            sys.stdout.write(f"{form:10}" + "".join(f"{name} {value:.4g}  " for name, value in errors.items()) + "\n")
+        found = starter_accuracy() if options.starter else random_accuracy(options.layers)
+        heading = list(found["float32"])
+        sys.stdout.write("| form | " + " | ".join(heading) + " |\n" + "|---" * (len(heading) + 1) + "|\n")
+        for form, errors in found.items():
+            sys.stdout.write(f"| {form} | " + " | ".join(f"{value:.3g}" for value in errors.values()) + " |\n")
 
 
 if __name__ == "__main__":
