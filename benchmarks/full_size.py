@@ -29,6 +29,8 @@ from comfy_mminterleaved.models.quantization import FORMATS
 from comfy_mminterleaved.presets import STARTER_DIR
 from comfy_mminterleaved.tokenizer import byte_level
 
+from . import token
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHARD = 4 * 10**9  # bytes
 
@@ -56,11 +58,13 @@ def fake(folder: Path, config: Config, dtype: torch.dtype, sparse: bool = False)
         sparse: One .safetensors file of zeros instead, which takes no room on most disks.
     """
     folder.mkdir(parents=True)
+    released = to_reference(from_reference({}))
     for file, settings in to_reference(config).items():
-        if file in ("config.json", "llm/config.json"):  # what is as in the released model is not needed
-            (folder / file).parent.mkdir(exist_ok=True)
+        if settings != released[file]:  # what is as in the released model is not beside it
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text(json.dumps(settings), encoding="utf-8")
-    byte_level(32000).save(str(folder / "llm" / "tokenizer.json"))
+    (folder / "llm").mkdir(exist_ok=True)
+    byte_level(config.llm.vocab_size - config.llm.num_added_tokens).save(str(folder / "llm" / "tokenizer.json"))
     shapes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in reference_shapes(config).items()}
     if sparse:
         header, _, size = _safetensors_header(shapes, {})
@@ -229,11 +233,16 @@ def main() -> None:
     p = commands.add_parser("accuracy", help="each form against float32")
     p.add_argument("--layers", type=int, default=2)
     p.add_argument("--starter", action="store_true", help="the starter instead of random weights at full width")
+    p = commands.add_parser("speed", help="of the LLM on the CPU, by how its weights are stored")
+    p.add_argument("--layers", type=int, default=2)
     options = parser.parse_args()
     if options.command == "fake":
         fake(options.folder, config_of(options.layers, options.width), DTYPES[options.dtype], options.sparse)
     elif options.command == "convert":
         sys.stdout.write(json.dumps(measured("convert", *options.arguments)) + "\n")
+    elif options.command == "speed":
+        for form, figures in token.forms(options.layers).items():
+            sys.stdout.write(f"| {form} | {figures['token ratio']:.2f} | {figures['read ratio']:.2f} |\n")
     else:
         found = starter_accuracy() if options.starter else random_accuracy(options.layers)
         heading = list(found["float32"])

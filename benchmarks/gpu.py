@@ -19,6 +19,7 @@ from comfy_mminterleaved.generation.config import ImageGenerationConfig
 from comfy_mminterleaved.generation.image import denoise
 from comfy_mminterleaved.generation.schedulers import make_scheduler
 from comfy_mminterleaved.models import deform_attn
+from comfy_mminterleaved.models.quantization import FORMATS
 
 from . import gather, token, unet
 from .__main__ import RESULTS
@@ -87,6 +88,26 @@ def decoding(device: str = "cuda") -> dict:
     return {**found, "tokens a second": tokens, "limit of memory": limit, "share of the limit": tokens / limit}
 
 
+def stored(device: str = "cuda", layers: int = 40) -> dict:
+    """Tokens a second at 13B width and depth by how the weights are stored, with the share of what memory allows.
+
+    One form after the other, because not all fit together; `peak MB` is of the card.
+    """
+    speed, found = bandwidth(device), {}
+    for name in ("float16", *FORMATS):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        figures = token.forms(layers, 10, device, (name,))[name]
+        limit = speed / figures["bytes"]
+        found[name] = {
+            "tokens a second": 1 / figures["token seconds"],
+            "share of the limit": 1 / figures["token seconds"] / limit,
+            "256 tokens read, seconds": figures["read seconds"],
+            "peak MB": torch.cuda.max_memory_allocated() / 2**20,
+        }
+    return found
+
+
 @torch.no_grad()
 def picture(device: str = "cuda", rounds: int = 3, steps: int = 30) -> dict:
     """A 512 px picture in 30 steps against diffusers' StableDiffusionPipeline of the same weights, and peak memory."""
@@ -147,6 +168,7 @@ def main(argv=None) -> int:
         "unet": lambda: unet.measure((1, 3), 10, "cuda", torch.float16),
         "picture": picture,
         "token": decoding,
+        "stored": stored,
     }
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=parts, action="append")

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 from ..comfy_mminterleaved.checkpoints.gguf_files import read_gguf
 from ..comfy_mminterleaved.checkpoints.load import known_words, read_config
 from ..comfy_mminterleaved.checkpoints.native import block_file, check_formats, parse_block_metadata
+from ..comfy_mminterleaved.config import BLOCKS
 from ..comfy_mminterleaved.errors import CheckpointError
 from ..comfy_mminterleaved.generation.config import GenerationConfig, read_generation_config
 from ..comfy_mminterleaved.presets import STARTER_DIR
@@ -45,7 +46,8 @@ def model_folder(name: str) -> Path:
             if (folder / name / "config.json").is_file():
                 return folder / name
     raise CheckpointError(
-        f"The model {name!r:.80} is not in models/{FOLDER}; it must be {STARTER!r} or a folder there."
+        f"The model {name!r:.80} is not in models/{FOLDER}; it must be {STARTER!r} or a folder there. How to get the 13B "
+        "model: docs/full-size.md of this package."
     )
 
 
@@ -93,6 +95,24 @@ def native_path(category: str, name: str) -> str:
     return path
 
 
+def check_files(folder: Path) -> None:
+    """Raises CheckpointError for a folder without the files that its config asks for."""
+    config = read_config(folder)
+    missing = [name for name in (block_file(config, block) for block in BLOCKS) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"The model {folder.name!r} lacks {', '.join(missing)}; copy all files that `convert` wrote into one folder."
+        )
+
+
+def _sentence(check) -> bool | str:
+    try:
+        check()
+    except CheckpointError as error:
+        return str(error)
+    return True
+
+
 class LoadMMInterleaved(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -125,7 +145,8 @@ class LoadMMInterleaved(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model):
-        return True  # a folder that is gone gets its own sentence in `execute`
+        """Core marks the node and shows the sentence before anything runs."""
+        return _sentence(lambda: check_files(model_folder(model)))
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
@@ -165,7 +186,7 @@ def _one_block(node_id, title, kind, category, socket, output, label):
 
         @classmethod
         def validate_inputs(cls, file):
-            return True
+            return _sentence(lambda: native_path(category, file))
 
         @classmethod
         def execute(cls, file) -> io.NodeOutput:

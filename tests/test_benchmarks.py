@@ -5,13 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from places import HERE
+from places import HERE, TINY
 
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks import gather, gpu, models, story, token, unet
+from benchmarks import full_size, gather, gpu, models, story, token, unet
 from benchmarks.timing import interleaved
 from comfy_mminterleaved import MMInterleavedPipeline, TextSegment
+from comfy_mminterleaved.checkpoints.load import read_config, read_state_dicts
+from comfy_mminterleaved.cli import main
+from comfy_mminterleaved.config import SpecialTokens
 from comfy_mminterleaved.presets import tiny_config
 
 
@@ -73,3 +76,38 @@ def test_a_story_without_the_synchronizer(monkeypatch):
     plain = story.without_mmfs(MMInterleavedPipeline.load("tiny-random", "cpu"))
     seconds, _ = story.tell(plain, 3)
     assert len(seconds) == 3
+
+
+def test_an_llm_by_how_its_weights_are_stored(toy):
+    found = token.forms(layers=2, rounds=1, read=8)
+    assert set(found) == {"float32", "bfloat16", "fp8", "int8", "q4_0"}
+    sizes = [found[name]["bytes"] for name in ("q4_0", "int8", "bfloat16", "float32")]
+    assert sizes == sorted(sizes) and found["float32"]["token ratio"] == 1
+
+
+@pytest.fixture
+def small():
+    """The recorded reference model's config, with a vocabulary of bytes."""
+    config = read_config(TINY)
+    return replace(config, llm=replace(config.llm, vocab_size=302, special_tokens=SpecialTokens(1, 2, 299, 300, 301)))
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8", "q4_0"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_folder_like_the_published_one_tells_a_story(tmp_path, monkeypatch, small, form, dtype):
+    """In small shards, as the trainer leaves them; the command line does the rest."""
+    monkeypatch.setattr(full_size, "SHARD", 300_000)
+    source, target = tmp_path / "published", tmp_path / "model"
+    full_size.fake(source, small, full_size.DTYPES[dtype])
+    assert len(list(source.glob("*.bin"))) > 5
+    assert main(["convert", str(source), str(target), "--quantize", form, "--quiet"]) == 0
+    assert main(["info", str(target), "--memory", "1GB"]) == 0
+    flags = ["--panels", "1", "--steps", "2", "--max-new-tokens", "4", "--quiet", "--out", str(tmp_path / "out")]
+    assert main(["tell", "--model", str(target), "--text", "A fox.", *flags]) == 0
+    assert (tmp_path / "out" / "story.html").is_file()
+
+
+def test_a_sparse_folder_takes_no_room_and_is_read(tmp_path, small):
+    full_size.fake(tmp_path / "published", small, torch.float16, sparse=True)
+    assert read_config(tmp_path / "published") == small
+    assert not any(t.any() for t in read_state_dicts(tmp_path / "published")[1]["llm"].values())
