@@ -498,6 +498,32 @@ def reroll(w: Workflow) -> None:
     w.group("3. Its pages", GREEN, pages)
 
 
+CARDS = (("24 GB", "fp8"), ("16 GB", "fp8, blocks in turns"), ("12 GB", "4 bits"), ("8 GB", "4 bits, in parts"))
+
+
+def full_size(w: Workflow) -> None:
+    w.note(0, -380, (760, 240), "8 The full-size model")
+    model = w.add("MMInterleavedLoad", 0, 0, (300, 170), model="mm-interleaved-13b")
+    told = tell(w, model, 380, opening="A fox in a red coat finds a letter in the snow.", panels=3, seed=1)
+    pages = save(w, told, 860, title="The letter")
+    w.group("1. Model", BLUE, model)
+    w.group("2. The story", PURPLE, told)
+    w.group("3. Its pages", GREEN, pages)
+
+
+def card() -> Image.Image:
+    """In place of a photograph, which would need the weights: what each card gets."""
+    sheet = Image.new("RGB", (1360, 420), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((60, 50), "MM-Interleaved 13B", "#1f3d52", ImageFont.load_default(64))
+    for column, (size, form) in enumerate(CARDS):
+        x = 60 + 320 * column
+        pen.rounded_rectangle((x, 170, x + 280, 350), 18, fill="#e8f0f5")
+        pen.text((x + 24, 195), size, "#1f3d52", ImageFont.load_default(56))
+        pen.text((x + 24, 290), form, "#3f5a6b", ImageFont.load_default(25))
+    return sheet
+
+
 TEMPLATES = {
     "1 Tell a story": tell_a_story,
     "2 The four blocks": four_blocks,
@@ -506,6 +532,7 @@ TEMPLATES = {
     "5 Storyboard batch": storyboard_batch,
     "6 Own sampler": own_sampler,
     "7 Draw a panel anew": reroll,
+    "8 The full-size model": full_size,
 }
 
 
@@ -579,7 +606,8 @@ def main(server: str) -> None:
         path = HERE / f"{name}.json"
         path.write_text(json.dumps(workflow.to_json(name), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         prompt = to_prompt(path, definitions)
-        photograph(server, prompt, run(server, prompt)).save(path.with_suffix(".jpg"), quality=88)
+        sheet = card() if make is full_size else photograph(server, prompt, run(server, prompt))
+        sheet.save(path.with_suffix(".jpg"), quality=88)
 
 
 if __name__ == "__main__":

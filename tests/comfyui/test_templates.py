@@ -8,7 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from prompt import TEMPLATES, to_prompt
+from prompt import RUNNABLE, TEMPLATES, to_prompt
+from server import Failed
+
+from comfy_mminterleaved.checkpoints import native
+from comfy_mminterleaved.checkpoints.load import read
 
 
 def pictures(comfyui, outputs):
@@ -35,7 +39,7 @@ def test_workflows_saved_before_still_run(comfyui, definitions, path):
     assert any(shown.get("images") or shown.get("text") for shown in done["outputs"].values())
 
 
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
 def test_template(comfyui, definitions, path):
     prompt = to_prompt(path, definitions)
     logged = len(comfyui.text())
@@ -62,6 +66,24 @@ def test_template(comfyui, definitions, path):
             assert done["outputs"][node]["text"][0].strip()
     assert shown or "4 Ask" in path.stem
     assert "Traceback" not in comfyui.text()[logged:]
+
+
+def test_the_full_size_template_says_what_is_missing_and_runs_when_it_is_there(comfyui, definitions, folder):
+    """The starter in 8 bits stands in for the 13B model: the same code at another width."""
+    prompt = to_prompt(next(path for path in TEMPLATES if path not in RUNNABLE), definitions)
+    with pytest.raises(Failed) as failed:
+        comfyui.run(prompt)
+    assert "is not in models/mm_interleaved" in failed.value.sentence and "docs/full-size.md" in failed.value.sentence
+    model, saved = folder / "models" / "mm_interleaved" / "mm-interleaved-13b", read("starter")
+    parts = dict(saved.blocks), saved.tokenizer, None, saved.generation, saved.words
+    native.save(model, saved.config, *parts, quantization="int8")
+    kept = (model / "unet.safetensors").rename(model / "elsewhere")
+    with pytest.raises(Failed) as failed:
+        comfyui.run(prompt)
+    assert "'mm-interleaved-13b' lacks unet.safetensors; copy all files that" in failed.value.sentence
+    kept.rename(model / "unet.safetensors")
+    done = comfyui.run(prompt)
+    assert any(len(shown.get("images", ())) == 3 for shown in done["outputs"].values())
 
 
 def test_every_node_is_there_with_a_tooltip_on_every_input(definitions):
