@@ -1,7 +1,8 @@
 """The 13B model on this machine, with random weights: python -m benchmarks.full_size COMMAND --help
 
 `fake` writes a folder like the published one, at full width and any depth; `convert` converts one and says how long
-that took and how much memory; `accuracy` compares each quantized form with float32.
+that took and how much memory; `accuracy` compares each quantized form with float32; `speed` times them on the CPU;
+`peak` holds a story's memory against the plan.
 """
 
 from __future__ import annotations
@@ -19,12 +20,20 @@ from pathlib import Path
 
 import torch
 
-from comfy_mminterleaved import ImageGenerationConfig, ImageSegment, MMInterleavedPipeline, Story
+from comfy_mminterleaved import (
+    ImageGenerationConfig,
+    ImageSegment,
+    MMInterleavedPipeline,
+    Story,
+    TextGenerationConfig,
+)
 from comfy_mminterleaved.checkpoints import native
 from comfy_mminterleaved.checkpoints.load import read
 from comfy_mminterleaved.checkpoints.reference import from_reference, reference_shapes, to_reference
 from comfy_mminterleaved.checkpoints.tensors import _safetensors_header
-from comfy_mminterleaved.config import Config
+from comfy_mminterleaved.config import BLOCKS, Config
+from comfy_mminterleaved.generation.peak_memory import PeakMemory
+from comfy_mminterleaved.generation.placement import Placement, make_plan, parse_bytes
 from comfy_mminterleaved.models.quantization import FORMATS
 from comfy_mminterleaved.presets import STARTER_DIR
 from comfy_mminterleaved.tokenizer import byte_level
@@ -215,6 +224,27 @@ def starter_accuracy(count: int = 8) -> dict:
         return accuracy(STARTER_DIR, tell, settings, Path(folder))
 
 
+def peak(folder: Path, memory: str, size: int = 512) -> dict:
+    """The plan of a short story for a card of `memory`, and what the story takes; the CPU is the card.
+
+    It has an image to read, a text and an image to draw. Every copy to the card counts, and all that is computed on it.
+    """
+    pipeline = MMInterleavedPipeline.load(folder, "cpu", torch.bfloat16)
+    capacity, dtype = parse_bytes(memory), torch.bfloat16
+    plan = make_plan(pipeline.config, capacity, dtype, (size, size), num_tokens=256, num_images=2)
+    if plan.mode != "resident":
+        modules = {name: getattr(pipeline, name) for name in BLOCKS}
+        pipeline.placement = Placement(plan, modules, torch.device("cpu"))
+    story = Story.of("A fox in a red coat. " * 6, ImageSegment(torch.rand(3, 224, 224)))
+    text = TextGenerationConfig(max_new_tokens=4, min_new_tokens=4)
+    image = ImageGenerationConfig(num_inference_steps=1, scheduler="ddim", size=(size, size))
+    resident = 0 if pipeline.placement else sum(plan.weights.values())
+    with PeakMemory() as found:
+        pipeline.generate_story(story, 1, text_config=text, image_config=image)
+    found = found.peak + resident
+    return {"mode": plan.mode, "planned GB": plan.peak / 1e9, "measured GB": found / 1e9, "ratio": found / plan.peak}
+
+
 def _relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     return ((value - reference).norm() / reference.norm()).item()
 
@@ -235,11 +265,17 @@ def main() -> None:
     p.add_argument("--starter", action="store_true", help="the starter instead of random weights at full width")
     p = commands.add_parser("speed", help="of the LLM on the CPU, by how its weights are stored")
     p.add_argument("--layers", type=int, default=2)
+    p = commands.add_parser("peak", help="of a story on a card of some size, against the plan")
+    p.add_argument("folder", type=Path)
+    p.add_argument("--memory", required=True)
+    p.add_argument("--size", type=int, default=512)
     options = parser.parse_args()
     if options.command == "fake":
         fake(options.folder, config_of(options.layers, options.width), DTYPES[options.dtype], options.sparse)
     elif options.command == "convert":
         sys.stdout.write(json.dumps(measured("convert", *options.arguments)) + "\n")
+    elif options.command == "peak":
+        sys.stdout.write(json.dumps(peak(options.folder, options.memory, options.size)) + "\n")
     elif options.command == "speed":
         for form, figures in token.forms(options.layers).items():
             sys.stdout.write(f"| {form} | {figures['token ratio']:.2f} | {figures['read ratio']:.2f} |\n")

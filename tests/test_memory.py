@@ -14,6 +14,7 @@ from comfy_mminterleaved.generation.peak_memory import PeakMemory
 from comfy_mminterleaved.generation.text import TextGenerator
 from comfy_mminterleaved.models.build import build
 from comfy_mminterleaved.models.mmfs import fuse_mmfs
+from comfy_mminterleaved.models.quantization import FORMATS, quantized_linears
 from comfy_mminterleaved.models.visual_tokenizer import ImageFeatures
 from comfy_mminterleaved.presets import STARTER_DIR, tiny_config
 
@@ -163,3 +164,16 @@ def _base_shapes(side: int, levels: int, per_level: int) -> tuple[int, ...]:
     for level in range(levels):
         shapes += [side >> level] * per_level + ([side >> level + 1] if level < levels - 1 else [])
     return (*shapes, side >> levels - 1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [256, 512, 1024])
+def test_dequantizing_a_layer(name, dtype, width):
+    config = replace(LLMS["256"], hidden_size=width, intermediate_size=3 * width, quantization=name)
+    layer = quantized_linears(name).Linear(width, 3 * width)
+    weight, scale = FORMATS[name].quantize(torch.ones(3 * width, width))
+    with PeakMemory() as memory_used:
+        FORMATS[name].dequantize(weight, scale, dtype)
+    assert layer.weight.shape == weight.shape
+    is_close(memory.dequantization_bytes(config, dtype.itemsize), memory_used.peak)

@@ -56,8 +56,10 @@ def prefill_bytes(
 
 def dequantization_bytes(c: LlamaMMFSConfig, itemsize: int) -> int:
     """Peak of one quantized layer at work: its weight in the dtype that is computed in, and on the way there."""
-    copies = {None: 0, "fp8": 2, "int8": 2, "q4_0": 4}[c.quantization]
-    return copies * c.hidden_size * c.intermediate_size * itemsize
+    if c.quantization is None:
+        return 0
+    unpacked = c.hidden_size * c.intermediate_size if c.quantization == "q4_0" else 0  # a byte for each weight
+    return c.hidden_size * c.intermediate_size * itemsize + unpacked
 
 
 def continuation_bytes(

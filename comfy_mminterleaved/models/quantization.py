@@ -55,7 +55,7 @@ class Fp8(Format):
         return (weight / scale).to(self.dtype), scale
 
     def dequantize(self, weight, scale, dtype):
-        return weight.to(dtype) * scale.to(dtype)
+        return weight.to(dtype).mul_(scale.to(dtype))
 
 
 class Int8(Format):
@@ -70,7 +70,7 @@ class Int8(Format):
         return (weight / scale).round().to(self.dtype), scale
 
     def dequantize(self, weight, scale, dtype):
-        return weight.to(dtype) * scale.to(dtype)
+        return weight.to(dtype).mul_(scale.to(dtype))
 
 
 class Q4(Format):
@@ -92,8 +92,8 @@ class Q4(Format):
         blocks = weight.unflatten(-1, (-1, BLOCK_BYTES))
         scale = blocks[..., :2].contiguous().view(torch.float16).to(dtype)
         pairs = blocks[..., 2:]
-        numbers = torch.cat([pairs & 15, pairs >> 4], dim=-1).to(dtype) - 8
-        return (numbers * scale).flatten(-2)
+        numbers = torch.cat([pairs & 15, pairs >> 4], dim=-1).to(dtype)
+        return numbers.sub_(8).mul_(scale).flatten(-2)
 
 
 FORMATS: dict[str, Format] = {
