@@ -348,3 +348,21 @@ def test_tensors_that_share_memory_are_written(reference, tmp_path):
     blocks["llm"]["layers.1.mlp.up_proj.weight"] = blocks["llm"]["layers.1.mlp.gate_proj.weight"]
     native.save(tmp_path / "own", config, blocks)
     assert MMInterleavedPipeline.load(tmp_path / "own", "cpu")
+
+
+def test_a_file_that_is_larger_than_the_memory_is_mapped_read_only(reference, monkeypatch):
+    """As of 30 GB on a computer of 16 GB: the system refuses to map it as memory that could be written."""
+    import safetensors.torch
+
+    from comfy_mminterleaved.checkpoints import tensors
+
+    def refuse(path):
+        raise RuntimeError("unable to mmap 29826123582 bytes: Cannot allocate memory (12)")
+
+    expected = tensors.read_tensors(reference / "model.safetensors")
+    monkeypatch.setattr(safetensors.torch, "load_file", refuse)
+    with pytest.raises(CheckpointError, match="Cannot allocate memory"):
+        tensors.read_tensors(reference / "model.safetensors")
+    monkeypatch.setattr(tensors, "MAPPED_READ_ONLY", 0)
+    found = tensors.read_tensors(reference / "model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)

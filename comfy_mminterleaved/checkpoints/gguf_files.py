@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ def read_gguf(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """
     gguf = import_gguf()
     try:
-        reader = gguf.GGUFReader(path, mode="c")  # copy on write: PyTorch knows no read-only memory
+        reader = _open(gguf, path)
         names = {key: _text(reader, key) for key in ("general.architecture", "general.name", METADATA)}
     except (OSError, ValueError, IndexError, KeyError) as error:
         raise CheckpointError(f"{str(path)!r} cannot be read as GGUF, it may be cut short: {error}.") from None
@@ -46,10 +48,21 @@ def read_gguf(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     for tensor in reader.tensors:
         if tensor.tensor_type not in dtypes:
             raise CheckpointError(f"{str(path)!r} stores {tensor.name} as {tensor.tensor_type.name}; this reads Q4_0.")
-        data, dtype = torch.from_numpy(np.atleast_1d(tensor.data)), dtypes[tensor.tensor_type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a file that is mapped read-only
+            data, dtype = torch.from_numpy(np.atleast_1d(tensor.data)), dtypes[tensor.tensor_type]
         shape = [int(side) for side in reversed(tensor.shape)]
         tensors[tensor.name] = data if dtype == torch.uint8 else data.view(dtype).reshape(shape)
     return tensors, {METADATA: names[METADATA] or "{}"}
+
+
+def _open(gguf, path: Path):
+    try:
+        return gguf.GGUFReader(path, mode="c")  # copy on write: PyTorch knows no read-only memory
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        return gguf.GGUFReader(path, mode="r")  # larger than the memory: its tensors are never written to
 
 
 def gguf_header(outputs: dict[str, torch.Tensor], metadata: dict[str, str]) -> tuple[bytes, dict[str, int], int]:

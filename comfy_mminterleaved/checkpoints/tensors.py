@@ -43,7 +43,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     _refuse_lfs_pointer(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            try:
+                return load_file(path)
+            except RuntimeError:
+                if path.stat().st_size < MAPPED_READ_ONLY:
+                    raise
+                return _map_read_only(path)
         tensors = _load_pickle(path)
     except pickle.UnpicklingError:
         raise CheckpointError(
@@ -57,6 +62,30 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         tensors = inner[0] if len(inner) == 1 else tensors
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise CheckpointError(f"{str(path)!r} does not hold a dict of tensors.")
+    return tensors
+
+
+MAPPED_READ_ONLY = 4 * 10**9  # bytes of a file that may be larger than the memory that the system lets a process write
+
+
+def _map_read_only(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a .safetensors file that are never written to, so that the system promises no memory for them."""
+    import warnings
+
+    import numpy as np
+
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    data, start = np.memmap(path, np.uint8, "r"), 8 + length
+    dtypes, tensors = {name: dtype for dtype, name in _DTYPE_NAMES.items()}, {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PyTorch has no read-only tensors
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                first, last = (start + offset for offset in entry["data_offsets"])
+                flat = torch.from_numpy(data[first:last])
+                tensors[name] = flat.view(dtypes[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
 
