@@ -236,13 +236,18 @@ def peak(folder: Path, memory: str, size: int = 512) -> dict:
         modules = {name: getattr(pipeline, name) for name in BLOCKS}
         pipeline.placement = Placement(plan, modules, torch.device("cpu"))
     story = Story.of("A fox in a red coat. " * 6, ImageSegment(torch.rand(3, 224, 224)))
-    text = TextGenerationConfig(max_new_tokens=4, min_new_tokens=4)
+    text = TextGenerationConfig(max_new_tokens=4, min_new_tokens=4, do_sample=False)
     image = ImageGenerationConfig(num_inference_steps=1, scheduler="ddim", size=(size, size))
     resident = 0 if pipeline.placement else sum(plan.weights.values())
     with PeakMemory() as found:
         pipeline.generate_story(story, 1, text_config=text, image_config=image)
     found = found.peak + resident
-    return {"mode": plan.mode, "planned GB": plan.peak / 1e9, "measured GB": found / 1e9, "ratio": found / plan.peak}
+    return {
+        "mode": plan.mode,
+        "planned GiB": plan.peak / 2**30,
+        "measured GiB": found / 2**30,
+        "ratio": found / plan.peak,
+    }
 
 
 def _relative(value: torch.Tensor, reference: torch.Tensor) -> float:

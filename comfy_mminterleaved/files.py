@@ -291,6 +291,15 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} GB" if count >= 10 else f"{count:.2f} GB"
 
 
+def format_memory(count: float) -> str:
+    """Like 12.9 GiB."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}" if count < 1000 else f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

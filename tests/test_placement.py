@@ -29,13 +29,15 @@ def test_the_full_size_model_on_the_cards_that_artists_have(gib, form, mode):
 def test_a_card_that_is_too_small_is_told_what_would_do():
     config = quantized_config(from_reference({}), "q4_0")
     with pytest.raises(SettingError) as error:
-        make_plan(config, 4 * 10**9)
+        make_plan(config, 4 * 2**30)
     needed = str(error.value).split("needs ")[1].split(";")[0]
-    assert "4.00 GB of memory are too little" in str(error.value)
+    assert "4.0 GiB of memory are too little" in str(error.value)
     assert make_plan(config, parse_bytes(needed) + 10**8)
 
 
-@pytest.mark.parametrize("text, size", [("12GB", 12e9), ("7.5 GiB", 7.5 * 2**30), ("800M", 8e8), ("12", 12)])
+@pytest.mark.parametrize(
+    "text, size", [("12GB", 12 * 2**30), ("7.5 GiB", 7.5 * 2**30), ("800M", 800 * 2**20), ("12", 12)]
+)
 def test_sizes(text, size):
     assert parse_bytes(text) == size
 

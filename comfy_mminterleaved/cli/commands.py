@@ -161,7 +161,7 @@ def _cache_dtype(args):
 def _note_large(pipeline) -> None:
     """One line on how a large model is computed."""
     from ..checkpoints.load import is_large
-    from ..files import format_bytes
+    from ..files import format_memory
 
     if not is_large(pipeline.config):
         return
@@ -172,7 +172,7 @@ def _note_large(pipeline) -> None:
     if plan is None:
         print_status(f"Note: the model is computed {where}{stored}.")
     else:
-        print_status(f"Note: the model is computed {where}{stored}; {plan.mode}, at most {format_bytes(plan.peak)}.")
+        print_status(f"Note: the model is computed {where}{stored}; {plan.mode}, at most {format_memory(plan.peak)}.")
 
 
 def _warn_unknown_words(pipeline, stories) -> None:

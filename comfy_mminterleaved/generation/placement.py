@@ -14,7 +14,7 @@ import torch
 
 from ..config import BLOCKS, Config
 from ..errors import SettingError
-from ..files import format_bytes
+from ..files import format_memory
 from ..models.build import build, diffusers_model
 from ..models.mmfs import fuse_mmfs
 from ..models.quantization import is_quantized_weight, stored_dtype
@@ -80,14 +80,14 @@ class Plan:
 
     def table(self) -> str:
         """For people: each block and each phase, and what the card holds."""
-        lines = [f"{block:13}{format_bytes(size):>10} of weights" for block, size in self.weights.items()]
+        lines = [f"{block:13}{format_memory(size):>10} of weights" for block, size in self.weights.items()]
         for phase, blocks in PHASES.items():
-            lines.append(f"{phase:13}{format_bytes(self.needed(phase)):>10} with {', '.join(blocks)} at work")
+            lines.append(f"{phase:13}{format_memory(self.needed(phase)):>10} with {', '.join(blocks)} at work")
         how = {
             "resident": "everything stays on the card",
             "swapped": "each block is on the card when it works",
             "streamed": "each block is on the card when it works, and "
-            f"{format_bytes(self.streamed)} of the LLM are copied for every token",
+            f"{format_memory(self.streamed)} of the LLM are copied for every token",
         }
         lines.append(f"{'plan':13}{self.mode:>10}: {how[self.mode]}")
         return "\n".join(lines)
@@ -141,8 +141,8 @@ def make_plan(
     short = max(plan.needed(phase) for phase in PHASES) - plan.room
     if short > 0:
         raise SettingError(
-            f"{format_bytes(capacity)} of memory are too little for this model, which needs "
-            f"{format_bytes(capacity + short)}; draw smaller images, or convert it with --quantize q4_0 if it is not."
+            f"{format_memory(capacity)} of memory are too little for this model, which needs "
+            f"{format_memory(capacity + short)}; draw smaller images, or convert it with --quantize q4_0 if it is not."
         )
     return plan
 
@@ -182,16 +182,16 @@ def drawing_bytes(config: Config, width: int, height: int) -> tuple[int, int, tu
     return step.peak, decoding.peak, tuple(latents.shape[2:])
 
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size like 12GB, 7.5 GiB or 800M; raises SettingError."""
+    """Bytes of a size like 12GB, 7.5 GiB or 800M, in powers of 1024 as makers of cards count; raises SettingError."""
     match = _SIZE.fullmatch(text)
     if match is None:
         raise SettingError(f"A memory size must be like 12GB, not {text!r:.40}.")
-    number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
+    number, prefix = match.groups()
+    return int(float(number) * 1024 ** " kmgt".index(prefix.lower() or " "))
 
 
 class Placement:
