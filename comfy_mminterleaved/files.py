@@ -271,14 +271,14 @@ def resumable_dir(path: str | Path, fingerprint: str, size: int):
 
 def _check_free_space(folder: Path, size: int, work: Path) -> None:
     """Raises OutputError if a disk has less room than `size`, apart from what `work` has taken already."""
-    taken = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    allocated = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
     free = shutil.disk_usage(folder).free
-    if size - taken > free:
-        if not taken or not any(work.rglob(f"*{PROGRESS_SUFFIX}")):
+    if size - allocated > free:
+        if not allocated or not any(work.rglob(f"*{PROGRESS_SUFFIX}")):
             _remove(work)
         raise OutputError(
-            f"The model takes {format_bytes(size - taken)}, but {str(folder)!r} has {format_bytes(free)} free; free "
-            f"{format_bytes(size - taken - free)} there, or choose another disk."
+            f"The model takes {format_bytes(size - allocated)}, but {str(folder)!r} has {format_bytes(free)} free; free "
+            f"{format_bytes(size - allocated - free)} there, or choose another disk."
         )
 
 

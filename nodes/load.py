@@ -82,8 +82,8 @@ def file_names(category: str) -> list[str]:
     if category != "text_encoders":
         return names
     for folder in folder_paths.get_folder_paths(category):
-        found, _ = folder_paths.recursive_search(folder, excluded_dir_names=[".git"])
-        names = [*names, *folder_paths.filter_files_extensions(found, {".gguf"})]
+        files, _ = folder_paths.recursive_search(folder, excluded_dir_names=[".git"])
+        names = [*names, *folder_paths.filter_files_extensions(files, {".gguf"})]
     return sorted(dict.fromkeys(names))
 
 

@@ -59,21 +59,21 @@ def read_block(path: Path, config: Config, block: str) -> tuple[dict[str, torch.
 
 def check_formats(tensors: dict[str, torch.Tensor], config: Config, label: str) -> None:
     """Raises CheckpointError if the weights of an LLM are not stored as its config says."""
-    expected, found = config.llm.quantization, set()
+    expected, formats = config.llm.quantization, set()
     if expected is not None:
         format_of(expected)
     for name, tensor in tensors.items():
         if name.endswith(".comfy_quant"):
             try:
-                found.add(json.loads(bytes(tensor.tolist()))["format"])
+                formats.add(json.loads(bytes(tensor.tolist()))["format"])
             except (ValueError, KeyError, TypeError):
-                found.add("unknown")
+                formats.add("unknown")
     names = {format.core_name: name for name, format in FORMATS.items()}
-    found = {names.get(each, each) for each in found}
-    if found - {expected}:
+    formats = {names.get(each, each) for each in formats}
+    if formats - {expected}:
         said = f"say {expected}" if expected else "have no quantization"
         raise CheckpointError(
-            f"{label} stores weights as {', '.join(sorted(found))}, but its settings {said}; take all files from one "
+            f"{label} stores weights as {', '.join(sorted(formats))}, but its settings {said}; take all files from one "
             "`convert`."
         )
 
