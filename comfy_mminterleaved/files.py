@@ -277,8 +277,8 @@ def _check_free_space(folder: Path, size: int, work: Path) -> None:
         if not allocated or not any(work.rglob(f"*{PROGRESS_SUFFIX}")):
             _remove(work)
         raise OutputError(
-            f"The model takes {format_bytes(size - allocated)}, but {str(folder)!r} has {format_bytes(free)} free; free "
-            f"{format_bytes(size - allocated - free)} there, or choose another disk."
+            f"The model takes {format_bytes(size - allocated)}, but {str(folder)!r} has {format_bytes(free)} free; "
+            f"free {format_bytes(size - allocated - free)} there, or choose another disk."
         )
 
 

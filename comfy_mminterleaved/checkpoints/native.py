@@ -71,9 +71,9 @@ def check_formats(tensors: dict[str, torch.Tensor], config: Config, label: str) 
     names = {format.core_name: name for name, format in FORMATS.items()}
     formats = {names.get(each, each) for each in formats}
     if formats - {expected}:
-        said = f"say {expected}" if expected else "have no quantization"
+        settings = f"say {expected}" if expected else "have no quantization"
         raise CheckpointError(
-            f"{label} stores weights as {', '.join(sorted(formats))}, but its settings {said}; take all files from one "
+            f"{label} stores weights as {', '.join(sorted(formats))}, but its settings {settings}; take all files from one "
             "`convert`."
         )
 
