@@ -73,8 +73,8 @@ def check_formats(tensors: dict[str, torch.Tensor], config: Config, label: str) 
     if formats - {expected}:
         settings = f"say {expected}" if expected else "have no quantization"
         raise CheckpointError(
-            f"{label} stores weights as {', '.join(sorted(formats))}, but its settings {settings}; take all files from one "
-            "`convert`."
+            f"{label} stores weights as {', '.join(sorted(formats))}, but its settings {settings}; take all files from "
+            "one `convert`."
         )
 
 
