@@ -1,5 +1,6 @@
 """The benchmarks run, at toy size: their figures are not looked at here."""
 
+import shutil
 import sys
 from dataclasses import replace
 
@@ -111,3 +112,19 @@ def test_a_sparse_folder_takes_no_room_and_is_read(tmp_path, small):
     full_size.fake(tmp_path / "published", small, torch.float16, sparse=True)
     assert read_config(tmp_path / "published") == small
     assert not any(t.any() for t in read_state_dicts(tmp_path / "published")[1]["llm"].values())
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("form", ["fp8", "int8", "q4_0"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_convert_takes_the_largest_tensor_and_a_gigabyte(tmp_path, form, dtype):
+    """At full width, of a model of many gigabytes."""
+    config = full_size.config_of(4)
+    full_size.fake(tmp_path / "source", config, dtype, sparse=True)
+    largest = config.llm.vocab_size * config.llm.hidden_size * dtype.itemsize
+    found = full_size.measured(
+        "convert", str(tmp_path / "source"), str(tmp_path / "model"), "--quantize", form, "--quiet"
+    )
+    shutil.rmtree(tmp_path / "model")
+    assert found["peak_gb"] * 1e9 < largest + 1e9

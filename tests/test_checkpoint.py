@@ -366,3 +366,20 @@ def test_a_file_that_is_larger_than_the_memory_is_mapped_read_only(reference, mo
     monkeypatch.setattr(tensors, "MAPPED_READ_ONLY", 0)
     found = tensors.read_tensors(reference / "model.safetensors")
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_the_references_assets_are_found(reference, recorded_text):
+    """As its README and `download_hf_models.py` leave them: OUTPUT/ beside assets/, CLIP's settings inside others."""
+    root = reference.parent
+    published = root / "OUTPUT" / "mm_interleaved_pretrain"
+    published.parent.mkdir()
+    reference.rename(published)
+    expected = checkpoint.read_config(published)
+    for part, name in (("llm", "lmsys/vicuna-13b-v1.3"), ("clip", "openai/clip-vit-large-patch14")):
+        (root / "assets" / name).parent.mkdir(parents=True)
+        (published / part).rename(root / "assets" / name)
+    (root / "assets" / "stabilityai").mkdir()
+    (published / "sd").rename(root / "assets" / "stabilityai" / "stable-diffusion-2-1-base")
+    clip = root / "assets" / "openai" / "clip-vit-large-patch14" / "config.json"
+    clip.write_text(json.dumps({"model_type": "clip", "vision_config": json.loads(clip.read_text())}))
+    assert checkpoint.read_config(published) == expected
