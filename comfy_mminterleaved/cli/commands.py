@@ -234,23 +234,16 @@ def tell(args) -> int:
     from ..files import free_name, output_folder
     from ..generation.config import to_file
     from ..stories.page import has_book, save_story
-    from ..stories.storyboard import MAX_PANELS, StoryPlan, load_storyboard
+    from ..stories.storyboard import MAX_PANELS, plan_panels
 
+    if args.storyboard:
+        return _tell_storyboard(args)
+    if args.restart or args.retry_failed:
+        raise SettingError("--restart and --retry-failed are for a storyboard; give one with --storyboard.")
     if args.panels is not None and not 1 <= args.panels <= MAX_PANELS:
         raise SettingError(f"--panels must be at least 1 and at most {MAX_PANELS}, not {args.panels}.")
-    if args.storyboard:
-        if args.opening or args.story:
-            raise SettingError("--storyboard has its own openings; omit --text, --image and --story.")
-        if args.title or args.panels or args.image_first is not None:
-            raise SettingError(
-                "A storyboard's stories have their own title, panels and image_first; omit --title, --panels and "
-                "--image-first."
-            )
-        plans = load_storyboard(args.storyboard)
-    opening = _opening(args, required=not args.storyboard)
-    if not args.storyboard:
-        title = opening.title if args.title is None else args.title
-        plans = [StoryPlan(opening.story, args.panels or 3, title)]
+    opening = _opening(args)
+    title, panels = opening.title if args.title is None else args.title, args.panels or 3
     source = _folder_of(args.story) if args.story else None
     out = Path(args.out) if args.out else source or Path(DEFAULT_OUT)
     in_place = source is not None and has_book(out) and out.samefile(source)
@@ -259,50 +252,136 @@ def tell(args) -> int:
         out, occupied = free_name(out), out
         note = f"Note: {occupied} holds a story; writing to {out}. Use --overwrite to replace it."
 
-    stories = []
-    with output_folder(out):
-        pipeline, bars = _pipeline(args, opening, *(plan.opening for plan in plans)), _ProgressBars(args.quiet)
+    text_config, image_config = opening.text_config, opening.image_config
+    with output_folder(out) as folder:
+        pipeline, bars = _pipeline(args, opening, opening.story), _ProgressBars(args.quiet)
         if note:
             print_status(note)
-        jobs = []
-        for plan in plans:  # everything is checked before anything is drawn
-            story = plan.opening
-            if plan.steps is None:
-                story = story.arrange(pipeline.text.resolve_image_first(story, args.image_first))
-            configs = [c.with_seed_offset(plan.seed) for c in (opening.text_config, opening.image_config)]
-            pipeline.validate_plan(story, plan.steps_after(story), *configs, args.drop_oldest_panels)
-            jobs.append((plan, story, *configs))
-        for number, (plan, story, text_config, image_config) in enumerate(jobs, 1):
-            settings = {
-                "model": opening.model,
-                "seed": text_config.seed,
-                "text_generation": to_file(text_config),
-                "image_generation": to_file(image_config),
-            }
-            with contextlib.closing(bars), output_folder(out / f"{number:03d}" if args.storyboard else out) as folder:
+        story = opening.story.arrange(pipeline.text.resolve_image_first(opening.story, args.image_first))
+        configs = text_config, image_config
+        pipeline.validate_plan(story, plan_panels(story, panels), *configs, args.drop_oldest_panels)
+        settings = {
+            "model": opening.model,
+            "seed": text_config.seed,
+            "text_generation": to_file(text_config),
+            "image_generation": to_file(image_config),
+        }
 
-                def save(story, folder=folder, plan=plan, settings=settings):
-                    save_story(folder, story, plan.title, settings)
+        def save(story):
+            save_story(folder, story, title, settings)
 
-                if args.introduce and not args.story and plan.steps is None:
-                    story = pipeline.introduce(story)
-                    if len(story) > len(plan.opening):
-                        print_status(f"Note: the opening image is introduced as: {story.text.splitlines()[0]}")
-                        save(story)
-                pipeline.run_plan(
-                    story,
-                    plan.steps_after(story),
-                    text_config,
-                    image_config,
-                    on_token=bars.on_token(text_config.max_new_tokens),
-                    on_step=bars.on_step,
-                    on_segment=save,
-                    drop_oldest=args.drop_oldest_panels,
-                )
-            segments = json.loads((folder / "story.json").read_text(encoding="utf-8"))["segments"]
-            stories.append({"folder": str(folder), "page": str(folder / "story.html"), "segments": segments})
-    text = "\n".join(f"Open {story['page']}" for story in stories)
-    return _emit(args, {"stories": stories}, text)
+        with contextlib.closing(bars):
+            if args.introduce and not args.story:
+                introduced = pipeline.introduce(story)
+                if len(introduced) > len(story):
+                    print_status(f"Note: the opening image is introduced as: {introduced.text.splitlines()[0]}")
+                    save(introduced)
+                story = introduced
+            pipeline.run_plan(
+                story,
+                plan_panels(story, panels),
+                *configs,
+                on_token=bars.on_token(text_config.max_new_tokens),
+                on_step=bars.on_step,
+                on_segment=save,
+                drop_oldest=args.drop_oldest_panels,
+            )
+        record = _told(folder)
+    return _emit(args, {"stories": [record]}, f"Open {record['page']}")
+
+
+def _told(folder: Path) -> dict:
+    """What `--json` says of a story."""
+    segments = json.loads((folder / "story.json").read_text(encoding="utf-8"))["segments"]
+    return {"folder": str(folder), "page": str(folder / "story.html"), "segments": segments}
+
+
+def _tell_storyboard(args) -> int:
+    from ..batch import BatchSettings, Stopped, StoryboardRun, locked, stop_after_step
+    from ..checkpoints.load import fingerprint
+    from ..files import free_name, output_folder
+    from ..stories.journal import DONE, FAILED, JOURNAL_FILE
+    from ..stories.page import has_book
+    from ..stories.report import duration
+    from ..stories.storyboard import load_storyboard
+
+    if args.opening or args.story:
+        raise SettingError("--storyboard has its own openings; omit --text, --image and --story.")
+    if args.title or args.panels or args.image_first is not None:
+        raise SettingError(
+            "A storyboard's stories have their own title, panels and image_first; omit --title, --panels and "
+            "--image-first."
+        )
+    plans = load_storyboard(args.storyboard)
+    opening = _opening(args, required=False)
+    out, note = Path(args.out or DEFAULT_OUT), ""
+    if has_book(out) and not (out / JOURNAL_FILE).exists() and not (args.overwrite or args.restart):
+        out, occupied = free_name(out), out
+        note = f"Note: {occupied} holds a story; writing to {out}. Use --overwrite to replace it."
+    settings = BatchSettings(
+        opening.model,
+        fingerprint(opening.model),
+        opening.text_config,
+        opening.image_config,
+        args.drop_oldest_panels,
+        args.introduce,
+    )
+    with output_folder(out), locked(out):
+        restart = args.restart or args.overwrite
+        run = StoryboardRun(out, plans, settings, restart, args.retry_failed)
+        pending = run.pending()
+        if note:
+            print_status(note)
+        if len(pending) < len(plans):
+            print_status(
+                f"{len(plans) - len(pending)} of {len(plans)} stories are there already; going on with the others."
+            )
+        bars, panels_left, seconds, told = _ProgressBars(args.quiet), sum(plans[n - 1].panels for n in pending), 0.0, 0
+
+        def on_story(number: int, record) -> None:
+            nonlocal panels_left, seconds, told
+            bars.close()
+            panels_left -= plans[number - 1].panels
+            seconds, told = seconds + record.seconds, told + record.panels
+            title = plans[number - 1].title or f"story {number}"
+            if record.status == FAILED:
+                print_status(f"[{number}/{len(plans)}] {title} failed: {record.error}")
+                return
+            left = f"; about {duration(seconds / told * panels_left)} left" if told and panels_left else ""
+            print_status(f"[{number}/{len(plans)}] {title}: {record.panels} panels, {duration(record.seconds)}{left}")
+
+        stopped = False
+        if pending:
+            pipeline = _pipeline(args, opening, *(plans[n - 1].opening for n in pending))
+            try:
+                with contextlib.closing(bars), stop_after_step() as should_stop:
+                    run.run(
+                        pipeline,
+                        should_stop,
+                        on_story,
+                        on_token=bars.on_token(opening.text_config.max_new_tokens),
+                        on_step=bars.on_step,
+                    )
+            except Stopped:
+                stopped = True
+    records = run.journal.records
+    stories, lines = [], []
+    for number, plan in enumerate(plans, 1):
+        record = records.get(number)
+        status = record.status if record else "not begun"
+        about = _told(run.story_folder(number)) if status == DONE else {"folder": str(run.story_folder(number))}
+        if status == DONE:
+            lines.append(f"Open {about['page']}")
+        elif status == FAILED:
+            about["error"] = record.error
+            lines.append(f"Failed: {about['folder']}: {record.error}")
+        stories.append({"title": plan.title, "status": status, **about})
+    lines.append(f"All of them: {out / 'report.html'}")
+    _emit(args, {"stories": stories, "report": str(out / "report.html")}, "\n".join(lines))
+    if stopped:
+        print_status("Stopped after the step at hand; the same command goes on.")
+        return 130
+    return 1 if any(story["status"] == FAILED for story in stories) else 0
 
 
 def _folder_of(story: str) -> Path:

@@ -125,6 +125,12 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
         f"{DEFAULT_OUT})",
     )
     p.add_argument("--overwrite", action="store_true", help="replace the story in --out")
+    p.add_argument(
+        "--restart",
+        action="store_true",
+        help="tell all of a storyboard's stories anew; each replaces the old one when it is whole",
+    )
+    p.add_argument("--retry-failed", action="store_true", help="also tell stories of a storyboard that failed before")
     text_options(p), image_options(p), model_options(p)
 
     p = command("write", "Continues a story with text.")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from prompt import TEMPLATES
+from prompt import RUNNABLE, TEMPLATES
 from screenshots import overlaps
 from server import Failed
 
@@ -62,7 +62,16 @@ RED = """() => window.app.graph.nodes
     .map(n => n.type)"""
 
 
-@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_the_template_of_the_full_size_model_opens(page):
+    path = next(path for path in TEMPLATES if path not in RUNNABLE)
+    drop(page, path)
+    titles = page.evaluate("window.app.graph.nodes.map(n => n.type)")
+    assert sorted(titles) == sorted(node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"])
+    fit(page)
+    assert page.evaluate(RED) == [] and not page.errors and overlaps(page) == []
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
 def test_a_dropped_template_runs_by_the_button(comfyui, page, path):
     drop(page, path)
     assert page.evaluate(RED) == []

@@ -1,0 +1,84 @@
+"""The journal of a storyboard's run: one line for everything that is finished, appended and synced.
+
+A run that is killed leaves a journal that says where it was; the next reads it and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import OutputError
+from ..files import friendly_errors
+
+JOURNAL_FILE = "journal.jsonl"
+BEGUN, DONE, FAILED = "begun", "done", "failed"
+
+
+@dataclass
+class StoryRecord:
+    """What a journal knows of one story.
+
+    Args:
+        fingerprint: Of text, settings and images that it was told from.
+        status: BEGUN, DONE or FAILED.
+        opening: Number of segments before the first that is generated.
+        panels: Finished so far; seconds: that they took, over all runs.
+        error: The sentence that a failed story ended with.
+    """
+
+    fingerprint: str
+    status: str = BEGUN
+    opening: int = 0
+    panels: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+
+class Journal:
+    """Records of stories by their number in the storyboard, from 1; raises OutputError."""
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder) / JOURNAL_FILE
+        self.records: dict[int, StoryRecord] = {}
+        with friendly_errors(self.path, "The journal"):
+            data = self.path.read_bytes() if self.path.exists() else b""
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):  # a line that a kill cut short
+                with open(self.path, "rb+") as file:
+                    file.truncate(whole)
+        for line in data[:whole].splitlines():
+            try:
+                self._apply(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                raise OutputError(
+                    f"The journal {str(self.path)!r} holds a line that is none of a journal: {line[:60]!r}; remove it "
+                    "to begin anew."
+                ) from None
+
+    def _apply(self, line: dict) -> None:
+        number, event = int(line["story"]), line["event"]
+        if event == BEGUN:
+            self.records[number] = StoryRecord(line["fingerprint"], opening=int(line["opening"]))
+            return
+        record = self.records.get(number)
+        if record is None or line.get("fingerprint", record.fingerprint) != record.fingerprint:
+            record = self.records[number] = StoryRecord(line.get("fingerprint", ""))
+        record.seconds += float(line.get("seconds", 0))
+        if event == "panel":
+            record.panels, record.status = int(line["panel"]), BEGUN
+        elif event in (DONE, FAILED):
+            record.status, record.error = event, line.get("error", "")
+        else:
+            raise ValueError(event)
+
+    def append(self, story: int, event: str, **values) -> None:
+        """Adds a line, on the disk when this returns."""
+        line = {"story": story, "event": event, **values}
+        self._apply(line)
+        with friendly_errors(self.path, "The journal"), open(self.path, "ab") as file:
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())

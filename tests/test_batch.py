@@ -1,0 +1,295 @@
+"""Storyboards over night: runs that go on, failures that stay small, one run a folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from comfy_mminterleaved import ImageGenerationConfig, TextGenerationConfig
+from comfy_mminterleaved.batch import BatchSettings, Stopped, StoryboardRun, fingerprint, locked
+from comfy_mminterleaved.cli import main
+from comfy_mminterleaved.errors import OutputError
+from comfy_mminterleaved.stories.images import encode_png
+from comfy_mminterleaved.stories.journal import Journal
+from comfy_mminterleaved.stories.storyboard import load_storyboard
+
+FAST = ["--model", "tiny-random", "--steps", "2", "--max-new-tokens", "5", "--quiet"]
+TEXT = TextGenerationConfig(max_new_tokens=5)
+IMAGE = ImageGenerationConfig(num_inference_steps=2)
+SETTINGS = BatchSettings("tiny-random", None, TEXT, IMAGE)
+
+
+@pytest.fixture
+def board(tmp_path):
+    """Four stories: plain, with an image, image first, with a script."""
+    pixels = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1))
+    (tmp_path / "otto.png").write_bytes(encode_png(pixels))
+    stories = [
+        {"title": "One", "opening": "Once there was a bear.", "panels": 2, "seed": 1},
+        {"title": "Two", "opening": [{"text": "A fox"}, {"image": "otto.png"}], "panels": 2, "seed": 2},
+        {"title": "Three", "opening": [{"image": "otto.png"}, {"text": "sat."}], "image_first": True, "panels": 2},
+        {"title": "Four", "opening": [], "panels": [{"text": "A cat sat."}, {}, "It slept."], "seed": 4},
+    ]
+    path = tmp_path / "board.json"
+    path.write_text(json.dumps({"format": "mm-interleaved-storyboard", "version": 1, "stories": stories}))
+    return path
+
+
+def change(board, number: int, **values) -> None:
+    data = json.loads(board.read_text())
+    data["stories"][number - 1].update(values)
+    board.write_text(json.dumps(data))
+
+
+def contents(out) -> dict[str, bytes]:
+    """Every file of the stories; times are in the journal and the report alone."""
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.glob("[0-9]*/*"))}
+
+
+def strays(out) -> list[str]:
+    names = [p.name for p in out.rglob("*") if p.name.startswith(".") or p.suffix == ".part"]
+    return [name for name in names if name != ".lock"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_random):
+    """What a storyboard gives that nothing disturbs, by its path's contents."""
+    made = {}
+
+    def tell(board):
+        key = board.read_bytes()
+        if key not in made:
+            out = tmp_path_factory.mktemp("undisturbed")
+            StoryboardRun(out, load_storyboard(board), SETTINGS).run(tiny_random)
+            made[key] = contents(out)
+        return made[key]
+
+    return tell
+
+
+# ---- going on ----
+
+
+@pytest.mark.parametrize("segments", range(1, 15))
+def test_a_run_that_stops_after_any_segment_goes_on(board, tmp_path, tiny_random, undisturbed, segments):
+    out, count = tmp_path / "out", 0
+
+    def should_stop():
+        nonlocal count
+        count += 1
+        return count >= segments
+
+    with pytest.raises(Stopped):
+        StoryboardRun(out, load_storyboard(board), SETTINGS).run(tiny_random, should_stop)
+    assert contents(out) != undisturbed(board) or segments > 14
+    StoryboardRun(out, load_storyboard(board), SETTINGS).run(tiny_random)
+    assert contents(out) == undisturbed(board) and not strays(out)
+    lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+    drawn = [(line["story"], line["panel"]) for line in lines if line["event"] == "panel"]
+    assert len(drawn) == len(set(drawn)) == 9, "an image was drawn twice"
+
+
+def test_finished_stories_are_left_alone(board, tmp_path, tiny_random):
+    plans, out = load_storyboard(board), tmp_path / "out"
+    StoryboardRun(out, plans, SETTINGS).run(tiny_random)
+    run = StoryboardRun(out, plans, SETTINGS)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
+    assert run.pending() == []
+    run.run(None)
+    assert before.items() >= {p: t for p, t in before.items() if "report" not in p.name}.items()
+
+
+def test_only_stories_that_changed_are_told_again(board, tmp_path, tiny_random, undisturbed):
+    out = tmp_path / "out"
+    StoryboardRun(out, load_storyboard(board), SETTINGS).run(tiny_random)
+    change(board, 1, seed=9)
+    (board.parent / "otto.png").write_bytes(encode_png(torch.zeros(3, 32, 32)))
+    run = StoryboardRun(out, load_storyboard(board), SETTINGS)
+    assert run.pending() == [1, 2, 3]
+    run.run(tiny_random)
+    assert not strays(out)
+    again = tmp_path / "again"
+    StoryboardRun(again, load_storyboard(board), SETTINGS).run(tiny_random)
+    assert contents(out) == contents(again)
+
+
+def test_an_old_story_stays_until_the_new_one_is_whole(board, tmp_path, tiny_random, undisturbed):
+    out, plans = tmp_path / "out", load_storyboard(board)
+    StoryboardRun(out, plans, SETTINGS).run(tiny_random)
+    old, asked = contents(out), iter([False, True])
+    with pytest.raises(Stopped):
+        StoryboardRun(out, plans, SETTINGS, restart=True).run(tiny_random, lambda: next(asked))
+    assert contents(out) == old and (out / ".001.unfinished").is_dir()
+    StoryboardRun(out, plans, SETTINGS).run(tiny_random)
+    assert contents(out) == old == undisturbed(board) and not strays(out)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"seed": 2}, {"opening": "Once there was a cat."}, {"title": "Uno"}, {"panels": 3}, {"image_first": True}],
+)
+def test_a_fingerprint_changes_with_the_plan(board, values):
+    before = fingerprint(load_storyboard(board)[0], SETTINGS)
+    change(board, 1, **values)
+    assert fingerprint(load_storyboard(board)[0], SETTINGS) != before
+
+
+# ---- kills ----
+
+
+@pytest.fixture
+def told(board, tmp_path):
+    """What the command line gives when nothing disturbs it."""
+    assert start(board, tmp_path / "told").wait() == 0
+    return contents(tmp_path / "told")
+
+
+def start(board, out, *flags):
+    command = [sys.executable, "-m", "comfy_mminterleaved", "tell", "--storyboard", str(board), "--out", str(out)]
+    return subprocess.Popen([*command, *FAST, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.long)])
+def test_kills_lose_nothing(board, tmp_path, told, kills):
+    """At random moments, until all stories are there; each time from the beginning again, if they are."""
+    generator, out, done = torch.Generator().manual_seed(3), tmp_path / "out", 0
+    while done < kills:
+        process = start(board, out)
+        while process.poll() is None and not (out / "001").exists():
+            time.sleep(0.01)
+        time.sleep(1.5 * torch.rand(1, generator=generator).item())
+        process.send_signal(signal.SIGKILL)
+        done += process.wait() == -signal.SIGKILL
+        process.stderr.close()
+        if all((out / f"{n:03d}" / "story.html").exists() for n in range(1, 5)):
+            assert start(board, out).wait() == 0
+            assert contents(out) == told and not strays(out)
+            import shutil
+
+            shutil.rmtree(out)
+    assert start(board, out).wait() == 0
+    assert contents(out) == told and not strays(out)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for a child")
+def test_ctrl_c_finishes_the_step_at_hand(board, tmp_path, told):
+    out = tmp_path / "out"
+    process = start(board, out)
+    while not (out / "001" / "story.json").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    if process.returncode == 130:  # it may have been faster
+        assert "the same command goes on" in said
+    assert start(board, out).wait() == 0
+    assert contents(out) == told and not strays(out)
+
+
+def test_a_torn_line_of_the_journal_is_passed_over(tmp_path):
+    journal = Journal(tmp_path)
+    journal.append(1, "begun", fingerprint="a", opening=1)
+    journal.append(1, "panel", panel=1, seconds=2.0)
+    with open(journal.path, "ab") as file:
+        file.write(b'{"story": 1, "event": "pan')
+    again = Journal(tmp_path)
+    assert again.records[1].panels == 1
+    again.append(1, "done")
+    assert Journal(tmp_path).records[1].status == "done"
+
+
+def test_a_journal_of_a_thousand_stories_is_read_in_a_second(tmp_path):
+    lines = []
+    for story in range(1, 1001):
+        lines.append({"story": story, "event": "begun", "fingerprint": "f", "opening": 1})
+        lines += [{"story": story, "event": "panel", "panel": p, "seconds": 1} for p in range(1, 6)]
+        lines.append({"story": story, "event": "done"})
+    (tmp_path / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    began = time.monotonic()
+    assert len(Journal(tmp_path).records) == 1000
+    assert time.monotonic() - began < 1
+
+
+def test_a_file_that_is_no_journal(tmp_path):
+    (tmp_path / "journal.jsonl").write_text("hello\n")
+    with pytest.raises(OutputError, match="holds a line that is none of a journal: b'hello'"):
+        Journal(tmp_path)
+
+
+# ---- failures ----
+
+
+def test_a_story_that_fails_leaves_the_others_alone(board, tmp_path, capsys):
+    change(board, 2, panels=1000)  # longer than the model's context
+    out = tmp_path / "out"
+    assert main(["tell", "--storyboard", str(board), "--out", str(out), "--json", *FAST]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert [story["status"] for story in said["stories"]] == ["done", "failed", "done", "done"]
+    assert said["stories"][1]["error"].startswith("A story with 1000 more panels has 1001 images")
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert "3 of 4 stories, 1 failed" in report and said["stories"][1]["error"].split("'")[0][:30] in report
+    assert main(["tell", "--storyboard", str(board), "--out", str(out), *FAST]) == 1
+    change(board, 2, panels=1)
+    assert main(["tell", "--storyboard", str(board), "--out", str(out), *FAST]) == 0
+
+
+def test_a_failed_story_is_told_again_when_asked(board, tmp_path, tiny_random, monkeypatch, undisturbed):
+    out, plans = tmp_path / "out", load_storyboard(board)
+    draw = tiny_random.image.generate
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(tiny_random.image, "generate", fail)
+    records = StoryboardRun(out, plans, SETTINGS).run(tiny_random)
+    assert {record.error for record in records} == {"It ran out of memory; smaller images or fewer panels would do."}
+    monkeypatch.setattr(tiny_random.image, "generate", draw)
+    assert StoryboardRun(out, plans, SETTINGS).pending() == []
+    StoryboardRun(out, plans, SETTINGS, retry_failed=True).run(tiny_random)
+    assert contents(out) == undisturbed(board)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(board, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out):
+        assert main(["tell", "--storyboard", str(board), "--out", str(out), *FAST]) == 2
+    assert "Another run is writing into" in capsys.readouterr().err
+    assert not list(out.glob("0*"))
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_turns_read_only(board, tmp_path, tiny_random, undisturbed):
+    out, plans = tmp_path / "out", load_storyboard(board)
+
+    def on_step(*_):
+        (out / "001").chmod(0o500)
+
+    with pytest.raises(OutputError, match="cannot be written: Permission denied"):
+        StoryboardRun(out, plans, SETTINGS).run(tiny_random, on_step=on_step)
+    (out / "001").chmod(0o700)
+    StoryboardRun(out, plans, SETTINGS).run(tiny_random)
+    assert contents(out) == undisturbed(board)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limit on a file's size")
+def test_a_full_disk(board, tmp_path, told):
+    """A limit on the size of files: the system then refuses to write, as a full disk does."""
+    out = tmp_path / "out"
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))\n"
+        "from comfy_mminterleaved.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "tell", "--storyboard", str(board), "--out", str(out), *FAST]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot be written" in done.stderr, done.stderr
+    assert start(board, out).wait() == 0
+    assert contents(out) == told and not strays(out)
