@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import SettingError, StoryError
 from ..comfy_mminterleaved.files import path_below
-from ..comfy_mminterleaved.stories.storyboard import load_storyboard
+from ..comfy_mminterleaved.stories.storyboard import TABLES, load_storyboard
 from .segments import encode_story
 from .types import CATEGORY, EncoderSocket, PlanSocket, StorySocket
 
@@ -18,9 +18,10 @@ EXAMPLE_PATH = Path(__file__).parents[1] / "workflows" / "example storyboard" / 
 
 
 def storyboards() -> list[str]:
-    """The JSON files of ComfyUI's input folder and the folders in it, and the package's example."""
+    """The storyboards of ComfyUI's input folder and the folders in it, by their suffix, and the package's example."""
     folder = Path(folder_paths.get_input_directory())
-    return [EXAMPLE, *sorted(path.relative_to(folder).as_posix() for path in folder.glob("**/*.json"))]
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in (".json", *TABLES))
+    return [EXAMPLE, *sorted(path.relative_to(folder).as_posix() for path in paths)]
 
 
 def storyboard_path(name: str) -> Path:
@@ -43,7 +44,11 @@ class LoadStoryboard(io.ComfyNode):
             category=CATEGORY,
             description="Reads one story of a storyboard file, in the project's format or the reference's.",
             inputs=[
-                io.Combo.Input("storyboard", options=storyboards(), tooltip="A JSON file in ComfyUI's input folder."),
+                io.Combo.Input(
+                    "storyboard",
+                    options=storyboards(),
+                    tooltip="A JSON, Markdown or CSV file in ComfyUI's input folder.",
+                ),
                 io.Int.Input(
                     "index",
                     default=0,

@@ -1,9 +1,12 @@
 import json
+from pathlib import Path
 
 import pytest
+from places import HERE
 
 from comfy_mminterleaved import ImageSegment
-from comfy_mminterleaved.errors import StoryError
+from comfy_mminterleaved.errors import MMInterleavedError, StoryError
+from comfy_mminterleaved.stories import storyboard
 from comfy_mminterleaved.stories.images import encode_png
 from comfy_mminterleaved.stories.storyboard import Step, load_storyboard
 
@@ -79,7 +82,7 @@ def test_the_picture_to_draw_need_not_exist(write, pictures):
 @pytest.mark.parametrize(
     "data, message",
     [
-        ("{", "is not JSON in UTF-8"),
+        ("{", "is not JSON"),
         ("{}", "is no storyboard"),
         ("[]", "holds no stories"),
         ("[3]", "Story 1 of 'board.json' must be an object, not 3"),
@@ -92,7 +95,7 @@ def test_the_picture_to_draw_need_not_exist(write, pictures):
         (own({"opening": "x", "panel": 3}), "settings that are not known: panel"),
         (own({"opening": "x", "seed": 2**64}), "seed must be a whole number from 0 to .*, not 18446744073709551616"),
         (own({"opening": "x", "seed": 10**40}), "one of over thirty digits"),
-        (json.dumps(own({"opening": "x", "seed": 7})).replace("7", "7" * 5000), "is not JSON in UTF-8"),
+        (json.dumps(own({"opening": "x", "seed": 7})).replace("7", "7" * 5000), "is not JSON"),
         (own({"opening": "x", "panels": 300_000_000}), "panels must be a whole number from 1 to 1000, not 300000000"),
         (own({"opening": "x", "panels": []}), "must list 1 to 1000 panels, not 0"),
         (own({"opening": "x", "panels": ["a", {"txt": "b"}]}), "panel 2 must be text, or an object with its text"),
@@ -101,7 +104,7 @@ def test_the_picture_to_draw_need_not_exist(write, pictures):
         (own({"opening": "x", "image_first": "no"}), "image_first must be true or false, not 'no'"),
         (own({"opening": "x", "picture_first": "no"}), "picture_first must be true or false, not 'no'"),
         ({**own({"opening": "x"}), "version": 2}, "has version 2; this release reads version 1"),
-        ("[" * 100_000, "is not JSON in UTF-8"),
+        ("[" * 100_000, "is not JSON"),
         (own({"opening": [{"picture": "art/z.png"}]}), "no image file"),
         (annotation(images=["a"]), "has 1 images, 3 sentence_ixs and 3 image_first; they must agree"),
         (annotation(sentence_ixs=[0, 1, 3]), "a sentence_ix must be from 0 to 2, not 3"),
@@ -121,3 +124,96 @@ def test_bad_boards(write, data, message):
 def test_no_board(tmp_path):
     with pytest.raises(StoryError, match="cannot be read: No such file"):
         load_storyboard(tmp_path / "none.json")
+
+
+# ---- Markdown and CSV ----
+
+MARKDOWN = """# Otto & Mia
+panels: 4
+seed: 7
+image_first: no
+
+![Otto](art/a.png) Otto waves
+in the village.
+
+Otto runs: it snows.
+
+## Zoë 猫 ##
+
+Zoë sleeps.
+"""
+ROWS = 'Otto,Otto waves.,art/b.png,3,2,He runs.,\n"Mia, the fox",Hello.,,,,,\n'
+TABLE = f"title,text,image,panels,seed,panel 1,panel 2\n{ROWS}"
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_markdown(write, tmp_path, pictures, line_end, encoding):
+    write("{}")
+    path = tmp_path / "board.md"
+    path.write_bytes(MARKDOWN.replace("\n", line_end).encode(encoding))
+    first, second = load_storyboard(path)
+    assert (first.title, first.panels, first.seed, first.opening.image_first) == ("Otto & Mia", 4, 7, False)
+    assert parts(first.opening, pictures) == ["a", "Otto waves in the village."]
+    assert first.script == ("Otto runs: it snows.", None, None, None)
+    assert (second.title, second.panels, second.script) == ("Zoë 猫", 3, ("Zoë sleeps.", None, None))
+
+
+@pytest.mark.parametrize("delimiter, suffix", [(",", "csv"), (";", "csv"), ("\t", "tsv")])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_csv(write, tmp_path, pictures, delimiter, suffix, line_end, encoding):
+    write("{}")
+    text = TABLE.replace(", the fox", "\0").replace(",", delimiter).replace("\0", ", the fox").replace("\n", line_end)
+    path = tmp_path / f"board.{suffix}"
+    path.write_bytes(text.encode(encoding))
+    first, second = load_storyboard(path)
+    assert parts(first.opening, pictures) == ["Otto waves.", "b"]
+    assert (first.panels, first.seed, first.script) == (3, 2, ("He runs.", None, None))
+    assert (second.title, second.panels, second.opening.text) == ("Mia, the fox", 3, "Hello.")
+
+
+@pytest.mark.parametrize(
+    "name, text, sentence",
+    [
+        ("b.md", "Otto waves.", "begins with 'Otto waves.'; each story begins with a heading"),
+        ("b.md", "", "holds no stories"),
+        ("b.md", "# A\nseed: many\n\nHi.", "seed must be a whole number, not 'many'"),
+        ("b.md", "# A\npanels: 1\n\nOne.\n\nTwo.", "the story 'A' has 2 texts for 1 panels"),
+        ("b.md", "# A\n\nOne.\n\n![x](art/a.png)", "has the image 'art/a.png' after the text of a panel"),
+        ("b.md", "# A\n\n![x](../a.png) Hi.", "below"),
+        ("b.md", "# A\npanels: 5000\n\nHi.", "1 to 1000"),
+        ("b.csv", "title,texts\nA,b\n", "has the columns texts; the first row must name columns among title, text"),
+        ("b.csv", "title\nA\n", "has no column text, image or panel"),
+        ("b.csv", "title,text\nA,b,c,d\n", "the row of 'A' has 4 fields for 2 columns"),
+        ("b.csv", "text,image_first\nA,perhaps\n", "image_first must be true or false, not 'perhaps'"),
+        ("b.json", "# Otto", "or a file in Markdown (.md) or CSV (.csv)"),
+        (
+            "b.json",
+            '{"format": "mm-interleaved-storyboard", "stories": [{"pannels": 3}]}',
+            "storyboard.schema.json has all",
+        ),
+    ],
+)
+def test_bad_tables(write, tmp_path, name, text, sentence):
+    write("{}")
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(MMInterleavedError) as error:
+        load_storyboard(tmp_path / name)
+    assert sentence in str(error.value)
+
+
+def test_text_in_another_encoding(tmp_path):
+    (tmp_path / "b.md").write_bytes("# Zoë\n\nHi.".encode("utf-16"))
+    with pytest.raises(StoryError, match="is not text in UTF-8.*save it as UTF-8"):
+        load_storyboard(tmp_path / "b.md")
+
+
+def test_the_schema_describes_what_is_read():
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(Path(storyboard.__file__).with_name("storyboard.schema.json").read_text())
+    example = HERE.parent / "workflows" / "example storyboard" / "storyboard.json"
+    jsonschema.validate(json.loads(example.read_text(encoding="utf-8")), schema)
+    for bad in ({"panels": 0}, {"pannels": 1}, {"opening": 3}, {"seed": -1}, {"panels": [{"texts": "x"}]}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(own(bad), schema)

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from ..errors import ImageError, StoryError
 from .story import ImageSegment, Story, TextSegment, open_named_image
+from .storyboard_tables import csv_entries, markdown_entries
 
 MAX_PANELS = 1000
+SCHEMA_FILE = "comfy_mminterleaved/stories/storyboard.schema.json"
+TABLES = (".md", ".csv", ".tsv")
 
 
 class Step(str, Enum):
@@ -49,7 +52,7 @@ class StoryPlan:
 def load_storyboard(path: str | Path) -> list[StoryPlan]:
     """Reads a storyboard; images are files below its folder. Raises StoryError, ImageError.
 
-    This project's format:
+    Markdown (.md) and CSV (.csv, .tsv): see `storyboard_tables`. This project's JSON (storyboard.schema.json):
 
         {"format": "mm-interleaved-storyboard", "version": 1, "stories": [
             {"title": "Mia", "opening": [{"text": "..."}, {"image": "mia.png"}], "panels": 4,
@@ -63,13 +66,19 @@ def load_storyboard(path: str | Path) -> list[StoryPlan]:
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise StoryError(f"The storyboard {str(path)!r} cannot be read: {error.strerror or error}.") from None
-    except (ValueError, RecursionError) as error:  # also text in another encoding, and numbers of thousands of digits
+    except ValueError as error:
+        raise StoryError(f"The storyboard {str(path)!r} is not text in UTF-8: {error}; save it as UTF-8.") from None
+    data = _table(text, path) if path.suffix.lower() in TABLES else None
+    try:
+        data = data or json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise StoryError(
-            f"The storyboard {str(path)!r} is not JSON in UTF-8: {error}. A storyboard is a .json file with the format "
-            "'mm-interleaved-storyboard', or a list of the reference's annotations."
+            f"The storyboard {str(path)!r} is not JSON: {error}. A storyboard is a .json file with the format "
+            f"'mm-interleaved-storyboard', as {SCHEMA_FILE} describes it, a list of the reference's annotations, or "
+            "a file in Markdown (.md) or CSV (.csv)."
         ) from None
     if isinstance(data, dict) and data.get("format") == "mm-interleaved-storyboard":
         if data.get("version", 1) != 1:
@@ -80,7 +89,7 @@ def load_storyboard(path: str | Path) -> list[StoryPlan]:
     else:
         raise StoryError(
             f"{str(path)!r} is no storyboard: it must be a list of annotations, or have the format "
-            "'mm-interleaved-storyboard'."
+            f"'mm-interleaved-storyboard', as {SCHEMA_FILE} describes it."
         )
     if not isinstance(entries, list) or not entries:
         raise StoryError(f"The storyboard {str(path)!r} holds no stories.")
@@ -92,10 +101,16 @@ def load_storyboard(path: str | Path) -> list[StoryPlan]:
     return plans
 
 
+def _table(text: str, path: Path) -> dict:
+    """A Markdown or CSV storyboard in the JSON form."""
+    entries = markdown_entries if path.suffix.lower() == ".md" else csv_entries
+    return {"format": "mm-interleaved-storyboard", "stories": entries(text, repr(path.name))}
+
+
 def _own(entry: dict, folder: Path, name: str) -> StoryPlan:
     unknown = sorted(set(entry) - {"title", "opening", "panels", "image_first", "picture_first", "seed"})
     if unknown:
-        raise StoryError(f"{name} has settings that are not known: {', '.join(unknown)}.")
+        raise StoryError(f"{name} has settings that are not known: {', '.join(unknown)} ({SCHEMA_FILE} has all).")
     opening = entry.get("opening", [])
     if isinstance(opening, str):
         opening = [{"text": opening}]
