@@ -229,10 +229,10 @@ class StoryboardRun:
             with contextlib.suppress(StoryError):
                 saved = load_book(work).story
                 if len(saved) >= record.opening:
-                    opening, told = saved.segments[: record.opening], saved.segments[record.opening :]
+                    opening, generated = saved.segments[: record.opening], saved.segments[record.opening :]
                     # Of images that were drawn, the pixels: their files are written again, as if never read.
-                    told = [replace(s, file=None) if isinstance(s, ImageSegment) else s for s in told]
-                    return replace(saved, segments=opening), replace(saved, segments=(*opening, *told))
+                    generated = [replace(s, file=None) if isinstance(s, ImageSegment) else s for s in generated]
+                    return replace(saved, segments=opening), replace(saved, segments=(*opening, *generated))
         if self.settings.introduce and plan.steps is None:
             story = pipeline.introduce(story)
         for folder in (work, self._beside(number)):

@@ -77,6 +77,7 @@ LAYERS = (
     ("models",),
     ("checkpoints", "generation"),
     ("pipeline", "storyteller"),
+    ("batch",),
     ("cli", "__main__"),
 )
 

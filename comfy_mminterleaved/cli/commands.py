@@ -336,18 +336,23 @@ def _tell_storyboard(args) -> int:
             print_status(
                 f"{len(plans) - len(pending)} of {len(plans)} stories are there already; going on with the others."
             )
-        bars, panels_left, seconds, told = _ProgressBars(args.quiet), sum(plans[n - 1].panels for n in pending), 0.0, 0
+        bars, panels_left, seconds, num_panels = (
+            _ProgressBars(args.quiet),
+            sum(plans[n - 1].panels for n in pending),
+            0.0,
+            0,
+        )
 
         def on_story(number: int, record) -> None:
-            nonlocal panels_left, seconds, told
+            nonlocal panels_left, seconds, num_panels
             bars.close()
             panels_left -= plans[number - 1].panels
-            seconds, told = seconds + record.seconds, told + record.panels
+            seconds, num_panels = seconds + record.seconds, num_panels + record.panels
             title = plans[number - 1].title or f"story {number}"
             if record.status == FAILED:
                 print_status(f"[{number}/{len(plans)}] {title} failed: {record.error}")
                 return
-            left = f"; about {duration(seconds / told * panels_left)} left" if told and panels_left else ""
+            left = f"; about {duration(seconds / num_panels * panels_left)} left" if num_panels and panels_left else ""
             print_status(f"[{number}/{len(plans)}] {title}: {record.panels} panels, {duration(record.seconds)}{left}")
 
         stopped = False
