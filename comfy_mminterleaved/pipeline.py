@@ -104,6 +104,11 @@ class MMInterleavedPipeline:
                 config = checkpoints.read_config(folder)
                 dtype = dtype or checkpoints.default_dtype(config, torch.device(device))
                 plan = _plan(config, memory, device, dtype, cache_dtype)
+            if plan is not None and compile:
+                raise SettingError(
+                    "Compiled blocks must stay on the card, but the model does not fit it; omit --compile, or give a "
+                    "model of `convert --quantize q4_0`."
+                )
             placed = {} if plan is None else {"device": "cpu", "keep_linears": False}
             config, modules = checkpoints.load_blocks(folder, dtype, **{"device": device, **placed})
             tokenizer, words = checkpoints.read_tokenizer(folder, config), checkpoints.known_words(folder)
@@ -413,7 +418,9 @@ class _Author:
 
 
 def _plan(config: Config, memory: int | str | None, device: str, dtype: torch.dtype, cache_dtype) -> Plan | None:
-    """The plan for a card; None if everything fits what it has free."""
+    """The plan for a card; None if everything fits, which a small model is taken to do unless `memory` is given."""
+    if memory is None and not checkpoints.is_large(config):
+        return None
     if isinstance(memory, str):
         memory = parse_bytes(memory)
     capacity = memory if memory is not None else torch.cuda.mem_get_info(device)[0]

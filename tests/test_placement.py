@@ -148,3 +148,9 @@ def test_a_cache_in_eight_bits_is_near(wide):
 def test_the_starter_is_read_as_before():
     assert read("starter").config.llm.quantization is None
     assert MMInterleavedPipeline.load("starter", "cpu").placement is None
+
+
+def test_a_model_that_takes_turns_is_not_compiled(wide):
+    resident = make_plan(MMInterleavedPipeline.load(wide, "cpu").config, 10**12, torch.float32)
+    with pytest.raises(SettingError, match="omit --compile"):
+        MMInterleavedPipeline.load(wide, "cpu", memory=RESERVED + resident.peak - 10**6, compile=True)
