@@ -63,7 +63,7 @@ def check(device: str = "cuda", cases=((1, 1), (3, 64), (8, 1024))) -> dict:
 
 
 @torch.no_grad()
-def bandwidth(device: str = "cuda", size: int = 2**32) -> float:
+def bandwidth(device: str = "cuda", size: int = 2**30) -> float:
     """Bytes a second that a copy reads and writes."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -97,7 +97,11 @@ def stored(device: str = "cuda", layers: int = 40) -> dict:
     for name in ("float16", *FORMATS):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        figures = token.forms(layers, 10, device, (name,))[name]
+        try:
+            figures = token.forms(layers, 10, device, (name,))[name]
+        except torch.OutOfMemoryError:
+            found[name] = "does not fit this card"
+            continue
         limit = speed / figures["bytes"]
         found[name] = {
             "tokens a second": 1 / figures["token seconds"],

@@ -23,7 +23,7 @@ def random_blocks(config: Config, blocks, device="cpu", dtype=torch.float32) -> 
     """Blocks of a config with small random weights: no gate closed, nothing zero, no care for what comes out."""
     made = build(config, blocks)
     for name, block in made.items():
-        block.to_empty(device=device).to(dtype)
+        torch.nn.Module.to(block, dtype).to_empty(device=device)
         generator = torch.Generator(device).manual_seed(0)
         for part in block.modules():
             for parameter in part.parameters(recurse=False):

@@ -73,7 +73,7 @@ def forms(layers: int = 2, rounds: int = 7, device="cpu", names=FORMS, read: int
         llm = _stored(config, name, dtype, device)
         sizes[name] = sum(t.nbytes for t in llm.layers.parameters())
 
-        def token(llm=llm, dtype=dtype, cache=None):
+        def token(llm=llm, dtype=dtype):
             cache = KVCache(1)
             llm(x[:, :64].to(dtype), cache=cache)
 

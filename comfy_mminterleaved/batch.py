@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .errors import MMInterleavedError, OutputError, StoryError
+from .errors import MMInterleavedError, OutputError, StoryError, is_out_of_memory
 from .files import ensure_writable_dir, remove_leftovers
 from .generation.config import ImageGenerationConfig, TextGenerationConfig, to_file
 from .pipeline import MMInterleavedPipeline
@@ -23,8 +23,6 @@ from .stories.page import load_book, save_story
 from .stories.report import write_report
 from .stories.story import ImageSegment, Story
 from .stories.storyboard import StoryPlan, panel_seeds
-
-LOCK_FILE = ".lock"
 
 
 class Stopped(Exception):
@@ -56,24 +54,6 @@ def fingerprint(plan: StoryPlan, settings: BatchSettings) -> str:
     about += [settings.model, settings.model_fingerprint, to_file(settings.text), to_file(settings.image)]
     about += [settings.drop_oldest, settings.introduce]
     return hashlib.blake2b(json.dumps(about, default=str).encode(), digest_size=16).hexdigest()
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder while this one works; the system lets go of the lock when the process dies."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise OutputError(f"Another run is writing into {str(folder)!r}; wait for it, or give another --out.") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows removes no open file
-            (folder / LOCK_FILE).unlink()
-        lock.release()
 
 
 @contextlib.contextmanager
@@ -266,6 +246,6 @@ def _remaining(steps, seeds: list[int], done: int):
 def _sentence(error: Exception) -> str:
     if isinstance(error, MMInterleavedError):
         return str(error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if is_out_of_memory(error):
         return "It ran out of memory; smaller images or fewer panels would do."
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"

@@ -27,3 +27,9 @@ class CheckpointError(MMInterleavedError, ValueError):
 
 class OutputError(MMInterleavedError, OSError):
     """A place that cannot be written to."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or PyTorch says that the card, or the computer, has no memory left."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

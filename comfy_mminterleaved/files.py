@@ -47,19 +47,23 @@ def _renamed_into_place(path: Path):
     _open_parts.add(temp_path)
     try:
         yield temp_path
-        for number in range(_RENAME_TRIES):
-            try:
-                os.replace(temp_path, path)
-                break
-            except PermissionError:
-                if number == _RENAME_TRIES - 1:
-                    raise
-                time.sleep(0.1)
+        _replace(temp_path, path)
     except BaseException:
         _remove(temp_path)
         raise
     finally:
         _open_parts.discard(temp_path)
+
+
+def _replace(source: Path, target: Path) -> None:
+    for number in range(_RENAME_TRIES):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if number == _RENAME_TRIES - 1:
+                raise
+            time.sleep(0.1)
 
 
 def _remove(path: Path) -> None:
@@ -223,6 +227,27 @@ PROGRESS_SUFFIX = ".progress"  # of a file beside one that is being written, wit
 
 
 @contextlib.contextmanager
+def locked(path: str | Path, sentence: str):
+    """Holds a lock file while it works; raises OutputError(sentence) if another process does.
+
+    The system lets go of the lock when the process dies.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputError(sentence) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            Path(path).unlink()
+        lock.release()
+
+
+@contextlib.contextmanager
 def resumable_dir(path: str | Path, fingerprint: str, size: int):
     """Like `atomic_dir`, for hours of work: what a killed process wrote is there again for the next of the same work.
 
@@ -230,43 +255,39 @@ def resumable_dir(path: str | Path, fingerprint: str, size: int):
         fingerprint: Says what is written from what; of another one, nothing is kept.
         size: Bytes that will be written; raises OutputError if the disk has no room for them.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     work = path.with_name(f".{path.name}.unfinished")
-    mark, lock = work / ".fingerprint", work / ".process"
+    mark = work / ".fingerprint"
     with friendly_errors(path, "The folder"):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise OutputError(f"Folder {str(path)!r} already exists; choose a new name.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        owner = _read_text(lock).partition(" ")
-        if owner[0] == _HOST and owner[2].isdecimal() and _is_running(int(owner[2])) and int(owner[2]) != os.getpid():
-            raise OutputError(f"The folder {str(path)!r} is being written by process {owner[2]}; wait for it.")
-        if _read_text(mark) != fingerprint:
+    with locked(f"{work}.lock", f"The folder {str(path)!r} is being written by another process; wait for it."):
+        with friendly_errors(path, "The folder"):
+            if _read_text(mark) != fingerprint:
+                _remove(work)
+                work.mkdir()
+                mark.write_text(fingerprint, encoding="utf-8")
+            remove_leftovers(work)
+            _check_free_space(path.parent, size, work)
+        try:
+            yield work
+            if path.exists():
+                path.rmdir()
+            _replace(work, path)
+        except OSError as error:
+            reason = (error.strerror or str(error)).rstrip(".")
+            raise OutputError(
+                f"The folder {str(path)!r} cannot be written: {reason}. What is done is kept in {work.name!r} beside "
+                "it; run the same command again to go on."
+            ) from None
+        except (KeyboardInterrupt, MemoryError, RuntimeError):  # RuntimeError: PyTorch has no memory
+            raise
+        except BaseException:
             _remove(work)
-            work.mkdir()
-            mark.write_text(fingerprint, encoding="utf-8")
-        lock.write_text(f"{_HOST} {os.getpid()}", encoding="ascii")
-        _check_free_space(path.parent, size, work)
-    try:
-        yield work
-    except OSError as error:
-        lock.unlink(missing_ok=True)
-        reason = (error.strerror or str(error)).rstrip(".")
-        raise OutputError(
-            f"The folder {str(path)!r} cannot be written: {reason}. What is done is kept in {work.name!r} beside it; "
-            "run the same command again to go on."
-        ) from None
-    except KeyboardInterrupt:
-        lock.unlink(missing_ok=True)
-        raise
-    except BaseException:
-        _remove(work)
-        raise
-    with friendly_errors(path, "The folder"):
-        for left in (mark, lock, *work.rglob(f"*{PROGRESS_SUFFIX}")):
-            left.unlink()
-        if path.exists():
-            path.rmdir()
-        os.replace(work, path)
+            raise
+        for left in (path / mark.name, *path.rglob(f"*{PROGRESS_SUFFIX}")):
+            left.unlink(missing_ok=True)
 
 
 def _check_free_space(folder: Path, size: int, work: Path) -> None:

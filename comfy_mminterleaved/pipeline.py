@@ -63,6 +63,7 @@ class MMInterleavedPipeline:
         memory: int | str | None = None,
         cache_dtype: torch.dtype | None = None,
         quantize: str | None = None,
+        image_size: tuple[int, int] | None = None,
     ) -> MMInterleavedPipeline:
         """Loads a checkpoint folder of either layout, or a model that comes with the package.
 
@@ -76,6 +77,8 @@ class MMInterleavedPipeline:
                 first text wait for it, so it pays for many; it needs a compiler (Triton on CUDA, C++ on the CPU).
             memory: Of the card that may be used, in bytes or like "12GB": blocks that do not fit together take turns,
                 and an LLM that does not fit alone is copied in parts (`generation.placement`). None for what is free.
+                The CPU can stand in for a card, for tests: it then holds copies.
+            image_size: `(width, height)` of the images that `memory` is planned for; None for the model's own.
             cache_dtype: Of the LLM's cache, like `torch.float8_e4m3fn`; None for `dtype`.
             quantize: "fp8" or "int8" to quantize the LLM's attention and MLP while it loads, with torchao; the
                 computer's memory must hold the model as it is. `convert --quantize` does it once for all.
@@ -85,10 +88,7 @@ class MMInterleavedPipeline:
             CheckpointError: If the device cannot be used, or tensors are missing, unexpected or of the wrong shape; the
                 error lists them.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        with _friendly_errors(device):
-            torch.empty(0, device=device)
+        device = str(resolve_device(device))
         folder = checkpoints.model_folder(source)
         if folder is None:
             pipeline = tiny_random_pipeline()
@@ -99,11 +99,17 @@ class MMInterleavedPipeline:
         else:
             plan = None
             if quantize is not None:
-                return cls._load_with_torchao(folder, torch.device(device), dtype, quantize, cache_dtype)
+                if memory is not None:
+                    raise SettingError(
+                        "A model that is quantized while it loads must fit the card; omit --memory, or write it with "
+                        f"`convert --quantize {quantize}`."
+                    )
+                pipeline = cls._load_with_torchao(folder, torch.device(device), dtype, quantize, cache_dtype)
+                return pipeline.compile() if compile else pipeline
             if memory is not None or torch.device(device).type == "cuda":
                 config = checkpoints.read_config(folder)
                 dtype = dtype or checkpoints.default_dtype(config, torch.device(device))
-                plan = _plan(config, memory, device, dtype, cache_dtype)
+                plan = _plan(config, memory, device, dtype, cache_dtype, image_size)
             if plan is not None and compile:
                 raise SettingError(
                     "Compiled blocks must stay on the card, but the model does not fit it; omit --compile, or give a "
@@ -293,6 +299,7 @@ class MMInterleavedPipeline:
         self._place("text")
         context = self.text.context_features(stories)
         self._place("draw")
+        batch_size = 1 if self.placement is not None else batch_size
         return self.image.generate(stories, context, config, num_outputs, init_images, on_step, batch_size, seeds)
 
     # ---- stories ----
@@ -417,15 +424,26 @@ class _Author:
         return self.pipeline.generate_image(self.encode(story), config, None, self.on_step, self.drop_oldest)
 
 
-def _plan(config: Config, memory: int | str | None, device: str, dtype: torch.dtype, cache_dtype) -> Plan | None:
+def _plan(config: Config, memory, device: str, dtype: torch.dtype, cache_dtype, image_size) -> Plan | None:
     """The plan for a card; None if everything fits, which a small model is taken to do unless `memory` is given."""
     if memory is None and not checkpoints.is_large(config):
         return None
     if isinstance(memory, str):
         memory = parse_bytes(memory)
-    capacity = memory if memory is not None else torch.cuda.mem_get_info(device)[0]
-    plan = make_plan(config, capacity, dtype, cache_dtype=cache_dtype)
+    capacity = memory
+    if torch.device(device).type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        capacity = free if memory is None else min(memory, free)
+    plan = make_plan(config, capacity, dtype, image_size, cache_dtype=cache_dtype)
     return None if plan.mode == "resident" else plan
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device of a name; "auto" takes CUDA if there is one. Raises CheckpointError for one that cannot be used."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with _friendly_errors(device):
+        return torch.empty(0, device=device).device
 
 
 @contextlib.contextmanager

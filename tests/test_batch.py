@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from comfy_mminterleaved import ImageGenerationConfig, TextGenerationConfig
-from comfy_mminterleaved.batch import BatchSettings, Stopped, StoryboardRun, fingerprint, locked
+from comfy_mminterleaved.batch import BatchSettings, Stopped, StoryboardRun, fingerprint
 from comfy_mminterleaved.cli import main
 from comfy_mminterleaved.errors import OutputError
+from comfy_mminterleaved.files import locked
 from comfy_mminterleaved.stories.images import encode_png
 from comfy_mminterleaved.stories.journal import Journal
 from comfy_mminterleaved.stories.storyboard import load_storyboard
@@ -257,7 +258,7 @@ def test_a_failed_story_is_told_again_when_asked(board, tmp_path, tiny_random, m
 def test_a_second_run_into_the_same_folder_is_refused(board, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
-    with locked(out):
+    with locked(out / ".lock", ""):
         assert main(["tell", "--storyboard", str(board), "--out", str(out), *FAST]) == 2
     assert "Another run is writing into" in capsys.readouterr().err
     assert not list(out.glob("0*"))

@@ -102,7 +102,7 @@ def test_a_folder_like_the_published_one_tells_a_story(tmp_path, monkeypatch, sm
     full_size.fake(source, small, full_size.DTYPES[dtype])
     assert len(list(source.glob("*.bin"))) > 5
     assert main(["convert", str(source), str(target), "--quantize", form, "--quiet"]) == 0
-    assert main(["info", str(target), "--memory", "1GB"]) == 0
+    assert main(["info", str(target), "--memory", "2GB"]) == 0
     flags = ["--panels", "1", "--steps", "2", "--max-new-tokens", "4", "--quiet", "--out", str(tmp_path / "out")]
     assert main(["tell", "--model", str(target), "--text", "A fox.", *flags]) == 0
     assert (tmp_path / "out" / "story.html").is_file()

@@ -10,10 +10,10 @@ from comfy_mminterleaved.checkpoints import native
 from comfy_mminterleaved.checkpoints.load import read
 from comfy_mminterleaved.checkpoints.quantize import quantized_config
 from comfy_mminterleaved.checkpoints.reference import from_reference
+from comfy_mminterleaved.cli import main
 from comfy_mminterleaved.errors import SettingError
 from comfy_mminterleaved.generation.peak_memory import PeakMemory
 from comfy_mminterleaved.generation.placement import RESERVED, Placement, make_plan, parse_bytes
-from comfy_mminterleaved.pipeline import MMInterleavedPipeline as Pipeline
 from comfy_mminterleaved.presets import tiny_config
 
 # Of the released model: GiB of a card, form, and what the plan must be.
@@ -53,7 +53,6 @@ def wide(tmp_path_factory):
     """A folder of a model whose LLM is the largest block by far, as at full size."""
     config = tiny_config()
     llm = replace(config.llm, num_hidden_layers=24, intermediate_size=2048, max_position_embeddings=1024)
-    from comfy_mminterleaved.checkpoints.load import Saved  # noqa: F401
     from comfy_mminterleaved.models.build import init_modules
     from comfy_mminterleaved.pipeline import tiny_random_blocks
 
@@ -74,7 +73,7 @@ def told(pipeline):
     return story.text, torch.stack([image.pixels for image in story.images[1:]])
 
 
-def placed(folder, capacity: int, **plan) -> Pipeline:
+def placed(folder, capacity: int, **plan) -> MMInterleavedPipeline:
     pipeline = MMInterleavedPipeline.load(folder, "cpu")
     found = make_plan(pipeline.config, capacity, torch.float32, num_tokens=256, num_images=4, **plan)
     modules = {name: getattr(pipeline, name) for name in ("encoder", "llm", "synchronizer", "unet", "vae")}
@@ -154,3 +153,48 @@ def test_a_model_that_takes_turns_is_not_compiled(wide):
     resident = make_plan(MMInterleavedPipeline.load(wide, "cpu").config, 10**12, torch.float32)
     with pytest.raises(SettingError, match="omit --compile"):
         MMInterleavedPipeline.load(wide, "cpu", memory=RESERVED + resident.peak - 10**6, compile=True)
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8", "q4_0"])
+def test_a_quantized_model_is_loaded_by_a_plan(wide, tmp_path, form):
+    """In parts, with the CPU as the card: the same story as when all stays."""
+    saved = read(wide)
+    native.save(tmp_path / "model", saved.config, saved.blocks, saved.tokenizer, quantization=form)
+    plain = MMInterleavedPipeline.load(tmp_path / "model", "cpu", torch.float32)
+    size = (64, 64)
+    most = make_plan(plain.config, 10**12, torch.float32, size)
+    memory = RESERVED + max(most.needed("text") - most.weights["llm"] // 3, most.needed("draw"))
+    pipeline = MMInterleavedPipeline.load(tmp_path / "model", "cpu", torch.float32, memory=memory, image_size=size)
+    assert pipeline.placement.plan.mode == "streamed"
+    texts = [p.generate_text(STORY, TEXT).text for p in (plain, pipeline)]
+    images = [p.generate_image(STORY, replace(IMAGE, size=size)).pixels for p in (plain, pipeline)]
+    assert texts[0] == texts[1]
+    torch.testing.assert_close(*images, atol=1e-3, rtol=0)
+
+
+def test_a_copy_that_fails_leaves_nothing_on_the_card(wide, monkeypatch):
+    from comfy_mminterleaved.generation import placement
+
+    pipeline = placed(wide, capacity_for(wide, "swapped"))
+    copies, copy = 0, placement._copy_to
+
+    def fail(host, device):
+        nonlocal copies
+        copies += 1
+        if copies == 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return copy(host, device)
+
+    hosts = {tensor.data_ptr() for tensor in pipeline.unet.parameters()}
+    monkeypatch.setattr(placement, "_copy_to", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline.generate_image(STORY, IMAGE)
+    monkeypatch.setattr(placement, "_copy_to", copy)
+    pipeline.placement.place("text")
+    assert {tensor.data_ptr() for tensor in pipeline.unet.parameters()} == hosts
+    assert len(told(pipeline)[1]) == 2
+
+
+def test_the_command_line_has_no_card_to_share_on_a_cpu(capsys):
+    assert main(["write", "--text", "x", "--memory", "8GB", "--device", "cpu"]) == 2
+    assert "--memory is of a card, but the model runs on the CPU" in capsys.readouterr().err

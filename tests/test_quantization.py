@@ -20,9 +20,10 @@ from comfy_mminterleaved.checkpoints import native
 from comfy_mminterleaved.checkpoints.load import read
 from comfy_mminterleaved.checkpoints.tensors import Item
 from comfy_mminterleaved.cli import main
-from comfy_mminterleaved.errors import CheckpointError, OutputError
+from comfy_mminterleaved.errors import CheckpointError, OutputError, SettingError
+from comfy_mminterleaved.files import locked
 from comfy_mminterleaved.generation.peak_memory import PeakMemory
-from comfy_mminterleaved.models.quantization import FORMATS, comfy_quant, quantized_linears
+from comfy_mminterleaved.models.quantization import FORMATS, comfy_quant, quantized_linear, quantized_linears
 
 gguf = pytest.importorskip("gguf")
 STORY = Story.of("Mia is a fox in a red coat with a crown. Mia is on the beach.")
@@ -155,6 +156,8 @@ def test_comfyui_is_told_each_layers_format(folders):
 def test_a_quantized_model_is_copied_as_it_is(folders, tmp_path, name):
     assert main(["convert", str(folders / name), str(tmp_path / "copy"), "--quiet"]) == 0
     for path in (folders / name).iterdir():
+        if path.suffix == ".gguf":
+            assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes()
         if path.suffix == ".safetensors":
             a, b = load_file(path), load_file(tmp_path / "copy" / path.name)
             assert a.keys() == b.keys() and all(torch.equal(a[key].float(), b[key].float()) for key in a)
@@ -248,18 +251,58 @@ def test_another_source_begins_anew(tmp_path, starter):
 
 
 def test_two_conversions_into_one_folder(tmp_path, starter):
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        from comfy_mminterleaved.files import _HOST
+    with (
+        locked(tmp_path / ".model.unfinished.lock", ""),
+        pytest.raises(OutputError, match="model' is being written by another process; wait for it"),
+    ):
+        native.save(tmp_path / "model", starter.config, starter.blocks, fingerprint="this")
 
-        work = tmp_path / ".model.unfinished"
-        work.mkdir()
-        (work / ".process").write_text(f"{_HOST} {other.pid}")
-        with pytest.raises(OutputError, match=f"is being written by process {other.pid}"):
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+def test_hours_of_work_are_kept_when_the_last_step_fails(tmp_path, monkeypatch, starter, error):
+    """A virus scanner that holds the folder, or no memory."""
+    from comfy_mminterleaved import files
+
+    replace = files._replace
+
+    def fail(source, target):
+        if target.name == "model":
+            raise error
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_replace", fail)
+        with pytest.raises((OutputError, MemoryError)):
             native.save(tmp_path / "model", starter.config, starter.blocks, fingerprint="this")
-    finally:
-        other.kill()
-        other.wait()
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".model.unfinished").glob("*.safetensors")}
+    assert len(before) == 5
+    native.save(tmp_path / "model", starter.config, starter.blocks, fingerprint="this")
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "model").glob("*.safetensors")} == before
+    assert not [p.name for p in (tmp_path / "model").iterdir() if p.name.startswith(".") or p.suffix == ".progress"]
+
+
+def test_into_the_folder_where_one_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "starter", ".", "--quiet"]) == 0
+    assert read(tmp_path).config.llm.hidden_size == 192
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 7, 16, 17])
+def test_weights_of_a_file_lie_where_the_kernels_of_the_cpu_want_them(folders, tokens):
+    """PyTorch's packed int8 kernel crashes on others."""
+    pipeline = MMInterleavedPipeline.load(folders / "int8", "cpu", torch.bfloat16)
+    weights = [p for name, p in pipeline.llm.named_parameters() if p.dtype == torch.int8]
+    assert weights and all(p.data_ptr() % 64 == 0 for p in weights)
+    x = torch.randn(1, tokens, pipeline.config.llm.hidden_size).bfloat16()
+    assert pipeline.llm(x).isfinite().all()
+    flat = torch.empty(weights[0].numel() + 1, dtype=torch.int8)
+    shifted = flat[1:].view(weights[0].shape).copy_(weights[0].data)
+    scale = torch.ones(len(shifted), 1)
+    rows = x[0, :, : shifted.shape[1]]
+    exact = rows.float() @ shifted.float().T
+    torch.testing.assert_close(
+        quantized_linear(FORMATS["int8"], rows, shifted, scale).float(), exact, rtol=0.02, atol=2
+    )
 
 
 def test_too_little_disk_is_said_before_anything_is_written(tmp_path, monkeypatch, starter):
@@ -371,3 +414,8 @@ def test_without_torchao_it_is_said_what_else_would_do(monkeypatch):
 def test_a_stored_format_is_not_quantized_again(folders):
     with pytest.raises(CheckpointError, match="stored as int8 already; omit --quantize"):
         MMInterleavedPipeline.load(folders / "int8", "cpu", quantize="fp8")
+
+
+def test_what_quantizing_while_loading_cannot_do_is_refused():
+    with pytest.raises(SettingError, match="omit --memory, or write it with `convert --quantize int8`"):
+        MMInterleavedPipeline.load("starter", "cpu", quantize="int8", memory="8GB")

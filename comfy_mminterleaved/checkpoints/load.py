@@ -175,7 +175,9 @@ def fingerprint(source: str | Path) -> str | None:
     folder = model_folder(source)
     if folder is None:
         return None
-    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [
+        (path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file() and ".unfinished" not in str(path)
+    ]
     return repr([(str(path.resolve()), about.st_size, about.st_mtime_ns) for path, about in files])
 
 

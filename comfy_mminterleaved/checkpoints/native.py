@@ -117,7 +117,7 @@ def save(
         dtype: Of the weights that are not quantized; None leaves them, but of a float32 model that is quantized it is
             float16, except for the VAE.
         quantization: Store the LLM's attention and MLP weights so (`models.quantization.FORMATS`); None leaves them.
-        fingerprint: Of the source; if given, a call that is killed is gone on with by the next of the same.
+        fingerprint: Of the source; if given, the next call of the same goes on where one was killed.
         on_progress: Called with the bytes written so far and their number in all.
     """
 

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..files import PROGRESS_SUFFIX, atomic_write, write_json
-from ..models.quantization import stored_dtype
+from ..models.quantization import ALIGNMENT, stored_dtype
 
 VOCABULARY_FILE = "words.txt"  # the words that a model of a small world was taught
 MAX_LISTED = 20  # entries that an error names
@@ -148,7 +148,7 @@ def plain_items(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = No
     return [item(name, tensor) for name, tensor in tensors.items()]
 
 
-SYNC_EVERY = 2**28  # bytes after which a file's progress is made sure of
+SYNC_EVERY = 2**28  # bytes between two syncs of a file to the disk
 
 
 class Progress:
@@ -248,12 +248,13 @@ def _safetensors_header(
     The safetensors package writes only tensors that are all in memory.
     """
     entries, ends, end = {"__metadata__": {"format": "pt", **metadata}}, {}, 0
-    for name in sorted(outputs, key=lambda n: (-outputs[n].itemsize, n)):  # the largest first, so that all are aligned
+    # Whole multiples first, then wide elements before narrow ones: all are aligned, without gaps, which are forbidden.
+    for name in sorted(outputs, key=lambda n: (outputs[n].nbytes % ALIGNMENT > 0, -outputs[n].itemsize, n)):
         tensor = outputs[name]
         ends[name], start = end + tensor.nbytes, end
         end = ends[name]
         entries[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     return header, {n: len(header) + e - outputs[n].nbytes for n, e in ends.items()}, len(header) + end

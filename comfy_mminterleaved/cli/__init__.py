@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import sys
 
-from ..errors import MMInterleavedError
+from ..errors import MMInterleavedError, is_out_of_memory
 from .commands import COMMANDS, print_status
 from .parser import make_parser
+
+MEMORY_HINT = (
+    "on a card, a smaller --memory lets blocks take turns, and --kv-cache fp8 or a smaller --size takes less; a model "
+    "of `convert --quantize q4_0` is the smallest"
+)
+MEMORY_HINTS = {
+    "convert": "close other programs and give the same command again, which goes on",
+    "info": "close other programs",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,20 +30,10 @@ def main(argv: list[str] | None = None) -> int:
         print_status(f"Error: {error}")
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        print_status(
-            "Error: out of memory; give --memory a smaller size, so that blocks take turns, --kv-cache fp8, a smaller "
-            "--size, or a model of `convert --quantize q4_0`."
-        )
+        print_status(f"Error: out of memory; {MEMORY_HINTS.get(args.command, MEMORY_HINT)}.")
         return 2
     except KeyboardInterrupt:
         print_status("Stopped; what was finished is kept.")
         return 130
-
-
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    import torch
-
-    is_on_cpu = isinstance(error, MemoryError) or "can't allocate memory" in str(error)
-    return is_on_cpu or isinstance(error, torch.OutOfMemoryError)

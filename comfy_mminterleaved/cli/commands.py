@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import __version__
 from ..errors import OutputError, SettingError
 from .parser import DEFAULT_DENOISE, DEFAULT_OUT
 
@@ -129,8 +130,10 @@ def _denoise(args) -> float:
 
 def _pipeline(args, opening: _Opening, *stories):
     """Loads the model; prints a note if stories have words, or settings a size, that it was not trained on."""
-    from ..pipeline import MMInterleavedPipeline
+    from ..pipeline import MMInterleavedPipeline, resolve_device
 
+    if args.memory and resolve_device(args.device).type == "cpu":
+        raise SettingError("--memory is of a card, but the model runs on the CPU; omit it.")
     if opening.model in ("tiny-random", "untrained"):
         print_status(f"Note: the model '{opening.model}' has random weights; its texts and images mean nothing.")
     pipeline = MMInterleavedPipeline.load(
@@ -141,6 +144,7 @@ def _pipeline(args, opening: _Opening, *stories):
         args.memory,
         _cache_dtype(args),
         args.quantize,
+        opening.image_config.size,
     )
     _note_large(pipeline)
     _warn_unknown_words(pipeline, stories)
@@ -205,7 +209,7 @@ class _ProgressBars:
         self.bar, self.label = None, ""
 
     def update(self, label: str, done: int, total: int):
-        if self.bar is None or self.label != label or done <= self.bar.n:
+        if self.bar is None or self.label != label or done < self.bar.n:
             self.close()
             self.bar, self.label = self.make(total, label), label
         self.bar.update(done - self.bar.n)
@@ -297,9 +301,9 @@ def _told(folder: Path) -> dict:
 
 
 def _tell_storyboard(args) -> int:
-    from ..batch import BatchSettings, Stopped, StoryboardRun, locked, stop_after_step
+    from ..batch import BatchSettings, Stopped, StoryboardRun, stop_after_step
     from ..checkpoints.load import fingerprint
-    from ..files import free_name, output_folder
+    from ..files import free_name, locked, output_folder
     from ..stories.journal import DONE, FAILED, JOURNAL_FILE
     from ..stories.page import has_book
     from ..stories.report import duration
@@ -326,7 +330,8 @@ def _tell_storyboard(args) -> int:
         args.drop_oldest_panels,
         args.introduce,
     )
-    with output_folder(out), locked(out):
+    busy = f"Another run is writing into {str(out)!r}; wait for it, or give another --out."
+    with output_folder(out), locked(out / ".lock", busy):
         restart = args.restart or args.overwrite
         run = StoryboardRun(out, plans, settings, restart, args.retry_failed)
         pending = run.pending()
@@ -464,9 +469,9 @@ def convert(args) -> int:
             "Note: the checkpoint has no tokenizer, so the model will read and write no text; put tokenizer.model of "
             f"lmsys/vicuna-13b-v1.3 into {Path(args.source) / 'llm'} and convert again."
         )
-    print_ = fingerprint(args.source)
+    source = fingerprint(args.source)
     options = {
-        "fingerprint": print_ and f"{print_} {args.to} {args.dtype} {args.quantize}",
+        "fingerprint": source and f"{__version__} {source} {args.to} {args.dtype} {args.quantize}",
         **({} if args.to == "reference" else {"quantization": args.quantize}),
     }
     bars = _ProgressBars(args.quiet)

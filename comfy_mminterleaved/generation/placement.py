@@ -23,7 +23,7 @@ from .latents import vae_scale_factor
 from .peak_memory import PeakMemory
 
 PHASES = {"encode": ("encoder",), "text": ("llm",), "draw": ("synchronizer", "unet", "vae")}
-RESERVED = 6 * 10**8  # bytes of a card for CUDA's context and what its libraries take
+RESERVED = 10**9  # bytes of a card for CUDA's context, what its libraries take, and MMFS where Triton is missing
 MAX_IMAGES = 8  # of a story that a plan leaves room for, if the context has
 
 
@@ -219,10 +219,16 @@ class Placement:
                 break
             self._unload(block)
         for block in blocks:
-            if block not in self._on_device:
+            if block in self._on_device:
+                continue
+            self._on_device.append(block)
+            try:
                 for tensor, host in self._hosts[block]:
                     if id(tensor) not in self._streamed:
                         tensor.data = _copy_to(host, self.device)
+            except BaseException:  # out of memory: what was copied must go
+                self._unload(block)
+                raise
         self._on_device = [b for b in self._on_device if b not in blocks] + list(blocks)
 
     def _size(self, block: str) -> int:
@@ -232,6 +238,8 @@ class Placement:
         for tensor, host in self._hosts[block]:
             tensor.data = host
         self._on_device.remove(block)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # for what others use of the card
 
     def _stream(self, llm: torch.nn.Module) -> set[int]:
         """Keeps weights of the last layers where they are, and copies each when its layer runs."""

@@ -307,7 +307,9 @@ class LlamaMMFS(nn.Module):
         """
         n, length, _ = x.shape
         starts = cache.lengths if cache is not None else [0] * n
-        positions = torch.tensor(starts, device=x.device)[:, None] + torch.arange(length, device=x.device)
+        positions = torch.arange(starts[0], starts[0] + length, device=x.device).expand(n, -1)
+        if len(set(starts)) > 1:
+            positions = torch.tensor(starts, device=x.device)[:, None] + torch.arange(length, device=x.device)
         prefix = cache.prefix if cache is not None else None
         rotary = self.rotary_emb(positions + (cache.prefix_length if prefix else 0), x.dtype)
         is_even = len(set(starts)) == 1  # else rows have keys beyond their end, which a mask must hide

@@ -18,6 +18,7 @@ from ..errors import CheckpointError
 
 BLOCK = 32  # weights that share a scale in q4_0
 BLOCK_BYTES = 18  # of them: a float16 scale, and 4 bits each
+ALIGNMENT = 64  # bytes at which weights begin in memory, and in files
 MAX_PACKED_ROWS = 16  # of the input, up to which the CPU multiplies int8 weights as they are
 
 
@@ -143,7 +144,7 @@ def init_quantized(layer: nn.Module, format: Format) -> None:
 
 def quantized_linear(format: Format, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None):
     """`x` times a stored weight, in the dtype of `x`."""
-    if isinstance(format, Int8) and _has_packed_kernel(x):
+    if isinstance(format, Int8) and _has_packed_kernel(x, weight):
         rows = x.flatten(0, -2)
         return torch._weight_int8pack_mm(rows, weight, scale.flatten().to(x.dtype)).unflatten(0, x.shape[:-1])
     return linear(x, format.dequantize(weight, scale, x.dtype))
@@ -177,9 +178,13 @@ def stored_linears() -> SimpleNamespace:
     return SimpleNamespace(Linear=Linear)
 
 
-def _has_packed_kernel(x: torch.Tensor) -> bool:
-    """Whether PyTorch multiplies `x` with int8 weights without writing them out in its dtype first."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() // x.shape[-1] <= MAX_PACKED_ROWS
+def _has_packed_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether PyTorch multiplies `x` with int8 weights without writing them out in its dtype first.
+
+    Its kernel crashes on weights that are not aligned, as in a mapped file that was not written with that in mind.
+    """
+    is_fit = x.device.type == weight.device.type == "cpu" and x.dtype == torch.bfloat16
+    return is_fit and x.numel() // x.shape[-1] <= MAX_PACKED_ROWS and weight.data_ptr() % ALIGNMENT == 0
 
 
 TORCHAO_CONFIGS = {"fp8": "Float8WeightOnlyConfig", "int8": "Int8WeightOnlyConfig"}

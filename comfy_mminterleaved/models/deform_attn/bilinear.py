@@ -1,5 +1,7 @@
 """Bilinear sampling: maps padded with zeros, the four cells around each location, and their weights."""
 
+import functools
+
 import torch
 
 
@@ -46,6 +48,13 @@ def bilinear_corners(spatial_shapes, sampling_locations, attention_weights, dtyp
     return corner_index, torch.stack([left - bottom_left, right - bottom_right, bottom_left, bottom_right], -1)
 
 
+@functools.lru_cache(maxsize=256)
+def constant(values: tuple, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of numbers, made once: each copy to a card waits for what it has to do."""
+    with torch.inference_mode(False):  # it may be used with gradients later
+        return torch.tensor(values, device=device, dtype=dtype)
+
+
 def level_geometry(spatial_shapes, sampling_locations):
     """Geometry of each level's padded map, as tensors like `sampling_locations`.
 
@@ -58,7 +67,7 @@ def level_geometry(spatial_shapes, sampling_locations):
     starts = [0]
     for (h, _), row in zip(spatial_shapes, rows):
         starts.append(starts[-1] + (h + 2) * row)
-    last = torch.tensor([(w, h) for h, w in spatial_shapes], **options).view(-1, 1, 2)
-    row = torch.tensor(rows, **options).view(-1, 1)
-    first = torch.tensor([start + width + 1 for start, width in zip(starts, rows)], **options).view(-1, 1)
+    last = constant(tuple((w, h) for h, w in spatial_shapes), **options).view(-1, 1, 2)
+    row = constant(tuple(rows), **options).view(-1, 1)
+    first = constant(tuple(start + width + 1 for start, width in zip(starts, rows)), **options).view(-1, 1)
     return last, row, first, starts[-1] - rows[-1] - 2

@@ -2,6 +2,8 @@
 
 import torch
 
+from .bilinear import constant
+
 
 def locations_and_weights(
     spatial_shapes, scale_ratios, query_terms, relpos_table, image_relpos, reference_points, heads: int
@@ -57,7 +59,7 @@ def offsets_and_logits(scale_ratios, query_terms, relpos_table, image_relpos, he
 def reference_centers(spatial_shapes, scale_ratios, reference_points, offsets):
     """A point is centre + offset * scale, in cells of its level: centre (1 or Q, 1, 1, L, K, 2), scale (L, K, 2)."""
     k, options = offsets.shape[-2], {"device": offsets.device, "dtype": offsets.dtype}
-    side = torch.tensor([(w, h) for h, w in spatial_shapes], **options).view(-1, 1, 2)
-    scale = torch.tensor(scale_ratios, **options).view(-1, 1, 1).repeat(1, k, 2)
+    side = constant(tuple((w, h) for h, w in spatial_shapes), **options).view(-1, 1, 2)
+    scale = constant(tuple(scale_ratios), **options).view(-1, 1, 1).repeat(1, k, 2)
     center = reference_points.to(offsets.dtype).view(-1, 1, 1, 1, 1, 2) * side - 0.5
     return center.repeat(1, 1, 1, 1, k, 1), scale  # in whole rows, so that the arithmetic with them is vectorized
