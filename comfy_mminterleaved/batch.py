@@ -25,6 +25,9 @@ from .stories.story import ImageSegment, Story
 from .stories.storyboard import StoryPlan, panel_seeds
 
 
+REPORT_EVERY = 10  # seconds between two writings of the report
+
+
 class Stopped(Exception):
     """The run was asked to stop; what was finished is kept."""
 
@@ -140,6 +143,7 @@ class StoryboardRun:
             on_story: Called with the number and record of each story that ended.
             callbacks: `on_token` and `on_step` of `run_plan`.
         """
+        reported = float("-inf")
         for number in self.pending():
             try:
                 self._tell(number, pipeline, should_stop, callbacks)
@@ -148,10 +152,13 @@ class StoryboardRun:
             except (MMInterleavedError, MemoryError, RuntimeError) as error:
                 sentence = _sentence(error)
                 self.journal.append(number, FAILED, fingerprint=self.fingerprints[number - 1], error=sentence)
-            write_report(self.folder, self.plans, self.journal.records)
+            if time.monotonic() - reported > REPORT_EVERY:
+                write_report(self.folder, self.plans, self.journal.records)
+                reported = time.monotonic()
             if on_story is not None:
                 on_story(number, self.journal.records[number])
             if should_stop():
+                write_report(self.folder, self.plans, self.journal.records)
                 raise Stopped
         write_report(self.folder, self.plans, self.journal.records)
         return [self.journal.records[number] for number in range(1, len(self.plans) + 1)]

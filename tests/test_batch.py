@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from comfy_mminterleaved import ImageGenerationConfig, TextGenerationConfig
+from comfy_mminterleaved import ImageGenerationConfig, ImageSegment, TextGenerationConfig, TextSegment
 from comfy_mminterleaved.batch import BatchSettings, Stopped, StoryboardRun, fingerprint
 from comfy_mminterleaved.cli import main
 from comfy_mminterleaved.errors import OutputError
@@ -294,3 +294,59 @@ def test_a_full_disk(board, tmp_path, told):
     assert done.returncode == 2 and "cannot be written" in done.stderr, done.stderr
     assert start(board, out).wait() == 0
     assert contents(out) == told and not strays(out)
+
+
+class Instant:
+    """A model that writes and draws at once, for runs of a thousand stories."""
+
+    class text:
+        @staticmethod
+        def resolve_image_first(story, image_first=None):
+            return False
+
+    def introduce(self, story):
+        return story
+
+    def validate_plan(self, *_):
+        pass
+
+    def run_plan(self, story, plan, text_config, image_config, seeds, on_segment, **_):
+        from comfy_mminterleaved.storyteller import run_plan
+
+        return run_plan(story, plan, self, self, seeds=seeds, on_segment=on_segment)
+
+    def write(self, story, seed):
+        return TextSegment(f"Text {seed} of a story.")
+
+    def illustrate(self, story, seed):
+        return ImageSegment(torch.full((3, 32, 32), (seed % 7) / 7))
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
+def test_memory_stays_flat_over_many_stories(tmp_path, count):
+    """Between a fifth of the stories and all of them; a story is ten times what may be left of each."""
+    import gc
+    import tracemalloc
+
+    board = {"format": "mm-interleaved-storyboard", "version": 1}
+    stories = [{"title": f"Story {n}", "opening": "Once.", "panels": 3, "seed": n} for n in range(count)]
+    (tmp_path / "board.json").write_text(json.dumps({**board, "stories": stories}))
+    held, number = [], 0
+
+    def on_story(*_):
+        nonlocal number
+        number += 1
+        if number in (count // 5, count):
+            gc.collect()
+            held.append(tracemalloc.get_traced_memory()[0])
+
+    tracemalloc.start()
+    try:
+        run = StoryboardRun(tmp_path / "out", load_storyboard(tmp_path / "board.json"), SETTINGS)
+        run.run(Instant(), on_story=on_story)
+    finally:
+        tracemalloc.stop()
+    assert (held[1] - held[0]) / (count - count // 5) < 3000
+    began = time.monotonic()
+    assert StoryboardRun(tmp_path / "out", load_storyboard(tmp_path / "board.json"), SETTINGS).pending() == []
+    assert time.monotonic() - began < 5

@@ -69,11 +69,12 @@ class PrefixCache:
         """Appends text tokens to each story; returns their hidden states `(len(new_ids[i]), hidden_size)`."""
         device, pad = llm.device, llm.config.special_tokens.pad
         longest, counts = max(map(len, new_ids)), [len(ids) for ids in new_ids]
-        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in new_ids], device=device)
+        # Copies to a card do not wait for it: only reading a token back does (`decoding._sample`).
+        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in new_ids]).to(device, non_blocking=True)
         image_mask = torch.zeros(len(new_ids), self.image_values.num_images, dtype=torch.bool)
         for row, visible in zip(image_mask, self.visible_images):
             row[: len(visible)] = torch.tensor(visible, dtype=torch.bool)
-        image_mask = image_mask.to(device)[:, None].expand(-1, longest, -1)
+        image_mask = image_mask.to(device, non_blocking=True)[:, None].expand(-1, longest, -1)
         out = llm(llm.embed_inputs(input_ids), self.image_values, image_mask, self.kv_cache, counts)
         new_states = [h[:count] for h, count in zip(out, counts)]
         for i, states in enumerate(new_states):  # states first: an interrupt in between leaves no id without its state
