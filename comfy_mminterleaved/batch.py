@@ -24,7 +24,6 @@ from .stories.report import write_report
 from .stories.story import ImageSegment, Story
 from .stories.storyboard import StoryPlan, panel_seeds
 
-
 REPORT_EVERY = 10  # seconds between two writings of the report
 
 
