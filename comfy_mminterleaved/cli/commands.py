@@ -337,10 +337,12 @@ def _tell_storyboard(args) -> int:
         pending = run.pending()
         if note:
             print_status(note)
-        if len(pending) < len(plans):
-            print_status(
-                f"{len(plans) - len(pending)} of {len(plans)} stories are there already; going on with the others."
-            )
+        records = [run.record(number) for number in range(1, len(plans) + 1) if number not in pending]
+        failed = sum(record.status == FAILED for record in records)
+        if records:
+            print_status(f"{len(records) - failed} of {len(plans)} stories are there already.")
+        if failed:
+            print_status(f"{failed} failed before; --retry-failed tries again.")
         bars, panels_left, seconds, num_panels = (
             _ProgressBars(args.quiet),
             sum(plans[n - 1].panels for n in pending),
