@@ -44,7 +44,8 @@ class Journal:
         self.path = Path(folder) / JOURNAL_FILE
         self.records: dict[int, StoryRecord] = {}
         with friendly_errors(self.path, "The journal"):
-            data = self.path.read_bytes() if self.path.exists() else b""
+            self.path.touch()  # from now on the folder is known as a run's, also if that is killed at once
+            data = self.path.read_bytes()
             whole = data.rfind(b"\n") + 1
             if whole < len(data):  # a line that a kill cut short
                 with open(self.path, "rb+") as file:
