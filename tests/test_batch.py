@@ -324,7 +324,7 @@ class Instant:
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
 def test_memory_stays_flat_over_many_stories(tmp_path, count):
-    """Between a fifth of the stories and all of them; a story is ten times what may be left of each."""
+    """Between a fifth of the stories and all of them. A story has 37 kB of pixels; Python's table of names may grow."""
     import gc
     import tracemalloc
 
@@ -346,7 +346,7 @@ def test_memory_stays_flat_over_many_stories(tmp_path, count):
         run.run(Instant(), on_story=on_story)
     finally:
         tracemalloc.stop()
-    assert (held[1] - held[0]) / (count - count // 5) < 3000
+    assert (held[1] - held[0]) / (count - count // 5) < 10_000
     began = time.monotonic()
     assert StoryboardRun(tmp_path / "out", load_storyboard(tmp_path / "board.json"), SETTINGS).pending() == []
     assert time.monotonic() - began < 5
