@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from comfy_mminterleaved.generation.config import ImageGenerationConfig
+from comfy_mminterleaved import MMInterleavedPipeline, Story
+from comfy_mminterleaved.generation.config import ImageGenerationConfig, TextGenerationConfig
 from comfy_mminterleaved.generation.image import denoise
 from comfy_mminterleaved.generation.schedulers import make_scheduler
 from comfy_mminterleaved.models import deform_attn
@@ -112,6 +113,38 @@ def stored(device: str = "cuda", layers: int = 40) -> dict:
     return found
 
 
+def stories(folders, device: str = "cuda", num_tokens: int = 64, steps: int = 30) -> dict:
+    """A text and a picture of each converted model: tokens a second, seconds of the picture, peak of the card.
+
+    Args:
+        folders: One for each form, as `convert --quantize` writes them.
+    """
+    found = {}
+    for folder in folders:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        pipeline = MMInterleavedPipeline.load(folder, device)
+        story = Story.of("A fox in a red coat finds a letter in the snow.")
+        text = TextGenerationConfig(max_new_tokens=num_tokens, min_new_tokens=num_tokens)
+        image = ImageGenerationConfig(num_inference_steps=steps)
+        pipeline.generate_text(story, TextGenerationConfig(max_new_tokens=2, min_new_tokens=2))  # compiles, allocates
+        began = time.perf_counter()
+        generated = pipeline.generate_text(story, text)
+        written = time.perf_counter()
+        pipeline.generate_image(story.add(generated.text), image)
+        drawn = time.perf_counter()
+        found[str(folder)] = {
+            "form": pipeline.config.llm.quantization or str(pipeline.llm.soi_token.dtype)[6:],
+            "plan": pipeline.placement.plan.mode if pipeline.placement else "resident",
+            "tokens a second": len(generated.tokens) / (written - began),
+            "picture, seconds": drawn - written,
+            "peak MB": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None,
+        }
+        del pipeline
+    return found
+
+
 @torch.no_grad()
 def picture(device: str = "cuda", rounds: int = 3, steps: int = 30) -> dict:
     """A 512 px picture in 30 steps against diffusers' StableDiffusionPipeline of the same weights, and peak memory."""
@@ -176,8 +209,11 @@ def main(argv=None) -> int:
     }
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=parts, action="append")
+    parser.add_argument("--model", type=Path, action="append", help="a converted folder to tell with; may be repeated")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
+    if args.model:
+        parts["stories"] = lambda: stories(args.model)
     if not torch.cuda.is_available():
         sys.stderr.write("Error: this needs a CUDA card; `python -m benchmarks` measures on the CPU.\n")
         return 2

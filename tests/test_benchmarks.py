@@ -108,6 +108,14 @@ def test_a_folder_like_the_published_one_tells_a_story(tmp_path, monkeypatch, sm
     assert (tmp_path / "out" / "story.html").is_file()
 
 
+def test_stories_of_converted_models(tmp_path):
+    for form in ("fp8", "int8"):
+        assert main(["convert", "tiny-random", str(tmp_path / form), "--quantize", form, "--quiet"]) == 0
+    found = gpu.stories([tmp_path / "fp8", tmp_path / "int8"], "cpu", num_tokens=6, steps=2)
+    assert [figures["form"] for figures in found.values()] == ["fp8", "int8"]
+    assert all(figures["tokens a second"] > 0 and figures["plan"] == "resident" for figures in found.values())
+
+
 def test_a_sparse_folder_takes_no_room_and_is_read(tmp_path, small):
     full_size.fake(tmp_path / "published", small, torch.float16, sparse=True)
     assert read_config(tmp_path / "published") == small
