@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .errors import MMInterleavedError, OutputError, StoryError, is_out_of_memory
-from .files import ensure_writable_dir, remove_leftovers
+from .files import ensure_writable_dir, friendly_errors, remove_leftovers
 from .generation.config import ImageGenerationConfig, TextGenerationConfig, to_file
 from .pipeline import MMInterleavedPipeline
 from .stories.journal import BEGUN, DONE, FAILED, Journal, StoryRecord
@@ -232,9 +232,10 @@ class StoryboardRun:
         old = folder.with_name(f".{folder.name}.old")
         if work != folder:
             shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(work, folder)
+            with friendly_errors(folder, "The folder"):
+                if folder.exists():
+                    os.replace(folder, old)
+                os.replace(work, folder)
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -94,11 +93,6 @@ def gguf_header(outputs: dict[str, torch.Tensor], metadata: dict[str, str]) -> t
         places[name] = end
         end += pad(tensor.nbytes, gguf.GGUF_DEFAULT_ALIGNMENT)
     return header, places, end
-
-
-def gguf_metadata(about: dict) -> dict[str, str]:
-    """A block's metadata, as a safetensors file has it."""
-    return {METADATA: json.dumps(about)}
 
 
 def _text(reader, key: str) -> str:

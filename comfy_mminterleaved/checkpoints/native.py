@@ -36,7 +36,7 @@ def read_native(
     missing = [path.name for path in files.values() if not path.is_file()]
     if missing:
         raise CheckpointError(f"The checkpoint {str(folder)!r} lacks {', '.join(missing)}.")
-    tensors = {name: read_block(path, config, name)[0] for name, path in files.items()}
+    tensors = {name: read_block(path, config, name) for name, path in files.items()}
     for name, module in (modules or build(config, blocks)).items():
         actual = {key: tuple(t.shape) for key, t in tensors[name].items()}
         check_shapes(param_shapes(module), actual, repr(str(files[name])))
@@ -48,13 +48,13 @@ def block_file(config: Config, block: str) -> str:
     return "llm.gguf" if block == "llm" and config.llm.quantization == "q4_0" else f"{block}.safetensors"
 
 
-def read_block(path: Path, config: Config, block: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors of one block's file and its metadata; ComfyUI's descriptions of formats are checked and left out."""
-    tensors, metadata = read_gguf(path) if path.suffix == ".gguf" else (read_tensors(path), {})
+def read_block(path: Path, config: Config, block: str) -> dict[str, torch.Tensor]:
+    """Tensors of one block's file; ComfyUI's descriptions of formats are checked and left out."""
+    tensors = read_gguf(path)[0] if path.suffix == ".gguf" else read_tensors(path)
     if block == "llm":
         check_formats(tensors, config, repr(str(path)))
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".comfy_quant")}
-    return tensors, metadata
+    return tensors
 
 
 def check_formats(tensors: dict[str, torch.Tensor], config: Config, label: str) -> None:

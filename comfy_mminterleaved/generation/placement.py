@@ -36,6 +36,7 @@ class Plan:
         weights: Of each block, on the card.
         work: What each phase needs beside weights, the story's cache included.
         streamed: Of the LLM's weights, how much stays in the computer's memory.
+        largest_linear: Of the weights that are streamed, which need a place one at a time.
     """
 
     memory: int

@@ -29,12 +29,10 @@ class Format:
     Args:
         dtype: Of the stored weight.
         core_name: ComfyUI's name of the format in `comfy_quant`; None if its core has none.
-        bits: For each weight, scales included, rounded to a quarter.
     """
 
     dtype: torch.dtype
     core_name: str | None
-    bits: float
 
     def weight_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         return out_features, in_features
@@ -98,9 +96,9 @@ class Q4(Format):
 
 
 FORMATS: dict[str, Format] = {
-    "fp8": Fp8(torch.float8_e4m3fn, "float8_e4m3fn", 8),
-    "int8": Int8(torch.int8, "int8_tensorwise", 8),
-    "q4_0": Q4(torch.uint8, None, 4.5),
+    "fp8": Fp8(torch.float8_e4m3fn, "float8_e4m3fn"),
+    "int8": Int8(torch.int8, "int8_tensorwise"),
+    "q4_0": Q4(torch.uint8, None),
 }
 STORED_DTYPES = tuple(each.dtype for each in FORMATS.values())  # tensors of these keep their dtype when a model is cast
 

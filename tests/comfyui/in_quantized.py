@@ -44,7 +44,6 @@ def checks() -> dict:
             result[name] = {
                 "library": float((found - expected).abs().max() / expected.abs().max()),
                 "partly loaded": float((run(llm.module) - whole).abs().max()),
-                "bits": 8 * stored / sum(p.numel() for p in library.llm.parameters()),
                 "announced": llm.patcher.model_size() / stored,
                 "core reads it": core_has(FORMATS[name.split("-")[1]]),
             }
