@@ -73,6 +73,10 @@ def test_the_memory_that_is_announced_is_that_of_the_stored_weights(found, name)
     assert 0.99 < found[f"starter-{name}"]["announced"] < 1.01
 
 
+def test_a_name_that_a_link_brings_is_not_refused_before_it_is_known(found):
+    assert found["a name from a link"] is True
+
+
 def run_loader(comfyui, file: str):
     required = comfyui.get("/object_info/MMInterleavedAsk")["MMInterleavedAsk"]["input"]["required"]
     defaults = {name: about[1]["default"] for name, about in required.items() if "default" in about[1:][0]}
