@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from .generation.config import (
     read_generation_config,
 )
 from .generation.image import ImageGenerator
-from .generation.placement import Placement, Plan, make_plan, parse_bytes
+from .generation.placement import Placement, Plan, choose_batch_size, make_plan, parse_bytes
 from .generation.text import TextGenerator
 from .models.image_processor import preprocess_image
 from .models.mmfs import fuse_mmfs
@@ -29,7 +29,7 @@ from .models.quantization import quantize_with_torchao
 from .models.visual_tokenizer import ImageFeatures
 from .stories.story import ImageSegment, Story, TextSegment
 from .stories.storyboard import panel_seeds, plan_panels
-from .storyteller import run_plan
+from .storyteller import run_plan, run_plans
 
 
 class MMInterleavedPipeline:
@@ -234,11 +234,12 @@ class MMInterleavedPipeline:
         num_outputs: int = 1,
         on_token=None,
         drop_oldest: bool = False,
+        seeds: Sequence[int] | None = None,
     ) -> list[list[GeneratedText]]:
         """Generates `num_outputs` texts for each story, independent of the other stories (`TextGenerator.generate`)."""
         stories = [self.encode_images(story) for story in stories]
         self._place("text")
-        return self.text.generate(stories, config, num_outputs, on_token, drop_oldest)
+        return self.text.generate(stories, config, num_outputs, on_token, drop_oldest, seeds)
 
     def answer(self, story: Story, question: str, config=None, prompt: str | None = None, on_token=None):
         """Answers a question about a story's images (`TextGenerator.answer`)."""
@@ -380,6 +381,38 @@ class MMInterleavedPipeline:
         story = run_plan(author.encode(story), plan, author, author, seeds=seeds, on_segment=on_segment)
         return author.attach_features(story)
 
+    def iterate_plans(
+        self,
+        stories: Sequence[Story],
+        plans: Sequence,
+        text_config: TextGenerationConfig | None = None,
+        image_config: ImageGenerationConfig | None = None,
+        seeds: Sequence[Sequence[int]] | None = None,
+        on_token=None,
+        on_step: OnStep | None = None,
+        drop_oldest: bool = False,
+    ) -> Iterator[dict[int, Story]]:
+        """Extends several stories in step, so that they share passes of LLM and U-Net (`storyteller.run_plans`).
+
+        A single story comes out as from `run_plan`. In a batch it can differ in the last bits of its states, so now and
+        then in a pixel's last bit or in a word that was nearly as likely as another.
+
+        Args:
+            on_token: Called with the text so far of the first story that is not finished.
+            seeds: Of each story, one per entry of its plan, added to the seeds of the configs.
+        """
+        author = _Author(self, text_config, image_config, on_token, on_step, drop_oldest)
+        stories = [author.encode(story) for story in stories]
+        for grown in run_plans(stories, plans, author.write_all, author.illustrate_all, seeds=seeds):
+            yield {i: author.attach_features(story) for i, story in grown.items()}
+
+    def choose_batch_size(self, image_config: ImageGenerationConfig | None = None) -> int:
+        """How many stories `iterate_plans` can extend in step with the memory that is free; 1 if blocks take turns."""
+        if self.placement is not None:
+            return 1
+        size = (image_config or self.generation_config.image).size
+        return choose_batch_size(self.config, self.device, self.llm.soi_token.dtype, size, self.llm.cache_dtype)
+
     def validate_plan(
         self,
         story: Story,
@@ -402,7 +435,9 @@ class _Author:
     """Writer and Illustrator of `storyteller.run_plan` on one pipeline."""
 
     def __init__(self, pipeline: MMInterleavedPipeline, text_config, image_config, on_token, on_step, drop_oldest):
-        self.pipeline, self.text_config, self.image_config = pipeline, text_config, image_config
+        defaults = pipeline.generation_config
+        self.pipeline = pipeline
+        self.text_config, self.image_config = text_config or defaults.text, image_config or defaults.image
         self.on_token, self.on_step, self.drop_oldest = on_token, on_step, drop_oldest
         self.encoded: dict[str, ImageFeatures] = {}
 
@@ -415,13 +450,25 @@ class _Author:
         return story.map_images(lambda i: i.with_features(features[i.digest]) if i.digest in features else i)
 
     def write(self, story: Story, seed: int) -> TextSegment:
-        config = self.text_config.with_seed_offset(seed)
-        text = self.pipeline.generate_text(self.encode(story), config, self.on_token, self.drop_oldest)
-        return TextSegment(text.text, text.tokens)
+        return self.write_all([story], [seed])[0]
 
     def illustrate(self, story: Story, seed: int) -> ImageSegment:
-        config = self.image_config.with_seed_offset(seed)
-        return self.pipeline.generate_image(self.encode(story), config, None, self.on_step, self.drop_oldest)
+        return self.illustrate_all([story], [seed])[0]
+
+    def write_all(self, stories: Sequence[Story], seeds: Sequence[int]) -> list[TextSegment]:
+        seeds = [(self.text_config.seed + seed) % 2**63 for seed in seeds]
+        on_token = self.on_token and (lambda i, text: self.on_token(text) if i == 0 else None)
+        stories = [self.encode(story) for story in stories]
+        texts = self.pipeline.generate_texts(stories, self.text_config, 1, on_token, self.drop_oldest, seeds)
+        return [TextSegment(text.text, text.tokens) for (text,) in texts]
+
+    def illustrate_all(self, stories: Sequence[Story], seeds: Sequence[int]) -> list[ImageSegment]:
+        seeds = [(self.image_config.seed + seed) % 2**63 for seed in seeds]
+        stories = [self.encode(story) for story in stories]
+        images = self.pipeline.generate_images(
+            stories, self.image_config, 1, None, self.on_step, self.drop_oldest, len(stories), seeds
+        )
+        return [image for (image,) in images]
 
 
 def _plan(config: Config, memory, device: str, dtype: torch.dtype, cache_dtype, image_size) -> Plan | None:

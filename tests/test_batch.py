@@ -10,14 +10,25 @@ import time
 import pytest
 import torch
 
-from comfy_mminterleaved import ImageGenerationConfig, ImageSegment, TextGenerationConfig, TextSegment
-from comfy_mminterleaved.batch import BatchSettings, Stopped, StoryboardRun, fingerprint
+from comfy_mminterleaved import (
+    ImageGenerationConfig,
+    ImageSegment,
+    Story,
+    TextGenerationConfig,
+    TextSegment,
+)
 from comfy_mminterleaved.cli import main
 from comfy_mminterleaved.errors import OutputError
 from comfy_mminterleaved.files import locked
+from comfy_mminterleaved.generation.peak_memory import PeakMemory
+from comfy_mminterleaved.generation.placement import choose_batch_size, make_plan
+from comfy_mminterleaved.jobs.batch import BatchSettings, StoryboardRun, fingerprint, tell_stories
+from comfy_mminterleaved.jobs.run_folder import Stopped
 from comfy_mminterleaved.stories.images import encode_png
 from comfy_mminterleaved.stories.journal import Journal
-from comfy_mminterleaved.stories.storyboard import load_storyboard
+from comfy_mminterleaved.stories.page import load_story
+from comfy_mminterleaved.stories.storyboard import load_storyboard, plan_panels
+from comfy_mminterleaved.storyteller import run_plans
 
 FAST = ["--model", "tiny-random", "--steps", "2", "--max-new-tokens", "5", "--quiet"]
 TEXT = TextGenerationConfig(max_new_tokens=5)
@@ -27,7 +38,7 @@ SETTINGS = BatchSettings("tiny-random", None, TEXT, IMAGE)
 
 @pytest.fixture
 def board(tmp_path):
-    """Four stories: plain, with an image, image first, with a script."""
+    """Five stories: plain, with an image, image first, with a script."""
     pixels = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1))
     (tmp_path / "otto.png").write_bytes(encode_png(pixels))
     stories = [
@@ -35,10 +46,15 @@ def board(tmp_path):
         {"title": "Two", "opening": [{"text": "A fox"}, {"image": "otto.png"}], "panels": 2, "seed": 2},
         {"title": "Three", "opening": [{"image": "otto.png"}, {"text": "sat."}], "image_first": True, "panels": 2},
         {"title": "Four", "opening": [], "panels": [{"text": "A cat sat."}, {}, "It slept."], "seed": 4},
+        {"title": "Five", "opening": "A dog sat.", "image_first": True, "panels": 2, "seed": 5},
     ]
     path = tmp_path / "board.json"
     path.write_text(json.dumps({"format": "mm-interleaved-storyboard", "version": 1, "stories": stories}))
     return path
+
+
+def telling(pipeline, **callbacks):
+    return lambda tasks: tell_stories(pipeline, tasks, SETTINGS, **callbacks)
 
 
 def change(board, number: int, **values) -> None:
@@ -66,7 +82,7 @@ def undisturbed(tmp_path_factory, tiny_random):
         key = board.read_bytes()
         if key not in made:
             out = tmp_path_factory.mktemp("undisturbed")
-            StoryboardRun(out, load_storyboard(board), SETTINGS).run(tiny_random)
+            StoryboardRun(out, load_storyboard(board), SETTINGS).run(telling(tiny_random))
             made[key] = contents(out)
         return made[key]
 
@@ -76,7 +92,7 @@ def undisturbed(tmp_path_factory, tiny_random):
 # ---- going on ----
 
 
-@pytest.mark.parametrize("segments", range(1, 15))
+@pytest.mark.parametrize("segments", range(1, 18))
 def test_a_run_that_stops_after_any_segment_goes_on(board, tmp_path, tiny_random, undisturbed, segments):
     out, count = tmp_path / "out", 0
 
@@ -86,18 +102,18 @@ def test_a_run_that_stops_after_any_segment_goes_on(board, tmp_path, tiny_random
         return count >= segments
 
     with pytest.raises(Stopped):
-        StoryboardRun(out, load_storyboard(board), SETTINGS).run(tiny_random, should_stop)
-    assert contents(out) != undisturbed(board) or segments > 14
-    StoryboardRun(out, load_storyboard(board), SETTINGS).run(tiny_random)
+        StoryboardRun(out, load_storyboard(board), SETTINGS).run(telling(tiny_random), should_stop)
+    assert contents(out) != undisturbed(board) or segments > 17
+    StoryboardRun(out, load_storyboard(board), SETTINGS).run(telling(tiny_random))
     assert contents(out) == undisturbed(board) and not strays(out)
     lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
     drawn = [(line["story"], line["panel"]) for line in lines if line["event"] == "panel"]
-    assert len(drawn) == len(set(drawn)) == 9, "an image was drawn twice"
+    assert len(drawn) == len(set(drawn)) == 11, "an image was drawn twice"
 
 
 def test_finished_stories_are_left_alone(board, tmp_path, tiny_random):
     plans, out = load_storyboard(board), tmp_path / "out"
-    StoryboardRun(out, plans, SETTINGS).run(tiny_random)
+    StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random))
     run = StoryboardRun(out, plans, SETTINGS)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
     assert run.pending() == []
@@ -107,26 +123,26 @@ def test_finished_stories_are_left_alone(board, tmp_path, tiny_random):
 
 def test_only_stories_that_changed_are_told_again(board, tmp_path, tiny_random, undisturbed):
     out = tmp_path / "out"
-    StoryboardRun(out, load_storyboard(board), SETTINGS).run(tiny_random)
+    StoryboardRun(out, load_storyboard(board), SETTINGS).run(telling(tiny_random))
     change(board, 1, seed=9)
     (board.parent / "otto.png").write_bytes(encode_png(torch.zeros(3, 32, 32)))
     run = StoryboardRun(out, load_storyboard(board), SETTINGS)
     assert run.pending() == [1, 2, 3]
-    run.run(tiny_random)
+    run.run(telling(tiny_random))
     assert not strays(out)
     again = tmp_path / "again"
-    StoryboardRun(again, load_storyboard(board), SETTINGS).run(tiny_random)
+    StoryboardRun(again, load_storyboard(board), SETTINGS).run(telling(tiny_random))
     assert contents(out) == contents(again)
 
 
 def test_an_old_story_stays_until_the_new_one_is_whole(board, tmp_path, tiny_random, undisturbed):
     out, plans = tmp_path / "out", load_storyboard(board)
-    StoryboardRun(out, plans, SETTINGS).run(tiny_random)
+    StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random))
     old, asked = contents(out), iter([False, True])
     with pytest.raises(Stopped):
-        StoryboardRun(out, plans, SETTINGS, restart=True).run(tiny_random, lambda: next(asked))
+        StoryboardRun(out, plans, SETTINGS, restart=True).run(telling(tiny_random), lambda: next(asked))
     assert contents(out) == old and (out / ".001.unfinished").is_dir()
-    StoryboardRun(out, plans, SETTINGS).run(tiny_random)
+    StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random))
     assert contents(out) == old == undisturbed(board) and not strays(out)
 
 
@@ -138,6 +154,104 @@ def test_a_fingerprint_changes_with_the_plan(board, values):
     before = fingerprint(load_storyboard(board)[0], SETTINGS)
     change(board, 1, **values)
     assert fingerprint(load_storyboard(board)[0], SETTINGS) != before
+
+
+# ---- stories in step ----
+
+
+@pytest.fixture
+def alike(tmp_path):
+    """A storyboard whose stories can be told in step, but for one with a given text."""
+    openings = "Once there was a bear.", "A fox ran.", "The cat sat on a wall.", "A dog slept."
+    stories = [{"opening": text, "panels": 1 + n % 3, "seed": n} for n, text in enumerate(openings)]
+    stories.insert(2, {"opening": "A bird sang.", "panels": [{}, {"text": "It flew."}, {}]})
+    path = tmp_path / "alike.json"
+    path.write_text(json.dumps({"format": "mm-interleaved-storyboard", "version": 1, "stories": stories}))
+    return path
+
+
+def test_stories_in_step_come_out_as_alone(alike, tmp_path, tiny_random):
+    """But for rounding: the last bits of a matrix product depend on its size."""
+    plans, out = load_storyboard(alike), tmp_path / "out"
+    run = StoryboardRun(out, plans, SETTINGS)
+    assert run.batches(3) == [[1, 2], [3], [4, 5]]  # the given text is a step of another kind
+    assert run.batches() == [[1], [2], [3], [4], [5]]
+    run.run(telling(tiny_random), batch_size=3)
+    alone = tmp_path / "alone"
+    StoryboardRun(alone, plans, SETTINGS).run(telling(tiny_random))
+    for number in range(1, 6):
+        one, other = (load_story(folder / f"{number:03d}") for folder in (out, alone))
+        assert one.text == other.text
+        for image, same in zip(one.images, other.images, strict=True):
+            assert (image.pixels - same.pixels).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_stories_in_step_go_on(alike, tmp_path, tiny_random, stop_after):
+    out, plans, count = tmp_path / "out", load_storyboard(alike), 0
+
+    def should_stop():
+        nonlocal count
+        count += 1
+        return count == stop_after
+
+    with pytest.raises(Stopped):
+        StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random), should_stop, batch_size=8)
+    StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random), batch_size=8)
+    lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+    drawn = [(line["story"], line["panel"]) for line in lines if line["event"] == "panel"]
+    assert len(drawn) == len(set(drawn)) == 10 and not strays(out)
+
+
+def test_what_fails_in_step_is_told_alone(alike, tmp_path, tiny_random, monkeypatch, undisturbed):
+    out, plans = tmp_path / "out", load_storyboard(alike)
+    draw = tiny_random.image.generate
+
+    def fail(stories, *args, **kwargs):
+        if len(stories) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return draw(stories, *args, **kwargs)
+
+    monkeypatch.setattr(tiny_random.image, "generate", fail)
+    StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random), batch_size=8)
+    assert contents(out) == undisturbed(alike)
+
+
+def test_stories_in_step_never_read_a_prefix_twice(tiny_random, monkeypatch):
+    """Also when one has ended: the others keep their rows of the cache.
+
+    A story that is left alone would be read anew: what is told alone never depends on what was told before.
+    """
+    stories = [Story.of("A bear sat."), Story.of("The small fox ran away."), Story.of("It slept.")]
+    plans = [plan_panels(story, panels) for story, panels in zip(stories, (3, 1, 3))]
+    forward, tokens = type(tiny_random.llm).forward, 0
+
+    def count(self, x, values, mask, cache, counts):
+        nonlocal tokens
+        tokens += sum(counts)
+        return forward(self, x, values, mask, cache, counts)
+
+    monkeypatch.setattr(type(tiny_random.llm), "forward", count)
+    tiny_random.clear_cache()
+    told = {}
+    for grown in tiny_random.iterate_plans(stories, plans, TEXT, IMAGE):
+        told.update(grown)
+    lengths = [len(tiny_random.text.tokenize(told[i])) for i in range(3)]
+    # Of a finished story, the last image is never read; its start is.
+    assert tokens == sum(lengths) - 3 * tiny_random.config.llm.num_img_token
+
+
+def test_a_batch_fits_the_memory_that_is_free(tiny_random):
+    config, device = tiny_random.config, torch.device("cpu")
+    story = Story.of("A bear sat.")
+    per_story = max(make_plan(config, 2**60, torch.float32).work.values())
+    for free, expected in ((0, 1), (3 * per_story, 2), (5 * per_story, 4), (2**50, 8)):
+        assert choose_batch_size(config, device, torch.float32, free=free) == expected
+    assert 1 <= tiny_random.choose_batch_size() <= 8
+    with PeakMemory() as memory:
+        for _ in tiny_random.iterate_plans([story] * 4, [plan_panels(story, 2)] * 4, TEXT, IMAGE):
+            pass
+    assert memory.peak < 4 * per_story
 
 
 # ---- kills ----
@@ -168,7 +282,7 @@ def test_kills_lose_nothing(board, tmp_path, told, kills):
         process.send_signal(signal.SIGKILL)
         done += process.wait() == -signal.SIGKILL
         process.stderr.close()
-        if all((out / f"{n:03d}" / "story.html").exists() for n in range(1, 5)):
+        if all((out / f"{n:03d}" / "story.html").exists() for n in range(1, 6)):
             assert start(board, out).wait() == 0
             assert contents(out) == told and not strays(out)
             import shutil
@@ -230,10 +344,10 @@ def test_a_story_that_fails_leaves_the_others_alone(board, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["tell", "--storyboard", str(board), "--out", str(out), "--json", *FAST]) == 1
     said = json.loads(capsys.readouterr().out)
-    assert [story["status"] for story in said["stories"]] == ["done", "failed", "done", "done"]
+    assert [story["status"] for story in said["stories"]] == ["done", "failed", "done", "done", "done"]
     assert said["stories"][1]["error"].startswith("A story with 1000 more panels has 1001 images")
     report = (out / "report.html").read_text(encoding="utf-8")
-    assert "3 of 4 stories, 1 failed" in report and said["stories"][1]["error"].split("'")[0][:30] in report
+    assert "4 of 5 stories, 1 failed" in report and said["stories"][1]["error"].split("'")[0][:30] in report
     assert main(["tell", "--storyboard", str(board), "--out", str(out), *FAST]) == 1
     change(board, 2, panels=1)
     assert main(["tell", "--storyboard", str(board), "--out", str(out), *FAST]) == 0
@@ -247,11 +361,11 @@ def test_a_failed_story_is_told_again_when_asked(board, tmp_path, tiny_random, m
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(tiny_random.image, "generate", fail)
-    records = StoryboardRun(out, plans, SETTINGS).run(tiny_random)
+    records = StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random))
     assert {record.error for record in records} == {"It ran out of memory; smaller images or fewer panels would do."}
     monkeypatch.setattr(tiny_random.image, "generate", draw)
     assert StoryboardRun(out, plans, SETTINGS).pending() == []
-    StoryboardRun(out, plans, SETTINGS, retry_failed=True).run(tiny_random)
+    StoryboardRun(out, plans, SETTINGS, retry_failed=True).run(telling(tiny_random))
     assert contents(out) == undisturbed(board)
 
 
@@ -272,9 +386,9 @@ def test_a_folder_that_turns_read_only(board, tmp_path, tiny_random, undisturbed
         (out / "001").chmod(0o500)
 
     with pytest.raises(OutputError, match="cannot be written: Permission denied"):
-        StoryboardRun(out, plans, SETTINGS).run(tiny_random, on_step=on_step)
+        StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random, on_step=on_step))
     (out / "001").chmod(0o700)
-    StoryboardRun(out, plans, SETTINGS).run(tiny_random)
+    StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random))
     assert contents(out) == undisturbed(board)
 
 
@@ -310,16 +424,17 @@ class Instant:
     def validate_plan(self, *_):
         pass
 
-    def run_plan(self, story, plan, text_config, image_config, seeds, on_segment, **_):
-        from comfy_mminterleaved.storyteller import run_plan
+    def clear_cache(self):
+        pass
 
-        return run_plan(story, plan, self, self, seeds=seeds, on_segment=on_segment)
+    def iterate_plans(self, stories, plans, text_config, image_config, seeds, **_):
+        return run_plans(stories, plans, self.write, self.illustrate, seeds=seeds)
 
-    def write(self, story, seed):
-        return TextSegment(f"Text {seed} of a story.")
+    def write(self, stories, seeds):
+        return [TextSegment(f"Text {seed} of a story.") for seed in seeds]
 
-    def illustrate(self, story, seed):
-        return ImageSegment(torch.full((3, 32, 32), (seed % 7) / 7))
+    def illustrate(self, stories, seeds):
+        return [ImageSegment(torch.full((3, 32, 32), (seed % 7) / 7)) for seed in seeds]
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
@@ -343,7 +458,7 @@ def test_memory_stays_flat_over_many_stories(tmp_path, count):
     tracemalloc.start()
     try:
         run = StoryboardRun(tmp_path / "out", load_storyboard(tmp_path / "board.json"), SETTINGS)
-        run.run(Instant(), on_story=on_story)
+        run.run(telling(Instant()), on_story=on_story)
     finally:
         tracemalloc.stop()
     assert (held[1] - held[0]) / (count - count // 5) < 10_000

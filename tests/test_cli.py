@@ -11,7 +11,7 @@ from PIL import Image
 from places import HERE, TINY
 
 from comfy_mminterleaved.cli import COMMANDS, main, make_parser
-from comfy_mminterleaved.cli.commands import _opening
+from comfy_mminterleaved.cli.common import read_opening
 from comfy_mminterleaved.stories.page import METADATA_KEY, load_story
 
 FAST = ["--steps", "1", "--scheduler", "ddim", "--max-new-tokens", "6", "--device", "cpu", "--quiet"]
@@ -133,7 +133,7 @@ def test_write_draw_ask_caption(tmp_path, photo, capsys):
 
 def test_how_much_of_a_picture_is_drawn_over():
     def denoise(*options):
-        return _opening(make_parser(COMMANDS).parse_args(["draw", "--text", "x", *options])).image_config.denoise
+        return read_opening(make_parser(COMMANDS).parse_args(["draw", "--text", "x", *options])).image_config.denoise
 
     assert denoise() == 1.0 and denoise("--begin", "x.png") == 0.6
     assert denoise("--begin", "x.png", "--denoise", "0.3") == 0.3

@@ -77,7 +77,7 @@ LAYERS = (
     ("models",),
     ("checkpoints", "generation"),
     ("pipeline", "storyteller"),
-    ("batch",),
+    ("jobs",),
     ("cli", "__main__"),
 )
 

@@ -131,6 +131,13 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
         help="tell all of a storyboard's stories anew; each replaces the old one when it is whole",
     )
     p.add_argument("--retry-failed", action="store_true", help="also tell stories of a storyboard that failed before")
+    p.add_argument(
+        "--batch",
+        default="1",
+        metavar="N",
+        help="how many stories of a storyboard share passes of LLM and U-Net: faster, but a pixel's last bit, or now "
+        "and then a word, can differ from a story told alone; auto: as many as fit the free memory (default: 1)",
+    )
     text_options(p), image_options(p), model_options(p)
 
     p = command("write", "Continues a story with text.")

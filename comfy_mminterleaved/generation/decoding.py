@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -49,6 +49,7 @@ def generate(
     config: TextGenerationConfig,
     num_outputs: int = 1,
     on_token: OnToken | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[list[GeneratedText]]:
     """Continues stories with text: `num_outputs` texts for each story of `prefix`.
 
@@ -57,6 +58,7 @@ def generate(
     Args:
         on_token: Called with the number of the text (num_outputs * story + k) and its token ids so far; a true result
             ends that text.
+        seeds: Of each story's first text, instead of `config.seed` for all.
     """
     if num_outputs < 1:
         raise SettingError(f"The number of texts must be at least 1, not {num_outputs}.")
@@ -65,17 +67,19 @@ def generate(
             _beam_search(llm, prefix.fork([i]), config, num_outputs, i, on_token) for i in range(len(prefix.input_ids))
         ]
     rows = [i for i in range(len(prefix.input_ids)) for _ in range(num_outputs)]
-    texts = _sample(llm, prefix if num_outputs == 1 else prefix.fork(rows), config, num_outputs, on_token)
+    seeds = [config.seed] * len(prefix.input_ids) if seeds is None else seeds
+    row_seeds = [seed + k for seed in seeds for k in range(num_outputs)]
+    texts = _sample(llm, prefix if num_outputs == 1 else prefix.fork(rows), config, row_seeds, on_token)
     return [texts[i : i + num_outputs] for i in range(0, len(texts), num_outputs)]
 
 
 @torch.no_grad()
 def _sample(
-    llm: LlamaMMFS, prefix: PrefixCache, s: TextGenerationConfig, num_outputs: int, on_token
+    llm: LlamaMMFS, prefix: PrefixCache, s: TextGenerationConfig, seeds: list[int], on_token
 ) -> list[GeneratedText]:
     stops, process = _stop_tokens(llm), _logits_processors(llm, s, warp=s.do_sample)
     n = len(prefix.input_ids)
-    generators = [torch.Generator().manual_seed((s.seed + i % num_outputs) % 2**63) for i in range(n)]
+    generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
     texts: list[list[int]] = [[] for _ in range(n)]
     ends: list[str | None] = [None] * n
     generated_ids = torch.full((n, 1), llm.config.special_tokens.bos)

@@ -7,6 +7,7 @@ and MLP weights stay in the computer's memory and are copied for each layer's tu
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,7 @@ from .peak_memory import PeakMemory
 PHASES = {"encode": ("encoder",), "text": ("llm",), "draw": ("synchronizer", "unet", "vae")}
 RESERVED = 10**9  # bytes of a card for CUDA's context, what its libraries take, and MMFS where Triton is missing
 MAX_IMAGES = 8  # of a story that a plan leaves room for, if the context has
+MAX_BATCH = 8  # stories that share passes; more are hardly faster
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,38 @@ def make_plan(
             f"{format_memory(capacity + short)}; draw smaller images, or convert it with --quantize q4_0 if it is not."
         )
     return plan
+
+
+def choose_batch_size(
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: tuple[int, int] | None = None,
+    cache_dtype: torch.dtype | None = None,
+    free: int | None = None,
+) -> int:
+    """How many stories of the whole context, each with its cache and its images at work, fit the memory that is free.
+
+    Args:
+        size, cache_dtype: As in `make_plan`.
+        free: Bytes; None asks the device.
+
+    Returns:
+        From 1 to MAX_BATCH.
+    """
+    free = free_bytes(device) if free is None else free
+    work = make_plan(config, 2**60, dtype, size, cache_dtype=cache_dtype).work
+    return max(1, min(MAX_BATCH, int(0.8 * free) // max(work.values())))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that is free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows and macOS do not say
+        return 4 * 1024**3
 
 
 def block_bytes(config: Config, dtype: torch.dtype) -> dict[str, int]:

@@ -56,6 +56,36 @@ class PrefixCache:
             return 0
         return _common_prefix(tokens, self.input_ids[0], self.image_digests[0], num_img_token)[0]
 
+    def match(self, batch: list[StoryTokens], num_img_token: int) -> PrefixCache | None:
+        """This cache with its rows in the order of the stories that begin as they do; None if a story has no row.
+
+        So a batch goes on with what is cached when some of its stories have ended.
+        """
+        if len(batch) == len(self.input_ids):
+            return self
+        free, rows = list(range(len(self.input_ids))), []
+        for tokens in batch:
+            common = {
+                row: _common_prefix(tokens, self.input_ids[row], self.image_digests[row], num_img_token)[0]
+                for row in free
+            }
+            if not common:
+                return None
+            row = max(common, key=common.get)
+            rows.append(row)
+            free.remove(row)
+        if self.kv_cache.prefix is not None or not self.image_values:
+            return None
+        return PrefixCache(
+            *(
+                [list(column[row]) for row in rows]
+                for column in (self.input_ids, self.image_digests, self.visible_images)
+            ),
+            hidden_states=[self.hidden_states[row] for row in rows],
+            kv_cache=self.kv_cache.select_rows(rows),
+            image_values=self.image_values.select_rows(rows),
+        )
+
     def truncate(self, length: int) -> None:
         """Limits reuse to the first `length` tokens of the one cached story."""
         self.input_ids[0] = self.input_ids[0][:length]

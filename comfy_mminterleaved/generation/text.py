@@ -161,6 +161,8 @@ class TextGenerator:
 
     def _prefill(self, batch: list[StoryTokens]) -> PrefixCache:
         cached, self.cache = self.cache, None  # after an error the old cache is in no known state
+        if cached is not None:
+            cached = cached.match(batch, self.config.llm.num_img_token)
         self.cache = prefill(self.llm, batch, cached)
         return self.cache
 
@@ -185,6 +187,7 @@ class TextGenerator:
         num_outputs: int = 1,
         on_token: Callable[[int, str], object] | None = None,
         drop_oldest: bool | None = False,
+        seeds: Sequence[int] | None = None,
     ) -> list[list[GeneratedText]]:
         """Continues each story with `num_outputs` texts, up to where the model ends them or requests an image.
 
@@ -192,13 +195,14 @@ class TextGenerator:
             config: None for the model's own (`generation_config`).
             on_token: Called with the number of the text (num_outputs * story + k) and the text so far; a true result
                 ends that text.
+            seeds: Of each story's first text, instead of `config.seed` for all.
         """
         config = config or self.generation_config.text
         stories = [self.truncate_to_context(story, config.max_new_tokens, drop_oldest) for story in stories]
         self._prefill_stories(stories)
         cache = self._prefill([self.tokenize(story) for story in stories])
         callback = on_token and (lambda i, ids: on_token(i, self.decode(ids)))
-        texts = generate(self.llm, cache, config, num_outputs, callback)
+        texts = generate(self.llm, cache, config, num_outputs, callback, seeds)
         return [[replace(text, text=self.decode(text.tokens)) for text in row] for row in texts]
 
     def generate_text(

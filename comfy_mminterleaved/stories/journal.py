@@ -24,14 +24,16 @@ class StoryRecord:
     Args:
         fingerprint: Of text, settings and images that it was told from.
         status: BEGUN, DONE or FAILED.
-        opening: Number of segments before the first that is generated.
+        opening, opening_images: Number of segments before the first that is generated, and of images among them; None
+            for a story that was not begun here.
         panels: Finished so far; seconds: that they took, over all runs.
         error: The sentence that a failed story ended with.
     """
 
     fingerprint: str
     status: str = BEGUN
-    opening: int = 0
+    opening: int | None = None
+    opening_images: int = 0
     panels: int = 0
     seconds: float = 0.0
     error: str = ""
@@ -62,7 +64,8 @@ class Journal:
     def _apply(self, line: dict) -> None:
         number, event = int(line["story"]), line["event"]
         if event == BEGUN:
-            self.records[number] = StoryRecord(line["fingerprint"], opening=int(line["opening"]))
+            counts = int(line["opening"]), int(line.get("opening_images", 0))
+            self.records[number] = StoryRecord(line["fingerprint"], BEGUN, *counts)
             return
         record = self.records.get(number)
         if record is None or line.get("fingerprint", record.fingerprint) != record.fingerprint:
