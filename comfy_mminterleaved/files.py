@@ -12,9 +12,13 @@ import shutil
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from .errors import OutputError
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -221,6 +225,43 @@ def atomic_dir(path: str | Path):
             yield temp_path
             if path.exists():
                 path.rmdir()
+
+
+def write_numbered_dir(parent: Path, name: str, number: int, write: Callable[[Path], T]) -> tuple[Path, T]:
+    """Writes a folder NAME_00001, or with the next number that is free; it appears when it is complete.
+
+    The number is taken last, so that two processes that write into `parent` do not take the same one.
+
+    Args:
+        write: Fills the folder that it is called with.
+
+    Returns:
+        The folder, and what `write` returned.
+    """
+    with friendly_errors(parent / name, "The folder"):
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(parent)
+        temp_path = _part_path(parent / name)
+        _open_parts.add(temp_path)
+        try:
+            temp_path.mkdir()
+            result = write(temp_path)
+            while True:
+                folder = parent / f"{name}_{number:05d}"
+                number += 1
+                if folder.exists():
+                    continue
+                try:
+                    _replace(temp_path, folder)
+                    return folder, result
+                except OSError:
+                    if not folder.exists():
+                        raise
+        except BaseException:
+            _remove(temp_path)
+            raise
+        finally:
+            _open_parts.discard(temp_path)
 
 
 PROGRESS_SUFFIX = ".progress"  # of a file beside one that is being written, with how far it is

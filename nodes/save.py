@@ -11,14 +11,14 @@ from comfy.cli_args import args
 from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import OutputError, StoryError
-from ..comfy_mminterleaved.files import atomic_dir, friendly_errors, path_below
+from ..comfy_mminterleaved.files import friendly_errors, path_below, write_numbered_dir
 from ..comfy_mminterleaved.stories.page import save_story
 from .preview import panels_ui
 from .types import CATEGORY, StorySocket
 
 
-def story_folder(prefix: str) -> Path:
-    """A new folder's path below ComfyUI's output folder: PREFIX_00001, PREFIX_00002, ...; raises OutputError."""
+def story_place(prefix: str) -> tuple[Path, str, int]:
+    """Where a prefix leads below ComfyUI's output folder: folder, name and the next number; raises OutputError."""
     output = Path(folder_paths.get_output_directory())
     normal = os.path.normpath(prefix.replace("\\", "/"))
     folder = path_below(output, normal)
@@ -28,9 +28,7 @@ def story_folder(prefix: str) -> Path:
         )
     with friendly_errors(folder, "The folder"):
         parent, name, counter, _, _ = folder_paths.get_save_image_path(normal, str(output))
-        while (Path(parent) / f"{name}_{counter:05d}").exists():
-            counter += 1
-    return Path(parent) / f"{name}_{counter:05d}"
+    return Path(parent), name, counter
 
 
 class SaveStory(io.ComfyNode):
@@ -60,15 +58,15 @@ class SaveStory(io.ComfyNode):
     def execute(cls, story, filename_prefix, title) -> io.NodeOutput:
         if not story.segments:
             raise StoryError("The story is empty; there is nothing to save.")
-        folder = story_folder(filename_prefix)
+        place = story_place(filename_prefix)
         metadata = {}
         if not args.disable_metadata:
             if cls.hidden.prompt is not None:
                 metadata["prompt"] = json.dumps(cls.hidden.prompt)
             for key, value in (cls.hidden.extra_pnginfo or {}).items():
                 metadata[key] = json.dumps(value)
-        with atomic_dir(folder) as temp_path:
-            names = [file.name for file in save_story(temp_path, story, title, metadata=metadata)[:-2]]
+        folder, paths = write_numbered_dir(*place, lambda path: save_story(path, story, title, metadata=metadata))
         subfolder = folder.relative_to(folder_paths.get_output_directory()).as_posix()
-        images = [{"filename": name, "subfolder": subfolder, "type": "output"} for name in names]
-        return io.NodeOutput(ui={"images": images, "text": (story.text,), **panels_ui(story, images)})
+        files = [{"filename": path.name, "subfolder": subfolder, "type": "output"} for path in paths]
+        images, pages = files[:-2], files[-2:]  # pages: for clients that collect what was saved
+        return io.NodeOutput(ui={"images": images, "text": (story.text,), "pages": pages, **panels_ui(story, images)})

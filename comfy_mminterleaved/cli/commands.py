@@ -19,7 +19,7 @@ from .common import (
     story_record,
 )
 from .parser import DEFAULT_OUT
-from .storyboard import tell_storyboard
+from .storyboard import queue, tell_storyboard
 
 # ---- commands ----
 
@@ -231,4 +231,4 @@ def _dtype_name(tensors) -> str:
     return max(sizes, key=sizes.get)
 
 
-COMMANDS = {command.__name__: command for command in (tell, write, draw, ask, caption, convert, info)}
+COMMANDS = {command.__name__: command for command in (tell, queue, write, draw, ask, caption, convert, info)}

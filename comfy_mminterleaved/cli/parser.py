@@ -103,6 +103,22 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
         _add(group, "--mmfs-start", "--start", type=float, help="when MMFS starts, as a fraction of the steps")
         _add(group, "--mmfs-end", "--end", type=float, help="when MMFS ends, as a fraction of the steps")
 
+    def run_options(p, default=""):
+        p.add_argument(
+            "--out",
+            help="the folder to write; if it holds another story, a free name beside it (default: "
+            f"{default}{DEFAULT_OUT})",
+        )
+        p.add_argument("--overwrite", action="store_true", help="replace the story in --out")
+        p.add_argument(
+            "--restart",
+            action="store_true",
+            help="tell all of a storyboard's stories anew; each replaces the old one when it is whole",
+        )
+        p.add_argument(
+            "--retry-failed", action="store_true", help="also tell stories of a storyboard that failed before"
+        )
+
     p = command("tell", "Tells an illustrated story: a folder with story.html, story.json and the images.")
     story_options(p)
     p.add_argument("--storyboard", metavar="FILE", help="a file of stories to tell; each gets a folder of its own")
@@ -119,18 +135,7 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
         help="add a sentence that says who is in an opening image, if the model's stories have one",
     )
     p.add_argument("--title")
-    p.add_argument(
-        "--out",
-        help="the folder to write; if it holds another story, a free name beside it (default: that of --story, else "
-        f"{DEFAULT_OUT})",
-    )
-    p.add_argument("--overwrite", action="store_true", help="replace the story in --out")
-    p.add_argument(
-        "--restart",
-        action="store_true",
-        help="tell all of a storyboard's stories anew; each replaces the old one when it is whole",
-    )
-    p.add_argument("--retry-failed", action="store_true", help="also tell stories of a storyboard that failed before")
+    run_options(p, "that of --story, else ")
     p.add_argument(
         "--batch",
         default="1",
@@ -139,6 +144,20 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
         "and then a word, can differ from a story told alone; auto: as many as fit the free memory (default: 1)",
     )
     text_options(p), image_options(p), model_options(p)
+
+    p = command("queue", "Has running ComfyUI servers tell a storyboard's stories with any workflow.")
+    p.add_argument("workflow", help="a workflow with a Load Storyboard, saved with Export (API), or a template")
+    p.add_argument(
+        "--storyboard", metavar="FILE", required=True, help="the stories; sent to the servers with its images"
+    )
+    p.add_argument(
+        "--server",
+        metavar="URL",
+        action="append",
+        required=True,
+        help="a server, like http://127.0.0.1:8188; may be repeated, and each is kept busy",
+    )
+    run_options(p)
 
     p = command("write", "Continues a story with text.")
     story_options(p), text_options(p), model_options(p)

@@ -69,6 +69,29 @@ def tell_storyboard(args) -> int:
     return _finish(args, run, "Stopped after the step at hand" if stopped else "")
 
 
+def queue(args) -> int:
+    from ..files import locked, output_folder
+    from ..jobs.comfy_client import ComfyServer
+    from ..jobs.comfy_queue import QueueRun
+    from ..jobs.run_folder import Stopped, stop_after_step
+    from ..jobs.workflow import read_workflow
+    from ..stories.storyboard import load_storyboard
+
+    servers = [ComfyServer(url) for url in dict.fromkeys(args.server)]
+    workflow, plans = read_workflow(args.workflow), load_storyboard(args.storyboard)
+    out = _run_folder(args)
+    with output_folder(out), locked(out / ".lock", _busy(out)):
+        run = QueueRun(out, plans, args.storyboard, workflow, args.restart or args.overwrite, args.retry_failed)
+        progress, stopped = _Progress(run, quiet=True), False
+        if run.pending():
+            try:
+                with stop_after_step() as should_stop:
+                    run.run(servers, should_stop, progress.on_story, print_status)
+            except Stopped:
+                stopped = True
+    return _finish(args, run, "Stopped; what the servers have begun stays there" if stopped else "")
+
+
 def _batch_size(value: str) -> int | None:
     """What --batch says; None for auto."""
     if value == "auto":

@@ -43,11 +43,16 @@ class BatchSettings:
     introduce: bool = True
 
 
-def fingerprint(plan: StoryPlan, settings: BatchSettings) -> str:
-    """Changes when a story would come out another: with its texts, its images' contents, its settings, or the model."""
+def describe_plan(plan: StoryPlan) -> list:
+    """What decides how a story comes out, JSON-ready: its texts, its images' contents, its settings."""
     opening = [s.digest if isinstance(s, ImageSegment) else s.text for s in plan.opening]
     steps = plan.steps and [[getattr(step, "text", None) or str(step) for step in panel] for panel in plan.steps]
-    about = [opening, plan.opening.image_first, plan.panels, plan.title, plan.seed, plan.script, steps]
+    return [opening, plan.opening.image_first, plan.panels, plan.title, plan.seed, plan.script, steps]
+
+
+def fingerprint(plan: StoryPlan, settings: BatchSettings) -> str:
+    """Changes when a story would come out another: with its plan, the settings, or the model."""
+    about = describe_plan(plan)
     about += [settings.model, settings.model_fingerprint, to_file(settings.text), to_file(settings.image)]
     about += [settings.drop_oldest, settings.introduce]
     return hashlib.blake2b(json.dumps(about, default=str).encode(), digest_size=16).hexdigest()

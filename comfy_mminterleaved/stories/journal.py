@@ -14,7 +14,7 @@ from ..errors import OutputError
 from ..files import friendly_errors
 
 JOURNAL_FILE = "journal.jsonl"
-BEGUN, DONE, FAILED = "begun", "done", "failed"
+BEGUN, QUEUED, DONE, FAILED = "begun", "queued", "done", "failed"
 
 
 @dataclass
@@ -23,11 +23,12 @@ class StoryRecord:
 
     Args:
         fingerprint: Of text, settings and images that it was told from.
-        status: BEGUN, DONE or FAILED.
+        status: BEGUN, QUEUED (at a server), DONE or FAILED.
         opening, opening_images: Number of segments before the first that is generated, and of images among them; None
             for a story that was not begun here.
         panels: Finished so far; seconds: that they took, over all runs.
         error: The sentence that a failed story ended with.
+        server, prompt: Where it was queued last, and as which prompt.
     """
 
     fingerprint: str
@@ -37,6 +38,8 @@ class StoryRecord:
     panels: int = 0
     seconds: float = 0.0
     error: str = ""
+    server: str = ""
+    prompt: str = ""
 
 
 class Journal:
@@ -73,8 +76,11 @@ class Journal:
         record.seconds += float(line.get("seconds", 0))
         if event == "panel":
             record.panels, record.status = int(line["panel"]), BEGUN
+        elif event == QUEUED:
+            record.status, record.server, record.prompt = event, line["server"], line["prompt"]
         elif event in (DONE, FAILED):
             record.status, record.error = event, line.get("error", "")
+            record.panels = int(line.get("panel", record.panels))
         else:
             raise ValueError(event)
 

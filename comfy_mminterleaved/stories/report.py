@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..files import atomic_write
-from .journal import DONE, FAILED, StoryRecord
+from .journal import DONE, FAILED, QUEUED, StoryRecord
 from .storyboard import StoryPlan
 
 _STYLE = """
@@ -41,14 +41,16 @@ def write_report(folder: Path, plans: Sequence[StoryPlan], records: Mapping[int,
                 f"<p>{html.escape(record.error)}</p></section>"
             )
             continue
-        state = duration(record.seconds) if record.status == DONE else f"{record.panels} panels so far"
+        link = f"{name}/story.html" if (folder / name / "story.html").exists() else f"{name}/"
+        states = {DONE: duration(record.seconds), QUEUED: f"at {html.escape(record.server)}"}
+        state = states.get(record.status, f"{record.panels} panels so far")
         images = "".join(
             f'<img src="{name}/{path.name}" alt="" loading="lazy">'
-            for path in sorted((folder / name).glob("[0-9]*.*"))
+            for path in sorted((folder / name).glob("*.*"))
             if path.suffix in (".png", ".jpg", ".webp")
         )
         sections.append(
-            f'<section><h2><a href="{name}/story.html">{number}. {title}</a><span>{state}</span></h2>'
+            f'<section><h2><a href="{link}">{number}. {title}</a><span>{state}</span></h2>'
             f'<div class="images">{images}</div></section>'
         )
     page = (

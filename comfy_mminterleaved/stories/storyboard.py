@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -65,6 +66,27 @@ def load_storyboard(path: str | Path) -> list[StoryPlan]:
     generate_images its last image stands for the one to generate and is not read.
     """
     path = Path(path)
+    entries, parse = _read_entries(path)
+    return [parse(entry, path.parent, f"Story {n} of {path.name!r}") for n, entry in enumerate(entries, 1)]
+
+
+def storyboard_images(path: str | Path) -> list[str]:
+    """The files that a storyboard names, as it names them, each once; those of data URLs are left out."""
+    entries, parse = _read_entries(Path(path))
+    names = []
+    for entry in entries:
+        if parse is _own:
+            opening = entry.get("opening", [])
+            segments = opening if isinstance(opening, list) else []
+            names += [s.get("image", s.get("picture")) for s in segments if isinstance(s, dict) and "text" not in s]
+        else:
+            last = -1 if entry.get("generate_mode") == "generate_images" else None  # it stands for the one to generate
+            names += entry["images"][:last]
+    return [name.replace("\\", "/") for name in dict.fromkeys(names) if not name.startswith("data:image/")]
+
+
+def _read_entries(path: Path) -> tuple[list[dict], Callable]:
+    """The stories of a storyboard file, and what parses one."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -93,12 +115,10 @@ def load_storyboard(path: str | Path) -> list[StoryPlan]:
         )
     if not isinstance(entries, list) or not entries:
         raise StoryError(f"The storyboard {str(path)!r} holds no stories.")
-    plans = []
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict):
             raise StoryError(f"Story {number} of {path.name!r} must be an object, not {entry!r:.60}.")
-        plans.append(parse(entry, path.parent, f"Story {number} of {path.name!r}"))
-    return plans
+    return entries, parse
 
 
 def _table(text: str, path: Path) -> dict:

@@ -40,6 +40,7 @@ class Server:
         arguments=("--cpu", "--preview-method", "latent2rgb"),
         package: Path = ROOT,
         python_path: str = "",
+        port: int | None = None,
     ):
         self.folder, self.path = folder, path
         for name in ("input", "output", "temp", "user", "models", "custom_nodes"):
@@ -73,7 +74,7 @@ class Server:
         )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+            self.port = port or free.getsockname()[1]
         self.log = folder / "comfyui.log"
         command = [
             python or sys.executable,
