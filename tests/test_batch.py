@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,6 +258,76 @@ def test_a_batch_fits_the_memory_that_is_free(tiny_random):
 # ---- kills ----
 
 
+class Instant:
+    """A model that writes and draws at once, for runs of a thousand stories."""
+
+    class text:
+        @staticmethod
+        def resolve_image_first(story, image_first=None):
+            return False
+
+    def introduce(self, story):
+        return story
+
+    def validate_plan(self, *_):
+        pass
+
+    def clear_cache(self):
+        pass
+
+    def iterate_plans(self, stories, plans, text_config, image_config, seeds, **_):
+        return run_plans(stories, plans, self.write, self.illustrate, seeds=seeds)
+
+    def write(self, stories, seeds):
+        return [TextSegment(f"Text {seed} of a story.") for seed in seeds]
+
+    def illustrate(self, stories, seeds):
+        return [ImageSegment(torch.full((3, 32, 32), (seed % 7) / 7)) for seed in seeds]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_kill_at_each_rename_loses_nothing(board, tmp_path, restart, after):
+    plans, undisturbed = load_storyboard(board), tmp_path / "undisturbed"
+    StoryboardRun(undisturbed, plans, SETTINGS).run(telling(Instant()))
+    kills = 0
+    while True:
+        out = tmp_path / f"out-{kills}"
+        if restart:
+            shutil.copytree(undisturbed, out)
+        child = os.fork()
+        if not child:
+            _kill_at_rename(kills, after)
+            StoryboardRun(out, plans, SETTINGS, restart=restart).run(telling(Instant()))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            assert os.WEXITSTATUS(status) == 0 and kills > 40
+            return
+        StoryboardRun(out, plans, SETTINGS).run(telling(Instant()))
+        assert contents(out) == contents(undisturbed) and not strays(out)
+        shutil.rmtree(out)
+        kills += 1
+
+
+def _kill_at_rename(number: int, after: bool) -> None:
+    """Has this process die before or after its rename with this number."""
+    replace, count = os.replace, 0
+
+    def replace_and_die(*paths):
+        nonlocal count
+        count += 1
+        if after:
+            replace(*paths)
+        if count == number + 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not after:
+            replace(*paths)
+
+    os.replace = replace_and_die
+
+
 @pytest.fixture
 def told(board, tmp_path):
     """What the command line gives when nothing disturbs it."""
@@ -285,8 +356,6 @@ def test_kills_lose_nothing(board, tmp_path, told, kills):
         if all((out / f"{n:03d}" / "story.html").exists() for n in range(1, 6)):
             assert start(board, out).wait() == 0
             assert contents(out) == told and not strays(out)
-            import shutil
-
             shutil.rmtree(out)
     assert start(board, out).wait() == 0
     assert contents(out) == told and not strays(out)
@@ -408,33 +477,6 @@ def test_a_full_disk(board, tmp_path, told):
     assert done.returncode == 2 and "cannot be written" in done.stderr, done.stderr
     assert start(board, out).wait() == 0
     assert contents(out) == told and not strays(out)
-
-
-class Instant:
-    """A model that writes and draws at once, for runs of a thousand stories."""
-
-    class text:
-        @staticmethod
-        def resolve_image_first(story, image_first=None):
-            return False
-
-    def introduce(self, story):
-        return story
-
-    def validate_plan(self, *_):
-        pass
-
-    def clear_cache(self):
-        pass
-
-    def iterate_plans(self, stories, plans, text_config, image_config, seeds, **_):
-        return run_plans(stories, plans, self.write, self.illustrate, seeds=seeds)
-
-    def write(self, stories, seeds):
-        return [TextSegment(f"Text {seed} of a story.") for seed in seeds]
-
-    def illustrate(self, stories, seeds):
-        return [ImageSegment(torch.full((3, 32, 32), (seed % 7) / 7)) for seed in seeds]
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])

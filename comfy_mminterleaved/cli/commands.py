@@ -32,8 +32,10 @@ def tell(args) -> int:
 
     if args.storyboard:
         return tell_storyboard(args)
-    if args.restart or args.retry_failed or args.batch != "1":
-        raise SettingError("--restart, --retry-failed and --batch are for a storyboard; give one with --storyboard.")
+    if args.restart or args.retry_failed or args.batch != "1" or args.ray is not None or args.workers is not None:
+        raise SettingError(
+            "--restart, --retry-failed, --batch, --ray and --workers are for a storyboard; give one with --storyboard."
+        )
     if args.panels is not None and not 1 <= args.panels <= MAX_PANELS:
         raise SettingError(f"--panels must be at least 1 and at most {MAX_PANELS}, not {args.panels}.")
     opening = read_opening(args)

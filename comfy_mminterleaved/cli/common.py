@@ -134,16 +134,7 @@ def load_pipeline(args, opening: Opening, *stories):
         raise SettingError("--memory is of a card, but the model runs on the CPU; omit it.")
     if opening.model in ("tiny-random", "untrained"):
         print_status(f"Note: the model '{opening.model}' has random weights; its texts and images mean nothing.")
-    pipeline = MMInterleavedPipeline.load(
-        opening.model,
-        args.device,
-        parse_dtype(args.dtype),
-        args.compile,
-        args.memory,
-        cache_dtype(args),
-        args.quantize,
-        opening.image_config.size,
-    )
+    pipeline = MMInterleavedPipeline.load(**load_options(args, opening))
     _note_large(pipeline)
     _warn_unknown_words(pipeline, stories)
     size, trained = opening.image_config.size, pipeline.config.synchronizer.image_size
@@ -152,6 +143,20 @@ def load_pipeline(args, opening: Opening, *stories):
             f"Note: this model was trained at {trained} x {trained} px; at other sizes it tends to repeat objects."
         )
     return pipeline
+
+
+def load_options(args, opening: Opening) -> dict:
+    """Arguments of `MMInterleavedPipeline.load`."""
+    return {
+        "source": opening.model,
+        "device": args.device,
+        "dtype": parse_dtype(args.dtype),
+        "compile": args.compile,
+        "memory": args.memory,
+        "cache_dtype": cache_dtype(args),
+        "quantize": args.quantize,
+        "image_size": opening.image_config.size,
+    }
 
 
 def cache_dtype(args):

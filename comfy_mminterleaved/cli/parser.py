@@ -143,6 +143,16 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
         help="how many stories of a storyboard share passes of LLM and U-Net: faster, but a pixel's last bit, or now "
         "and then a word, can differ from a story told alone; auto: as many as fit the free memory (default: 1)",
     )
+    p.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="tell a storyboard's stories on Ray (`pip install ray`): on this computer, or on the cluster at ADDRESS",
+    )
+    p.add_argument(
+        "--workers", type=int, metavar="N", help="of Ray (default: one per GPU; without any, one per four CPU cores)"
+    )
     text_options(p), image_options(p), model_options(p)
 
     p = command("queue", "Has running ComfyUI servers tell a storyboard's stories with any workflow.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SettingError
-from .common import ProgressBars, emit, load_pipeline, print_status, read_opening, story_record
+from .common import ProgressBars, emit, load_options, load_pipeline, print_status, read_opening, story_record
 from .parser import DEFAULT_OUT
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def tell_storyboard(args) -> int:
             "A storyboard's stories have their own title, panels and image_first; omit --title, --panels and "
             "--image-first."
         )
+    if args.workers is not None and (args.ray is None or args.workers < 1):
+        raise SettingError(f"--workers is the number of Ray's workers, at least 1 and with --ray, not {args.workers}.")
     batch_size = _batch_size(args.batch)
     plans = load_storyboard(args.storyboard)
     opening = read_opening(args, required=False)
@@ -47,8 +49,18 @@ def tell_storyboard(args) -> int:
     with output_folder(out), locked(out / ".lock", _busy(out)):
         run = StoryboardRun(out, plans, settings, args.restart or args.overwrite, args.retry_failed)
         progress, stopped = _Progress(run, args.quiet), False
-        if run.pending():
+        if run.pending() and args.ray is not None:
+            from ..jobs.ray_runner import run_on_ray
+
+            options = load_options(args, opening)
+            try:
+                with stop_after_step() as should_stop:
+                    run_on_ray(run, options, args.ray, args.workers, should_stop, progress.on_story, batch_size)
+            except Stopped:
+                stopped = True
+        elif run.pending():
             pipeline = load_pipeline(args, opening, *(plans[number - 1].opening for number in run.pending()))
+            progress.began = time.monotonic()
             callbacks = {
                 "on_token": progress.bars.on_token(opening.text_config.max_new_tokens),
                 "on_step": progress.bars.on_step,

@@ -157,24 +157,40 @@ class StoryboardRun(RunFolder):
         while batches:
             opened = [OpenStory(self, number) for number in batches.pop(0)]
             for grown in tell([story.task for story in opened]):
-                grown = {opened[place]: result for place, result in grown.items() if not opened[place].is_done}
-                if len(grown) > 1 and all(isinstance(result, Exception) for result in grown.values()):
-                    # Alone each has more memory, and only the one at fault fails.
-                    batches[:0] = [[story.number] for story in grown]
-                    break
-                for story, result in grown.items():
-                    story.advance(result, len(opened))
-                    if story.is_done:
-                        self.ended(story.number, on_story)
+                again = self.advance(opened, grown, on_story)
                 if should_stop():
                     self.report()
                     raise Stopped
-            for story in opened:
-                if story.story is not None and not story.left and not story.is_done:  # nothing was left to tell
-                    story.finish()
-                    self.ended(story.number, on_story)
+                if again:
+                    batches[:0] = again
+                    break
+            else:
+                self.close(opened, on_story)
         self.report()
         return [self.journal.records[number] for number in range(1, len(self.plans) + 1)]
+
+    def advance(self, opened: list[OpenStory], grown: dict[int, Story | Exception], on_story) -> list[list[int]]:
+        """Keeps one step of stories that are told together.
+
+        Returns:
+            Batches to tell instead, if the step failed for several: alone each has more memory, and only the one at
+            fault fails.
+        """
+        results = {opened[place]: result for place, result in grown.items() if not opened[place].is_done}
+        if len(results) > 1 and all(isinstance(result, Exception) for result in results.values()):
+            return [[story.number] for story in results]
+        for story, result in results.items():
+            story.advance(result, len(opened))
+            if story.is_done:
+                self.ended(story.number, on_story)
+        return []
+
+    def close(self, opened: list[OpenStory], on_story) -> None:
+        """Finishes stories of which nothing was left to tell."""
+        for story in opened:
+            if story.story is not None and not story.left and not story.is_done:
+                story.finish()
+                self.ended(story.number, on_story)
 
     def batches(self, batch_size: int = 1) -> list[list[int]]:
         """The pending stories in groups that can be told in step: those that wait for the same kinds of steps."""
@@ -204,7 +220,7 @@ class OpenStory:
     def __init__(self, run: StoryboardRun, number: int):
         self.run, self.number, self.plan = run, number, run.plans[number - 1]
         self.folder = run.story_folder(number)
-        self.beside = run.folder / f".{number:03d}.unfinished"
+        self.beside = run.unfinished_folder(number)
         record = run.record(number)
         is_begun = record is not None and not run.restart
         self.work = self.beside if (self.beside if is_begun else self.folder).exists() else self.folder

@@ -300,7 +300,7 @@ class _Feeder(threading.Thread):
             self.work.fail(number, error)
             return
         run = self.work.run
-        folder = run.folder / f".{number:03d}.unfinished"
+        folder = run.unfinished_folder(number)
         files = [(node, file) for node, output in entry.get("outputs", {}).items() for file in _files(output)]
         saved = [pair for pair in files if pair[1].get("type") == "output"] or files  # previews, if that is all
         if not saved:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..files import ensure_writable_dir, friendly_errors, remove_leftovers
-from ..stories.journal import DONE, FAILED, Journal, StoryRecord
+from ..stories.journal import BEGUN, DONE, FAILED, Journal, StoryRecord
 from ..stories.report import write_report
 from ..stories.storyboard import StoryPlan
 
@@ -47,6 +47,9 @@ class RunFolder:
         self.journal = Journal(self.folder)
         self.restart, self.retry_failed = restart, retry_failed
         self._reported = float("-inf")
+        for number in range(1, len(self.plans) + 1):  # of a run that was killed before its journal knew of them
+            if self.record(number) is None or self.record(number).status not in (BEGUN, FAILED):
+                shutil.rmtree(self.unfinished_folder(number), ignore_errors=True)
 
     def record(self, number: int) -> StoryRecord | None:
         """What the journal knows of a story, if it was told from the same plan."""
@@ -61,6 +64,10 @@ class RunFolder:
 
     def story_folder(self, number: int) -> Path:
         return self.folder / f"{number:03d}"
+
+    def unfinished_folder(self, number: int) -> Path:
+        """Where a story grows while its own folder holds an older one."""
+        return self.folder / f".{number:03d}.unfinished"
 
     def fail(self, number: int, sentence: str) -> None:
         """Records why a story ended."""

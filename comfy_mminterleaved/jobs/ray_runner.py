@@ -1,0 +1,175 @@
+"""Tells a storyboard's stories on Ray: one worker per GPU of a cluster, each with a model of its own.
+
+Workers only compute. What they yield comes back to this process, which writes all files and the journal; so a worker
+that dies loses the step at hand, and its machine needs no access to the run's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..errors import CheckpointError, MMInterleavedError, SettingError
+from ..stories.journal import StoryRecord
+from ..stories.story import Story
+from .batch import BatchSettings, OpenStory, StoryboardRun, StoryTask, tell_stories
+from .run_folder import Stopped
+
+LOCAL = "local"  # address of a Ray that is started for this run, on this computer
+MAX_DEATHS = 3  # of workers in a row at the same place of a story, after which it fails
+
+
+class _Worker:
+    """The actor: loads the model once, and again if Ray starts it again."""
+
+    def __init__(self, load: dict, settings: BatchSettings, num_threads: int | None):
+        self.load, self.settings, self.num_threads, self.pipeline = load, settings, num_threads, None
+
+    def prepare(self, choose_batch_size: bool = False) -> int | str:
+        """Loads the model; the number of stories that it can tell in step, or why it cannot be loaded."""
+        try:
+            pipeline = self._pipeline()
+            return pipeline.choose_batch_size(self.settings.image) if choose_batch_size else 1
+        except MMInterleavedError as error:
+            return str(error)
+
+    def _pipeline(self):
+        if self.pipeline is None:
+            import torch
+
+            from ..pipeline import MMInterleavedPipeline
+
+            if self.num_threads is not None:
+                torch.set_num_threads(self.num_threads)
+            self.pipeline = MMInterleavedPipeline.load(**self.load)
+        return self.pipeline
+
+    def tell(self, tasks: list[StoryTask]):
+        """`tell_stories`, without the features of images, which only this model can use."""
+        for grown in tell_stories(self._pipeline(), tasks, self.settings):
+            yield {
+                place: _without_features(result) if isinstance(result, Story) else result
+                for place, result in grown.items()
+            }
+
+
+def _without_features(story: Story) -> Story:
+    return story.map_images(lambda image: replace(image, features=None))
+
+
+def run_on_ray(
+    run: StoryboardRun,
+    load: dict,
+    address: str = LOCAL,
+    num_workers: int | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_story: Callable[[int, StoryRecord], object] | None = None,
+    batch_size: int | None = 1,
+) -> list[StoryRecord]:
+    """Tells the pending stories of a run; see `StoryboardRun.run`.
+
+    Args:
+        load: Arguments of `MMInterleavedPipeline.load`; the workers' machines must have the model under the same name.
+        address: Of a Ray cluster, "auto" for the one that this computer belongs to, or LOCAL.
+        num_workers: None for one per GPU of the cluster, without any one per four CPU cores.
+        batch_size: How many stories a worker tells in step; None for what its memory holds.
+
+    Raises:
+        SettingError: If Ray is not installed or not reached; CheckpointError, OutputError, and Stopped.
+    """
+    ray = _connect(address)
+    try:
+        resources = ray.cluster_resources()
+        num_gpus, num_cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1)
+        count = num_workers or num_gpus or max(1, int(num_cpus) // 4)
+        count = min(count, len(run.pending()))
+        options = {"num_gpus": min(1, num_gpus / count), "num_cpus": 0} if num_gpus else {"num_cpus": num_cpus / count}
+        threads = None if num_gpus or "OMP_NUM_THREADS" in os.environ else max(1, int(num_cpus) // count)
+        actor = ray.remote(max_restarts=-1, **options)(_Worker)
+        workers = [actor.remote(load, run.settings, threads) for _ in range(count)]
+        answers = ray.get([worker.prepare.remote(batch_size is None) for worker in workers])
+        for answer in answers:
+            if isinstance(answer, str):
+                raise CheckpointError(answer)
+        return _Dispatcher(ray, run, on_story).work(workers, batch_size or min(answers), should_stop)
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str):
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise SettingError("Ray is not installed; install it with `pip install ray`, or omit --ray.") from None
+    options = {"include_dashboard": False} if address == LOCAL else {}
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        if port.isdecimal():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), 10).close()
+        ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
+    except (ValueError, RuntimeError, OSError, OverflowError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise SettingError(f"The Ray cluster {address!r} is not reached: {reason}.") from None
+    return ray
+
+
+class _Dispatcher:
+    """Gives each worker stories, and keeps what comes back."""
+
+    def __init__(self, ray, run: StoryboardRun, on_story):
+        self.ray, self.run, self.on_story = ray, run, on_story
+        self.deaths: dict[int, int] = {}
+
+    def work(self, workers: list, batch_size: int, should_stop: Callable[[], bool]) -> list[StoryRecord]:
+        ray, run = self.ray, self.run
+        batches, idle, busy, stopping = run.batches(batch_size), list(workers), {}, None
+        while busy or (batches and stopping is None):
+            while idle and batches and stopping is None:
+                worker = idle.pop(0)
+                opened = [OpenStory(run, number) for number in batches.pop(0)]
+                steps = worker.tell.options(num_returns="streaming").remote([story.task for story in opened])
+                busy[steps] = worker, opened
+            if stopping is None and should_stop():
+                stopping = set(busy)  # each finishes its step
+            for steps in ray.wait(list(busy), timeout=0.2)[0]:
+                worker, opened = busy[steps]
+                try:
+                    grown = ray.get(next(steps))
+                except StopIteration:
+                    run.close(opened, self.on_story)
+                except ray.exceptions.RayActorError:  # Ray starts the worker again
+                    batches.insert(0, self._survivors(opened))
+                else:
+                    for story in opened:
+                        self.deaths.pop(story.number, None)
+                    again = run.advance(opened, grown, self.on_story)
+                    if stopping is not None:
+                        stopping.discard(steps)
+                    if not again and (stopping is None or steps in stopping):
+                        continue
+                    batches[:0] = again
+                    ray.cancel(steps)
+                del busy[steps]
+                idle.append(worker)
+            batches = [batch for batch in batches if batch]
+        run.report()
+        if stopping is not None:
+            raise Stopped
+        return [run.journal.records[number] for number in range(1, len(run.plans) + 1)]
+
+    def _survivors(self, opened: list[OpenStory]) -> list[int]:
+        """Stories to go on with after their worker's death."""
+        numbers = []
+        for story in opened:
+            if story.is_done:
+                continue
+            self.deaths[story.number] = self.deaths.get(story.number, 0) + 1
+            if self.deaths[story.number] < MAX_DEATHS:
+                numbers.append(story.number)
+            else:
+                self.run.fail(story.number, f"Its worker died {MAX_DEATHS} times at the same place; see Ray's logs.")
+                self.run.ended(story.number, self.on_story)
+        return numbers
