@@ -10,7 +10,7 @@ from places import HERE, TINY
 
 sys.path.insert(0, str(HERE.parent))
 
-from benchmarks import full_size, gather, gpu, models, story, token, unet
+from benchmarks import full_size, gather, gpu, models, story, storyboards, token, unet
 from benchmarks.timing import interleaved
 from comfy_mminterleaved import MMInterleavedPipeline, TextSegment
 from comfy_mminterleaved.checkpoints.load import read_config, read_state_dicts
@@ -39,6 +39,12 @@ def test_interleaved_runs_every_case_as_often():
 def test_token(toy):
     found = token.measure(pictures=(2,), rounds=1, layers=2)
     assert set(found["seconds"]) == {"plain", "2 pictures"} and found["ratios"]["2 pictures"] > 0
+
+
+def test_storyboards():
+    rates = storyboards.measure([], count=2, panels=1, rounds=1, source="tiny-random", ray=False)
+    assert set(rates) == {"bare loop", "tell --storyboard", *(f"the same, --batch {n}" for n in (2, 4, 8))}
+    assert "| bare loop |" in storyboards.table(rates) and all(rate > 0 for rate in rates.values())
 
 
 def test_gather(monkeypatch):

@@ -199,11 +199,11 @@ class StoryboardRun(RunFolder):
         for number in self.pending():
             plan = self.plans[number - 1]
             kinds[number] = [_kind(step) for panel in plan.steps_after(plan.opening) for step in panel]
-            is_new = self.record(number) is None or self.restart
+            is_new = self.record(number) is None
             group = groups[-1] if groups else []
             longest = max((kinds[n] for n in group), key=len, default=[])
             length = min(len(longest), len(kinds[number]))
-            fits = group and len(group) < batch_size and is_new and (self.restart or self.record(group[0]) is None)
+            fits = group and len(group) < batch_size and is_new and self.record(group[0]) is None
             if fits and longest[:length] == kinds[number][:length]:
                 group.append(number)
             else:
@@ -222,7 +222,7 @@ class OpenStory:
         self.folder = run.story_folder(number)
         self.beside = run.unfinished_folder(number)
         record = run.record(number)
-        is_begun = record is not None and not run.restart
+        is_begun = record is not None
         self.work = self.beside if (self.beside if is_begun else self.folder).exists() else self.folder
         settings = run.settings
         text, image = settings.text.with_seed_offset(self.plan.seed), settings.image.with_seed_offset(self.plan.seed)
@@ -282,6 +282,7 @@ class OpenStory:
         fingerprint = self.run.fingerprints[self.number - 1]
         about = {"opening": len(opening), "opening_images": len(opening.images)}
         self.run.journal.append(self.number, BEGUN, fingerprint=fingerprint, **about)
+        self.run.afresh.discard(self.number)
         self.opening = self.story = opening
         self.left = sum(map(len, self.plan.steps_after(opening)))
 

@@ -116,7 +116,7 @@ class _Work:
         pending = run.pending()
         self.left = set(pending)
         for number in pending:
-            record = None if run.restart else run.record(number)
+            record = run.record(number)
             if record is not None and record.status == QUEUED and record.server in urls:
                 self.at_servers.setdefault(record.server, {})[record.prompt] = number
             else:

@@ -6,8 +6,10 @@ that dies loses the step at hand, and its machine needs no access to the run's f
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -79,21 +81,40 @@ def run_on_ray(
     Raises:
         SettingError: If Ray is not installed or not reached; CheckpointError, OutputError, and Stopped.
     """
+    num_pending = len(run.pending())
+    with started_workers(run.settings, load, address, num_workers, num_pending, batch_size is None) as started:
+        ray, workers, fitting = started
+        return Dispatcher(ray, run, on_story).work(workers, batch_size or fitting, should_stop)
+
+
+@contextlib.contextmanager
+def started_workers(
+    settings: BatchSettings,
+    load: dict,
+    address: str = LOCAL,
+    num_workers: int | None = None,
+    max_workers: int = 10**6,
+    choose_batch_size: bool = False,
+):
+    """Ray, workers that have loaded the model, and how many stories each can tell in step; ends Ray when left.
+
+    Raises:
+        SettingError, CheckpointError: As `run_on_ray`.
+    """
     ray = _connect(address)
     try:
         resources = ray.cluster_resources()
         num_gpus, num_cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1)
-        count = num_workers or num_gpus or max(1, int(num_cpus) // 4)
-        count = min(count, len(run.pending()))
+        count = min(num_workers or num_gpus or max(1, int(num_cpus) // 4), max_workers)
         options = {"num_gpus": min(1, num_gpus / count), "num_cpus": 0} if num_gpus else {"num_cpus": num_cpus / count}
         threads = None if num_gpus or "OMP_NUM_THREADS" in os.environ else max(1, int(num_cpus) // count)
         actor = ray.remote(max_restarts=-1, **options)(_Worker)
-        workers = [actor.remote(load, run.settings, threads) for _ in range(count)]
-        answers = ray.get([worker.prepare.remote(batch_size is None) for worker in workers])
+        workers = [actor.remote(load, settings, threads) for _ in range(count)]
+        answers = ray.get([worker.prepare.remote(choose_batch_size) for worker in workers])
         for answer in answers:
             if isinstance(answer, str):
                 raise CheckpointError(answer)
-        return _Dispatcher(ray, run, on_story).work(workers, batch_size or min(answers), should_stop)
+        yield ray, workers, min(answers)
     finally:
         ray.shutdown()
 
@@ -116,7 +137,7 @@ def _connect(address: str):
     return ray
 
 
-class _Dispatcher:
+class Dispatcher:
     """Gives each worker stories, and keeps what comes back."""
 
     def __init__(self, ray, run: StoryboardRun, on_story):
@@ -126,6 +147,7 @@ class _Dispatcher:
     def work(self, workers: list, batch_size: int, should_stop: Callable[[], bool]) -> list[StoryRecord]:
         ray, run = self.ray, self.run
         batches, idle, busy, stopping = run.batches(batch_size), list(workers), {}, None
+        starting: dict = {}  # workers that Ray starts again
         while busy or (batches and stopping is None):
             while idle and batches and stopping is None:
                 worker = idle.pop(0)
@@ -134,31 +156,50 @@ class _Dispatcher:
                 busy[steps] = worker, opened
             if stopping is None and should_stop():
                 stopping = set(busy)  # each finishes its step
-            for steps in ray.wait(list(busy), timeout=0.2)[0]:
-                worker, opened = busy[steps]
+            for ready in ray.wait([*busy, *starting], timeout=0.2)[0]:
+                if ready in starting:
+                    worker = starting.pop(ready)
+                    if self._is_started(ready):
+                        idle.append(worker)
+                    else:
+                        starting[worker.prepare.remote()] = worker
+                    continue
+                worker, opened = busy[ready]
                 try:
-                    grown = ray.get(next(steps))
+                    grown = ray.get(next(ready))
                 except StopIteration:
                     run.close(opened, self.on_story)
-                except ray.exceptions.RayActorError:  # Ray starts the worker again
+                    idle.append(worker)
+                except ray.exceptions.RayActorError:
                     batches.insert(0, self._survivors(opened))
+                    starting[worker.prepare.remote()] = worker
                 else:
                     for story in opened:
                         self.deaths.pop(story.number, None)
                     again = run.advance(opened, grown, self.on_story)
-                    if stopping is not None:
-                        stopping.discard(steps)
-                    if not again and (stopping is None or steps in stopping):
+                    is_last = bool(again) or (stopping is not None and ready in stopping)
+                    if not is_last:
                         continue
                     batches[:0] = again
-                    ray.cancel(steps)
-                del busy[steps]
-                idle.append(worker)
+                    ray.cancel(ready)
+                    idle.append(worker)
+                del busy[ready]
             batches = [batch for batch in batches if batch]
         run.report()
         if stopping is not None:
             raise Stopped
         return [run.journal.records[number] for number in range(1, len(run.plans) + 1)]
+
+    def _is_started(self, answer) -> bool:
+        """Whether a worker that died is there again; raises CheckpointError if it cannot load the model any more."""
+        try:
+            result = self.ray.get(answer)
+        except self.ray.exceptions.RayActorError:
+            time.sleep(0.2)
+            return False
+        if isinstance(result, str):
+            raise CheckpointError(result)
+        return True
 
     def _survivors(self, opened: list[OpenStory]) -> list[int]:
         """Stories to go on with after their worker's death."""

@@ -45,22 +45,25 @@ class RunFolder:
         ensure_writable_dir(self.folder)
         remove_leftovers(self.folder)
         self.journal = Journal(self.folder)
-        self.restart, self.retry_failed = restart, retry_failed
+        self.afresh = set(range(1, len(self.plans) + 1)) if restart else set()  # whatever the journal says of them
+        self.retry_failed = retry_failed
         self._reported = float("-inf")
         for number in range(1, len(self.plans) + 1):  # of a run that was killed before its journal knew of them
             if self.record(number) is None or self.record(number).status not in (BEGUN, FAILED):
                 shutil.rmtree(self.unfinished_folder(number), ignore_errors=True)
 
     def record(self, number: int) -> StoryRecord | None:
-        """What the journal knows of a story, if it was told from the same plan."""
+        """What the journal knows of a story, if it was told from the same plan; None if it is to be told afresh."""
         record = self.journal.records.get(number)
-        return record if record is not None and record.fingerprint == self.fingerprints[number - 1] else None
+        if record is None or number in self.afresh or record.fingerprint != self.fingerprints[number - 1]:
+            return None
+        return record
 
     def pending(self) -> list[int]:
         """Numbers of the stories to tell."""
         kept = (DONE,) if self.retry_failed else (DONE, FAILED)
         numbers = range(1, len(self.plans) + 1)
-        return [n for n in numbers if self.restart or self.record(n) is None or self.record(n).status not in kept]
+        return [n for n in numbers if self.record(n) is None or self.record(n).status not in kept]
 
     def story_folder(self, number: int) -> Path:
         return self.folder / f"{number:03d}"
