@@ -15,7 +15,7 @@ ROOT = HERE.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.strip() for line in README.splitlines() if re.match(r"    \S", line)]
 # What is not run here: installing, this suite itself, and measurements of many minutes, whose short forms
-# test_evaluate.py and test_benchmarks.py run.
+# test_evaluate.py and test_benchmarks.py run; comfyui/test_queue.py has servers.
 ELSEWHERE = (
     "pip install",
     "python -m venv",
@@ -25,6 +25,7 @@ ELSEWHERE = (
     "COMFYUI_PATH=",
     "python -m starter_training.evaluate",
     "python -m benchmarks",
+    "mminterleaved queue",
 )
 RUN = [c for c in COMMANDS if not c.startswith(ELSEWHERE)]
 

@@ -20,7 +20,7 @@ from .batch import BatchSettings, OpenStory, StoryboardRun, StoryTask, tell_stor
 from .run_folder import Stopped
 
 LOCAL = "local"  # address of a Ray that is started for this run, on this computer
-MAX_DEATHS = 3  # of workers in a row at the same place of a story, after which it fails
+MAX_DEATHS = 5  # of workers in a row at the same place of a story, after which it fails
 
 
 class _Worker:
