@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -468,7 +469,7 @@ class _Author:
         images = self.pipeline.generate_images(
             stories, self.image_config, 1, None, self.on_step, self.drop_oldest, len(stories), seeds
         )
-        return [image for (image,) in images]
+        return [replace(image, seed=seed) for (image,), seed in zip(images, seeds)]
 
 
 def _plan(config: Config, memory, device: str, dtype: torch.dtype, cache_dtype, image_size) -> Plan | None:

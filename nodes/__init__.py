@@ -3,15 +3,20 @@
 from comfy_api.latest import ComfyExtension
 
 from .ask import AskAboutStory, CaptionImage, RankAnswers
+from .context_images import SelectContextImages
+from .edit import EditPanels, SetPanel, StoryPanel
 from .example import ExampleImage
 from .inputs import check_inputs
 from .load import LoadEncoder, LoadMMInterleaved, LoadStoryLLM, LoadSynchronizer
+from .load_story import LoadStory
 from .panels import PanelsInside, PanelsToStory, StoryToPanels
+from .references import ApplyStoryReferences
 from .save import SaveStory
 from .segments import AddStoryImage, AddStoryText, IntroduceCharacter
 from .storyboard import LoadStoryboard
 from .synchronize import ApplySynchronizer
 from .tell import TellStory
+from .tell_any import TellStoryAnyModel
 from .write import WriteStoryText
 
 NODES = [
@@ -29,10 +34,17 @@ NODES = [
     RankAnswers,
     ApplySynchronizer,
     TellStory,
+    ApplyStoryReferences,
+    SelectContextImages,
+    TellStoryAnyModel,
     StoryToPanels,
     PanelsToStory,
     PanelsInside,
+    StoryPanel,
+    SetPanel,
+    EditPanels,
     SaveStory,
+    LoadStory,
     LoadStoryboard,
 ]
 

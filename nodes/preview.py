@@ -13,6 +13,7 @@ from ..comfy_mminterleaved.stories.images import encode_png
 from ..comfy_mminterleaved.stories.story import Story
 
 SUBFOLDER = "mm_interleaved"
+CONTEXT = "context"  # begins the names of a Tell Story's parts that hold what a panel refers to
 LIVE_TEXT = "mm_interleaved.text"
 
 
@@ -25,7 +26,12 @@ def panels_ui(story: Story, saved: list[dict] | None = None) -> dict:
     images = iter(saved if saved is not None else [_temporary(image) for image in story.images])
     return {
         "mm_interleaved_panels": [
-            {"text": panel.text, "image": next(images) if panel.image is not None else None} for panel in story.panels()
+            {
+                "text": panel.text,
+                "image": next(images) if panel.image is not None else None,
+                "seed": panel.image.seed if panel.image is not None else None,
+            }
+            for panel in story.panels()
         ]
     }
 
@@ -42,6 +48,11 @@ def _temporary(image) -> dict:
 def is_inside(hidden) -> bool:
     """Whether a node runs as a part of another one, Tell Story."""
     return hidden.dynprompt is not None and hidden.unique_id in hidden.dynprompt.ephemeral_prompt
+
+
+def shows_panels(hidden) -> bool:
+    """Whether a node is a part of Tell Story whose story is the one that is told, not what a panel refers to."""
+    return is_inside(hidden) and not hidden.unique_id.rpartition(".")[2].startswith(CONTEXT)
 
 
 def text_or_panels(hidden, text: str, story: Story):

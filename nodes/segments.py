@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.utils
 from comfy_api.latest import io
 
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
 from .blocks import PatchedEncoder, PatchedLLM
-from .preview import is_inside, panels_ui, text_or_panels
+from .preview import panels_ui, shows_panels, text_or_panels
 from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket, search_aliases
 
 
@@ -55,7 +57,7 @@ class AddStoryText(io.ComfyNode):
         if not text.strip():
             raise StoryError("The text is empty; write what the story says here.")
         story = (story or Story()).add(TextSegment(text.strip()))
-        return io.NodeOutput(story, ui=panels_ui(story) if is_inside(cls.hidden) else None)
+        return io.NodeOutput(story, ui=panels_ui(story) if shows_panels(cls.hidden) else None)
 
 
 class AddStoryImage(io.ComfyNode):
@@ -69,17 +71,34 @@ class AddStoryImage(io.ComfyNode):
             description="Adds an image to a story; a batch adds all its images in order.",
             inputs=[
                 StorySocket.Input("story", optional=True, tooltip="The story to extend; without it a new one begins."),
-                EncoderSocket.Input("encoder", tooltip="Encodes the image, so that later panels can attend to it."),
+                EncoderSocket.Input(
+                    "encoder",
+                    optional=True,
+                    tooltip="Encodes the image, so that later panels can attend to it; other image models need none.",
+                ),
                 io.Image.Input("image", tooltip="Any image: drawn by the model, or your own."),
+                io.Int.Input(
+                    "seed",
+                    optional=True,
+                    force_input=True,
+                    min=0,
+                    max=2**63 - 1,
+                    tooltip="The seed that it was drawn with, to be kept in the story.",
+                ),
             ],
             outputs=[StorySocket.Output("story_out", display_name="story")],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
-    def execute(cls, encoder, image, story=None) -> io.NodeOutput:
-        story = encode_story(encoder, (story or Story()).add(*images_from_batch(image)))
-        return io.NodeOutput(story, ui=panels_ui(story) if is_inside(cls.hidden) else None)
+    def execute(cls, image, encoder=None, story=None, seed=None) -> io.NodeOutput:
+        images = images_from_batch(image)
+        if len(images) == 1:
+            images = [replace(images[0], seed=seed)]
+        story = (story or Story()).add(*images)
+        if encoder is not None:
+            story = encode_story(encoder, story)
+        return io.NodeOutput(story, ui=panels_ui(story) if shows_panels(cls.hidden) else None)
 
 
 class IntroduceCharacter(io.ComfyNode):

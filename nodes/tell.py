@@ -266,6 +266,7 @@ class TellStory(io.ComfyNode):
                     f"add {number}",
                     encoder=links["encoder"],
                     image=image.out(0),
+                    seed=seed,
                     **_optional(story=story),
                 ).out(0)
         split = graph.node("MMInterleavedPanelsInside", "panels", story=story)

@@ -214,7 +214,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp
 def test_ctrl_c_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
-    draw, calls = MMInterleavedPipeline.generate_image, []
+    draw, calls = MMInterleavedPipeline.generate_images, []
 
     def interrupted(*args):
         calls.append(1)
@@ -222,7 +222,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return draw(*args)
 
-    monkeypatch.setattr(MMInterleavedPipeline, "generate_image", interrupted)
+    monkeypatch.setattr(MMInterleavedPipeline, "generate_images", interrupted)
     assert main(["tell", "--text", "Otto.", "--panels", "3", "--out", str(tmp_path), *FAST]) == 130
     assert "what was finished is kept" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["01.png", "story.html", "story.json"]
@@ -269,3 +269,26 @@ def test_flags_keep_their_former_spelling(new, old, capsys):
         make_parser(COMMANDS).parse_args([new.split()[0], "--help"])
     shown = capsys.readouterr().out
     assert new.split()[1] in shown and f"{old.split()[1]} " not in shown.replace(new.split()[1], "")
+
+
+def test_redraw(tmp_path, capsys):
+    book = tmp_path / "book"
+    begin = ["tell", "--model", "tiny-random", "--steps", "2", "--max-new-tokens", "5", "--quiet", "--out", str(book)]
+    assert main([*begin, "--text", "A bear sat.", "--panels", "3", "--seed", "5"]) == 0
+    before = {path.name: path.read_bytes() for path in book.iterdir()}
+    redraw = ["tell", "--story", str(book), "--quiet", "--redraw", "2"]
+    assert main([*redraw, "--seed", "77"]) == 0
+    changed = {path.name for path in book.iterdir() if path.read_bytes() != before[path.name]}
+    assert changed == {"02.png", "story.json", "story.html"}
+    seeds = [segment.get("seed") for segment in json.loads((book / "story.json").read_text())["segments"]]
+    assert [seed for seed in seeds if seed is not None] == [5, 77, 7]
+    assert main([*redraw, "--seed", "6"]) == 0
+    after = {path.name: path.read_bytes() for path in book.iterdir()}
+    assert after == before, "its own seed gives its own image"
+    capsys.readouterr()
+    for flags, sentence in (
+        (["--redraw", "4"], "The story has 3 panels; there is no panel 4."),
+        (["--redraw", "2", "--panels", "2"], "--redraw draws one panel of a saved story"),
+    ):
+        assert main(["tell", "--story", str(book), "--quiet", *flags]) == 2
+        assert sentence in capsys.readouterr().err

@@ -36,6 +36,8 @@ def tell(args) -> int:
         raise SettingError(
             "--restart, --retry-failed, --batch, --ray and --workers are for a storyboard; give one with --storyboard."
         )
+    if args.redraw is not None:
+        return redraw(args)
     if args.panels is not None and not 1 <= args.panels <= MAX_PANELS:
         raise SettingError(f"--panels must be at least 1 and at most {MAX_PANELS}, not {args.panels}.")
     opening = read_opening(args)
@@ -82,6 +84,39 @@ def tell(args) -> int:
                 on_segment=save,
                 drop_oldest=args.drop_oldest_panels,
             )
+        record = story_record(folder)
+    return emit(args, {"stories": [record]}, f"Open {record['page']}")
+
+
+def redraw(args) -> int:
+    """One panel's image anew, from the panels before it and its own text."""
+    from ..errors import StoryError
+    from ..files import output_folder
+    from ..stories.edit import panel_of, set_panel
+    from ..stories.page import load_book, save_story
+
+    if not args.story or args.opening or args.panels or args.title is not None or args.image_first is not None:
+        raise SettingError(
+            "--redraw draws one panel of a saved story: give that with --story, and omit --text, --image, --panels, "
+            "--title and --image-first."
+        )
+    book = load_book(args.story)
+    _, old, before = panel_of(book.story, args.redraw)
+    if old is None:
+        raise StoryError(f"Panel {args.redraw} of the story has no image to draw anew.")
+    if args.seed is None:
+        args.seed = ((old.seed or 0) + 1) % 2**63
+    opening, out = read_opening(args), Path(args.out) if args.out else _folder_of(args.story)
+    texts, _ = book.story.panel_segments()[args.redraw - 1]
+    prefix = before if book.story.is_image_first else before.add(*texts)
+    with output_folder(out) as folder:
+        pipeline, bars = load_pipeline(args, opening, book.story), ProgressBars(args.quiet)
+        with contextlib.closing(bars):
+            image = pipeline.generate_image(
+                prefix, opening.image_config, on_step=bars.on_step, drop_oldest=args.drop_oldest_panels
+            )
+        story = set_panel(book.story, args.redraw, image=dataclasses.replace(image, seed=args.seed))
+        save_story(folder, story, book.title, book.settings)
         record = story_record(folder)
     return emit(args, {"stories": [record]}, f"Open {record['page']}")
 

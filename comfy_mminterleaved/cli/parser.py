@@ -134,6 +134,12 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
         default=True,
         help="add a sentence that says who is in an opening image, if the model's stories have one",
     )
+    p.add_argument(
+        "--redraw",
+        type=int,
+        metavar="PANEL",
+        help="draw one panel of --story anew, from 1, with --seed (default: its own plus 1); the others stay",
+    )
     p.add_argument("--title")
     run_options(p, "that of --story, else ")
     p.add_argument(

@@ -55,6 +55,8 @@ def save_story(
         image = panel.image
         name = f"{number:02d}{image.file.suffix if image.file else '.png'}"
         about = {"image": name, "panel": number, "text": panel.text, "title": title, "settings": settings or {}}
+        if image.seed is not None:
+            about["seed"] = image.seed
         data = json.dumps(about, ensure_ascii=False)
         state = hashlib.blake2b(f"{image.digest} {data} {metadata}".encode(), digest_size=16).hexdigest()
         if old.get(name) != state or not (folder / name).is_file():
@@ -156,7 +158,8 @@ def render_page(story: Story, title: str = "") -> str:
         if panel.image is not None:
             width, height = panel.image.size
             alt = html.escape(panel.text or f"Image {number}", quote=True)
-            image = f'<img src="{panel.image.page_url}" width="{width}" height="{height}" alt="{alt}">'
+            seed = "" if panel.image.seed is None else f' title="seed {panel.image.seed}"'
+            image = f'<img src="{panel.image.page_url}" width="{width}" height="{height}" alt="{alt}"{seed}>'
         text = "".join(f'<p dir="auto">{html.escape(p)}</p>' for p in panel.text.split("\n") if p.strip())
         kind = "sheet" if image else "sheet words"
         pages.append(f'<section class="{kind}">{image}<div class="text">{text}</div><span>{number}</span></section>')

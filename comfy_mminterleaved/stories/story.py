@@ -40,12 +40,13 @@ class ImageSegment:
     """An image: RGB float32 `(3, H, W)` in [0, 1], and its features once an encoder has seen it.
 
     `ImageSegment.of` takes PIL images, numpy arrays, tensors and paths. `file` keeps the bytes of an image read from
-    disk, so that saving writes them unchanged.
+    disk, so that saving writes them unchanged. `seed` is the one that the image was drawn with, None for any other.
     """
 
     pixels: torch.Tensor = field(repr=False)
     features: ImageFeatures | None = field(default=None, repr=False)
     file: ImageFile | None = field(default=None, repr=False)
+    seed: int | None = None
 
     @classmethod
     def of(cls, source) -> ImageSegment:
@@ -237,7 +238,8 @@ class Story:
         segments = []
         for segment in self.segments:
             if isinstance(segment, ImageSegment):
-                segments.append({"image": next(names) if image_names else encode_data_url(segment.pixels)})
+                name = next(names) if image_names else encode_data_url(segment.pixels)
+                segments.append({"image": name, **({} if segment.seed is None else {"seed": segment.seed})})
             elif segment.token_ids is None:
                 segments.append({"text": segment.text})
             else:
@@ -262,7 +264,7 @@ class Story:
             if isinstance(segment, dict) and isinstance(segment.get("text"), str):
                 story = story.add(TextSegment(segment["text"], _token_ids(segment.get("token_ids"), i + 1)))
             elif isinstance(name, str):
-                story = story.add(open_named_image(name, folder))
+                story = story.add(replace(open_named_image(name, folder), seed=_seed(segment.get("seed"), i + 1)))
             else:
                 raise StoryError(f"Segment {i + 1} of the story file must be a text or an image, not {segment!r:.60}.")
         return story
@@ -274,6 +276,12 @@ def _token_ids(value, number: int) -> tuple[int, ...] | None:
     if not isinstance(value, list) or not all(type(i) is int and 0 <= i < 2**31 for i in value):
         raise StoryError(f"Segment {number} of the story file: token_ids must be a list of whole numbers.")
     return tuple(value)
+
+
+def _seed(value, number: int) -> int | None:
+    if value is not None and (type(value) is not int or not 0 <= value < 2**64):
+        raise StoryError(f"Segment {number} of the story file: seed must be a whole number, not {value!r:.60}.")
+    return value
 
 
 def open_named_image(name: str, folder: str | Path) -> ImageSegment:

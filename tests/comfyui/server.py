@@ -48,7 +48,8 @@ class Server:
         link = folder / "custom_nodes" / "comfy-mminterleaved"
         if not link.exists():
             link.symlink_to(package, target_is_directory=True)
-        shutil.copy(Path(__file__).with_name("probe.py"), folder / "custom_nodes")
+        for name in ("probe.py", "tiny_models.py"):
+            shutil.copy(Path(__file__).with_name(name), folder / "custom_nodes")
         paths = folder / "paths.yaml"
         paths.write_text(
             json.dumps(

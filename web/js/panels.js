@@ -3,7 +3,15 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
 const PANELS = "mm_interleaved_panels";
-const PANEL_NODES = ["MMInterleavedTellStory", "MMInterleavedSaveStory", "MMInterleavedStoryToPanels"];
+const TELL_NODES = ["MMInterleavedTellStory", "MMInterleavedTellAnyModel"];
+const PANEL_NODES = [
+    ...TELL_NODES,
+    "MMInterleavedSaveStory",
+    "MMInterleavedStoryToPanels",
+    "MMInterleavedSetPanel",
+    "MMInterleavedEditPanels",
+    "MMInterleavedLoadStory",
+];
 const TEXT_NODES = [
     "MMInterleavedWrite",
     "MMInterleavedIntroduce",
@@ -19,6 +27,7 @@ const STYLE = `
 .mmi-panels figure { margin: 0; }
 .mmi-panels img { display: block; width: 100%; border-radius: 4px; }
 .mmi-panels figcaption { margin-top: 4px; color: var(--input-text, #ddd); font: 12px/1.4 sans-serif; overflow-wrap: anywhere; }
+.mmi-panels small { color: var(--descrip-text, #999); font: 11px/1.6 sans-serif; }
 .mmi-panels .mmi-live { opacity: 0.7; }
 .mmi-panels.mmi-text { display: block; }
 .mmi-panels.mmi-text figcaption { white-space: pre-wrap; font-size: 13px; }
@@ -36,6 +45,10 @@ function figure(panel) {
     caption.dir = "auto";
     caption.textContent = panel.text;
     element.append(caption);
+    if (Number.isInteger(panel.seed)) {
+        const seed = Object.assign(document.createElement("small"), { textContent: `seed ${panel.seed}` });
+        element.append(seed);
+    }
     return element;
 }
 
@@ -84,7 +97,7 @@ function dropPreview(node) {
 }
 
 function finish(node) {
-    if (node.comfyClass === "MMInterleavedTellStory") dropPreview(node);
+    if (TELL_NODES.includes(node.comfyClass)) dropPreview(node);
     node.mmiPanels.scrollTop = 0;
     node.setDirtyCanvas?.(true, true);
 }

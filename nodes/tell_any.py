@@ -1,0 +1,219 @@
+"""Tell Story (any model): a script, drawn by any image model with earlier panels as references."""
+
+from __future__ import annotations
+
+import re
+
+import comfy.samplers
+from comfy_api.latest import io
+from comfy_execution.graph_utils import GraphBuilder
+
+from ..comfy_mminterleaved.errors import SettingError, StoryError
+from .context_images import ALIKE, CHOICES, FIRST_AND_LAST, choose_panels
+from .preview import CONTEXT
+from .references import attention_inputs
+from .tell import chosen_seeds
+from .types import CATEGORY, StorySocket, advanced, seed_input
+
+MAX_PANELS = 200
+
+
+def script_panels(script: str) -> list[str]:
+    """The panels of a script, which blank lines divide; raises StoryError if there are none or too many."""
+    panels = [" ".join(part.split()) for part in re.split(r"\n[ \t]*\n", script.replace("\r\n", "\n"))]
+    panels = [panel for panel in panels if panel]
+    if not panels:
+        raise StoryError("The script is empty; write one paragraph per panel, with a blank line between.")
+    if len(panels) > MAX_PANELS:
+        raise StoryError(f"The script has {len(panels)} panels; at most {MAX_PANELS} are drawn at once.")
+    return panels
+
+
+class TellStoryAnyModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedTellAnyModel",
+            display_name="Tell Story (any model)",
+            category=CATEGORY,
+            description="Illustrates a script with any image model: each panel is drawn from its text, with the hero and earlier "
+            "panels as references. It expands to Apply Story References, KSampler and VAE Decode, so a new seed for a panel leaves "
+            "alone what does not refer to it.",
+            enable_expand=True,
+            inputs=[
+                io.Model.Input("model", tooltip="Any image model, with LoRAs if you like."),
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                io.Vae.Input("vae", tooltip="Encodes references and decodes images."),
+                StorySocket.Input(
+                    "heroes",
+                    optional=True,
+                    tooltip="Images of the heroes; every panel refers to them, and they are not drawn.",
+                ),
+                io.String.Input(
+                    "script",
+                    multiline=True,
+                    default="",
+                    dynamic_prompts=False,
+                    tooltip="The text of each panel, with a blank line between.",
+                ),
+                io.String.Input(
+                    "style",
+                    multiline=True,
+                    default="",
+                    dynamic_prompts=False,
+                    tooltip="Stands before each panel's text in the prompt, not on the page.",
+                ),
+                io.String.Input(
+                    "negative", multiline=True, default="", dynamic_prompts=False, tooltip="What images must not show."
+                ),
+                seed_input("the whole story: panel k uses it plus k, and a new one makes every panel anew"),
+                io.String.Input(
+                    "seeds",
+                    default="",
+                    tooltip="Seeds of single panels, such as '7, , 42' for the first and third.",
+                ),
+                io.Combo.Input(
+                    "context",
+                    options=[choice for choice in CHOICES if choice != ALIKE],
+                    default=FIRST_AND_LAST,
+                    tooltip="Which earlier panels a panel refers to. With heroes, 'first and last' is the last ones alone.",
+                ),
+                io.Int.Input("references", default=2, min=0, max=16, tooltip="How many panels it refers to, at most."),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps per image."),
+                io.Float.Input(
+                    "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="How strictly to follow the text."
+                ),
+                io.Int.Input("width", default=1024, min=16, max=8192, step=8, tooltip="Width of the images in pixels."),
+                io.Int.Input(
+                    "height", default=1024, min=16, max=8192, step=8, tooltip="Height of the images in pixels."
+                ),
+                *advanced(
+                    io.Combo.Input(
+                        "sampler_name",
+                        options=comfy.samplers.KSampler.SAMPLERS,
+                        default="euler",
+                        tooltip="Any of ComfyUI's samplers.",
+                    ),
+                    io.Combo.Input(
+                        "scheduler",
+                        options=comfy.samplers.KSampler.SCHEDULERS,
+                        default="simple",
+                        tooltip="Any of ComfyUI's schedules.",
+                    ),
+                    io.Float.Input(
+                        "megapixels",
+                        default=1.0,
+                        min=0.01,
+                        max=4.0,
+                        step=0.01,
+                        tooltip="Size that references are scaled to.",
+                    ),
+                    io.Float.Input(
+                        "guidance",
+                        default=0.0,
+                        min=0.0,
+                        max=100.0,
+                        step=0.1,
+                        tooltip="Distilled guidance, as FluxGuidance sets it; 0 leaves the model's own.",
+                    ),
+                    *attention_inputs(),
+                ),
+            ],
+            outputs=[
+                StorySocket.Output("story_out", display_name="story"),
+                io.Image.Output("images_out", display_name="images", is_output_list=True),
+                io.String.Output("texts_out", display_name="texts", is_output_list=True),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        script,
+        style,
+        negative,
+        seed,
+        seeds,
+        context,
+        references,
+        steps,
+        cfg,
+        width,
+        height,
+        sampler_name,
+        scheduler,
+        megapixels,
+        guidance,
+        strength,
+        start,
+        end,
+        heroes=None,
+    ) -> io.NodeOutput:
+        texts = script_panels(script)
+        panel_seeds = chosen_seeds(seed, seeds, list(range(len(texts))))
+        if heroes is not None and not heroes.images:
+            raise SettingError("The heroes' story has no images; add one, or connect nothing.")
+        num_heroes = len(heroes.images) if heroes is not None else 0
+        links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
+        graph = GraphBuilder()
+        latent = graph.node("EmptyLatentImage", "latent", width=width, height=height, batch_size=1)
+        story, drawn = None, []
+        choice = "last" if num_heroes and context == FIRST_AND_LAST else context
+        for number, (text, panel_seed) in enumerate(zip(texts, panel_seeds), 1):
+            # A small story of what this panel refers to: it changes only if that does, so ComfyUI's cache cuts right.
+            referred = links.get("heroes")
+            for place in choose_panels(choice, references, len(drawn)):
+                referred = graph.node(
+                    "MMInterleavedStoryPicture",
+                    f"{CONTEXT} {number} {place + 1}",
+                    image=drawn[place],
+                    **_link(referred),
+                ).out(0)
+            panel = graph.node("MMInterleavedStoryText", f"{CONTEXT} {number}", text=text, **_link(referred)).out(0)
+            conditioned = graph.node(
+                "MMInterleavedReferences",
+                f"references {number}",
+                model=links["model"],
+                clip=links["clip"],
+                vae=links["vae"],
+                story=panel,
+                style=style,
+                negative=negative,
+                references=min(num_heroes + references, 16),
+                megapixels=megapixels,
+                method="the model's own",
+                guidance=guidance,
+                strength=strength,
+                start=start,
+                end=end,
+            )
+            samples = graph.node(
+                "KSampler",
+                f"draw {number}",
+                model=conditioned.out(0),
+                positive=conditioned.out(1),
+                negative=conditioned.out(2),
+                latent_image=latent.out(0),
+                seed=panel_seed,
+                steps=steps,
+                cfg=cfg,
+                sampler_name=sampler_name,
+                scheduler=scheduler,
+                denoise=1.0,
+            )
+            image = graph.node("VAEDecode", f"decode {number}", samples=samples.out(0), vae=links["vae"]).out(0)
+            drawn.append(image)
+            story = graph.node("MMInterleavedStoryText", f"text {number}", text=text, **_link(story)).out(0)
+            story = graph.node(
+                "MMInterleavedStoryPicture", f"add {number}", image=image, story=story, seed=panel_seed
+            ).out(0)
+        split = graph.node("MMInterleavedPanelsInside", "panels", story=story)
+        return io.NodeOutput(story, split.out(0), split.out(1), expand=graph.finalize())
+
+
+def _link(story) -> dict:
+    return {} if story is None else {"story": story}

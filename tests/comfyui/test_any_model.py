@@ -1,0 +1,212 @@
+"""Stories with any image model: references as the stock nodes give them, and a script drawn panel by panel."""
+
+import json
+from pathlib import Path
+
+import pytest
+from server import Failed
+from test_behaviour import node
+
+SCRIPT = "Mia waves.\n\nMia runs in the snow.\n\nMia sits by the lake.\n\nMia sleeps."
+
+
+@pytest.fixture(scope="module")
+def found(comfyui):
+    script = str(Path(__file__).parent / "in_any_model.py")
+    done = comfyui.run({"1": node("RunScript", script=script)})
+    return json.loads(done["outputs"]["1"]["text"][0])
+
+
+def test_what_a_model_takes_is_asked_of_it(found):
+    takes = {name: found[f"{name} takes"] for name in ("sd15", "sdxl", "flux", "qwen")}
+    latents, attention = [True, False], [False, True]
+    assert takes == {"sd15": attention, "sdxl": attention, "flux": latents, "qwen": latents}
+
+
+def test_references_are_those_of_the_stock_nodes_to_the_bit(found):
+    assert found["flux equal"] and found["flux drawn equal"] and found["qwen equal"]
+    assert found["flux looks"] > 0.01 and found["flux without"]
+    assert found["references"] == [2, 64, 96, 3]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_self_attention_attends_to_the_references(found, family):
+    assert found[f"{family} off"] and found[f"{family} not yet"]
+    assert found[f"{family} looks"] > 0.01 and found[f"{family} at them"] > 0.001
+    assert 0 < found[f"{family} looks less"] < found[f"{family} looks"]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_it_does_not_matter_how_guidance_is_computed(found, family):
+    assert found[f"{family} apart"] < 1e-3 and found[f"{family} swapped"] < 1e-3
+
+
+def tell(family="flux", **changes):
+    inputs = {
+        "model": ["1", 0],
+        "clip": ["1", 1],
+        "vae": ["1", 2],
+        "script": SCRIPT,
+        "style": "A drawing of",
+        "negative": "",
+        "seed": 1,
+        "seeds": "",
+        "context": "first and last",
+        "references": 2,
+        "steps": 1,
+        "cfg": 1.0,
+        "width": 64,
+        "height": 64,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "megapixels": 0.01,
+        "guidance": 0.0,
+        "strength": 1.0,
+        "start": 0.0,
+        "end": 1.0,
+        **changes,
+    }
+    return {
+        "1": node("TinyModel", family=family),
+        "2": node("MMInterleavedTellAnyModel", **inputs),
+        "3": node("MMInterleavedSaveStory", story=["2", 0], filename_prefix="any", title=""),
+    }
+
+
+def drawn(done) -> list[int]:
+    """Panels that were drawn."""
+    return sorted(int(name.rpartition(" ")[2]) for name in done["ran"] if ".draw " in name)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux", "qwen"])
+def test_every_family_tells_a_script(comfyui, family):
+    done = comfyui.run(tell(family))
+    folder = comfyui.folder / "output" / done["outputs"]["3"]["images"][0]["subfolder"]
+    story = json.loads((folder / "story.json").read_text(encoding="utf-8"))
+    assert [segment.get("text") for segment in story["segments"]] == [
+        part for text in SCRIPT.split("\n\n") for part in (text, None)
+    ]
+    assert drawn(done) == [1, 2, 3, 4]
+
+
+def test_only_what_refers_to_a_panel_is_drawn_again(comfyui):
+    """Context images are small stories of their own, so ComfyUI's cache cuts between them."""
+    comfyui.run(tell(seed=50))
+    assert drawn(comfyui.run(tell(seed=50, seeds=",,5"))) == [3, 4]  # the last panel refers to it
+    comfyui.run(tell(seed=60, context="first"))
+    assert drawn(comfyui.run(tell(seed=60, context="first", seeds=",,5"))) == [3]
+    comfyui.run(tell(seed=60, context="first"))
+    assert drawn(comfyui.run(tell(seed=60, context="first", script=SCRIPT.replace("runs", "swims")))) == [2]
+    comfyui.run(tell(seed=60, context="first"))
+    more = comfyui.run(tell(seed=60, context="first", script=SCRIPT + "\n\nMia wakes."))
+    assert drawn(more) == [5]
+
+
+def test_heroes_are_referred_to_and_not_drawn(comfyui):
+    prompt = tell(heroes=["5", 0], script="Mia waves.\n\nMia runs.")
+    prompt["4"] = node("MMInterleavedExampleImage")
+    prompt["5"] = node("MMInterleavedStoryPicture", image=["4", 0])
+    done = comfyui.run(prompt)
+    assert len(done["outputs"]["3"]["images"]) == 2
+    events = [e["data"] for e in done["events"] if not isinstance(e, bytes) and e["type"] == "executed"]
+    shown = [e["output"].get("mm_interleaved_panels") for e in events if e.get("display_node") == "2"]
+    assert all(len(panels) <= 2 for panels in shown if panels), "what a panel refers to is not shown as the story"
+    assert [(panel["text"], panel["seed"]) for panel in shown[-1]] == [("Mia waves.", 1), ("Mia runs.", 2)]
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"script": " \n\n "}, "The script is empty"),
+        ({"script": "x\n\n" * 201}, "The script has 201 panels; at most 200"),
+        ({"seeds": "1,2,3,4,5"}, "There are 5 seeds for 4 panels"),
+        ({"heroes": ["6", 0]}, "The heroes' story has no images"),
+    ],
+)
+def test_bad_input_gets_a_sentence(comfyui, changes, sentence):
+    prompt = tell(**changes)
+    prompt["6"] = node("MMInterleavedStoryText", text="Mia.")
+    with pytest.raises(Failed) as failed:
+        comfyui.run(prompt)
+    assert sentence in failed.value.sentence and "\n" not in failed.value.sentence
+
+
+def test_select_context_images(comfyui):
+    prompt = {
+        "1": node("MMInterleavedExampleImage"),
+        "2": node("MMInterleavedStoryPicture", image=["1", 0]),
+        "3": node("MMInterleavedStoryPicture", image=["1", 0], story=["2", 0]),
+        "4": node("MMInterleavedStoryText", text="Mia runs.", story=["3", 0]),
+        "5": node("MMInterleavedSelectContext", story=["4", 0], choose="last", count=1),
+        "6": node("MMInterleavedSaveStory", story=["5", 0], filename_prefix="context", title=""),
+    }
+    assert len(comfyui.run(prompt)["outputs"]["6"]["images"]) == 1
+    prompt["5"]["inputs"]["choose"] = "most alike"
+    with pytest.raises(Failed) as failed:
+        comfyui.run(prompt)
+    assert "needs a CLIP vision model" in failed.value.sentence
+
+
+# ---- single panels ----
+
+
+def saved(comfyui, done, node_id):
+    """Texts and files of a saved story."""
+    folder = comfyui.folder / "output" / done["outputs"][node_id]["images"][0]["subfolder"]
+    segments = json.loads((folder / "story.json").read_text(encoding="utf-8"))["segments"]
+    files = [(folder / s["image"]).read_bytes().split(b"IDAT", 1)[1] for s in segments if "image" in s]
+    return [s["text"] for s in segments if "text" in s], files, folder
+
+
+def save(story):
+    return node("MMInterleavedSaveStory", story=story, filename_prefix="edited", title="")
+
+
+def test_a_saved_story_is_changed_panel_by_panel(comfyui):
+    texts, files, folder = saved(comfyui, comfyui.run(tell(seed=70)), "3")
+    name = folder.relative_to(comfyui.folder / "output").as_posix()
+    prompt = {
+        "1": node("MMInterleavedLoadStory", folder=name),
+        "2": node("MMInterleavedStoryPanel", story=["1", 0], number=3),
+        "3": node("ImageInvert", image=["2", 1]),
+        "4": node("MMInterleavedSetPanel", story=["1", 0], number=3, text="", image=["3", 0]),
+        "5": save(["4", 0]),
+        "6": node("MMInterleavedEditPanels", story=["1", 0], order="3, 1", insert=["2", 2], before=2),
+        "7": save(["6", 0]),
+        "8": node("PreviewAny", source=["2", 0]),
+    }
+    done = comfyui.run(prompt)
+    new_texts, new_files, _ = saved(comfyui, done, "5")
+    assert new_texts == texts and [a == b for a, b in zip(files, new_files)] == [True, True, False, True]
+    moved_texts, moved_files, _ = saved(comfyui, done, "7")
+    assert moved_texts == [texts[n] for n in (2, 0, 1, 0)] and moved_files == [files[n] for n in (2, 0, 1, 0)]
+    assert done["outputs"]["8"]["text"] == (texts[2],) or list(done["outputs"]["8"]["text"]) == [texts[2]]
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (
+            {"2": node("MMInterleavedStoryPanel", story=["1", 0], number=9)},
+            "there is no panel 9.",
+        ),
+        (
+            {"6": node("MMInterleavedEditPanels", story=["1", 0], order="1; 2", before=0)},
+            "must be panel numbers",
+        ),
+        ({"1": node("MMInterleavedLoadStory", folder="../x")}, "There is no saved story '../x'"),
+    ],
+)
+def test_panels_that_are_not_there(comfyui, changes, sentence):
+    _, _, folder = saved(comfyui, comfyui.run(tell(seed=71)), "3")
+    prompt = {
+        "1": node("MMInterleavedLoadStory", folder=folder.relative_to(comfyui.folder / "output").as_posix()),
+        "2": node("MMInterleavedStoryPanel", story=["1", 0], number=1),
+        "3": node("PreviewAny", source=["2", 0]),
+        "6": node("MMInterleavedEditPanels", story=["1", 0], order="", before=0),
+        "7": save(["6", 0]),
+        **changes,
+    }
+    with pytest.raises(Failed) as failed:
+        comfyui.run(prompt)
+    assert sentence in failed.value.sentence
