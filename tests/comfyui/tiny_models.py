@@ -5,6 +5,7 @@ Stock nodes run on them as on the real ones.
 
 import contextlib
 
+import comfy.ldm.flux.model
 import comfy.ldm.wan.vae
 import comfy.model_management
 import comfy.model_patcher
@@ -145,6 +146,9 @@ def flux():
         "patch_size": 2,
         "qkv_bias": True,
     }
+    fields = comfy.ldm.flux.model.FluxParams.__dataclass_fields__
+    newer = {"txt_ids_dims": []}  # of newer cores
+    settings |= {name: value for name, value in newer.items() if name in fields}
     encoders = comfy.text_encoders.flux
     options = {"clip_l_model_config": CLIP, "t5xxl_model_config": T5}
     clip = make_clip(encoders.flux_clip(), encoders.FluxTokenizer, options)
