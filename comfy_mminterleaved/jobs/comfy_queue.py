@@ -187,6 +187,7 @@ class _Feeder(threading.Thread):
         self.prompts: dict[str, _Sent] = {}
         self.orphans: dict[str, int] = {}  # sent before the server stopped to answer; others may have them now
         self.template: dict | None = None
+        self.last_end = time.monotonic()
         self.refusal, self.was_up, self.has_failed = "", False, False
 
     def run(self) -> None:
@@ -323,7 +324,10 @@ class _Feeder(threading.Thread):
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        self.work.finish(number, folder, _seconds(entry))
+        now = time.monotonic()
+        seconds = _seconds(entry) or now - self.last_end
+        self.last_end = now
+        self.work.finish(number, folder, seconds)
 
 
 @dataclass
@@ -349,17 +353,31 @@ def _failure(entry: dict) -> str:
     status = entry.get("status") or {}
     if status.get("status_str") != "error":
         return ""
-    for event, data in status.get("messages", []):
+    for event, data in _messages(entry):
         if event == "execution_error":
             sentence = str(data.get("exception_message", "")).strip().splitlines()
-            return f"{data.get('node_type', 'A node')}: {sentence[0] if sentence else data.get('exception_type', '')}"
+            node = f"{data['node_type']}: " if data.get("node_type") else ""
+            return f"{node}{sentence[0] if sentence else data.get('exception_type', 'no reason given')}"
         if event == "execution_interrupted":
             return "It was cancelled at the server."
     return "The server gave no reason."
 
 
+def _messages(entry: dict) -> list[tuple[str, dict]]:
+    """What happened to a prompt, as events with their data; some newer cores have lines of text instead."""
+    messages = []
+    for message in (entry.get("status") or {}).get("messages", []):
+        if isinstance(message, str):
+            event, _, sentence = message.partition(": ")
+            messages.append((event, {"exception_message": sentence}))
+        else:
+            messages.append((message[0], message[1]))
+    return messages
+
+
 def _seconds(entry: dict) -> float:
-    times = [data.get("timestamp") for _, data in (entry.get("status") or {}).get("messages", [])]
+    """How long a prompt ran; 0 if the server does not say."""
+    times = [data.get("timestamp") for _, data in _messages(entry)]
     times = [t for t in times if isinstance(t, (int, float))]
     return (max(times) - min(times)) / 1000 if times else 0.0
 

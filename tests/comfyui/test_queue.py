@@ -108,7 +108,8 @@ def test_a_story_that_fails_leaves_the_others_alone(comfyui, workflow, make_boar
     assert main([*command(workflow, board, out, comfyui), "--json"]) == 1
     stories = json.loads(capsys.readouterr().out)["stories"]
     assert [story["status"] for story in stories] == ["done", "failed", "done"]
-    assert stories[1]["error"].startswith("MMInterleavedTellStory: A story with 64 more panels")
+    sentence = "A story with 64 more panels has"  # newer cores do not say which node it was
+    assert stories[1]["error"].startswith((f"MMInterleavedTellStory: {sentence}", sentence))
     make_board(3)
     assert main(command(workflow, board, out, comfyui)) == 0
     assert [line["story"] for line in events(out, "done")] == [1, 3, 2]
