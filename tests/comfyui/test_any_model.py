@@ -93,6 +93,10 @@ def test_only_what_refers_to_a_panel_is_drawn_again(comfyui):
     """Context images are small stories of their own, so ComfyUI's cache cuts between them."""
     comfyui.run(tell(seed=50))
     assert drawn(comfyui.run(tell(seed=50, seeds=",,5"))) == [3, 4]  # the last panel refers to it
+    comfyui.run(tell(seed=50))
+    assert drawn(comfyui.run(tell(seed=50, script=SCRIPT.replace("runs", "swims")))) == [2, 3, 4]
+    comfyui.run(tell(seed=50))
+    assert drawn(comfyui.run(tell(seed=50, script=SCRIPT + "\n\nMia wakes."))) == [5]
     comfyui.run(tell(seed=60, context="first"))
     assert drawn(comfyui.run(tell(seed=60, context="first", seeds=",,5"))) == [3]
     comfyui.run(tell(seed=60, context="first"))
