@@ -10,6 +10,7 @@ from .inputs import check_inputs
 from .load import LoadEncoder, LoadMMInterleaved, LoadStoryLLM, LoadSynchronizer
 from .load_story import LoadStory
 from .panels import PanelsInside, PanelsToStory, StoryToPanels
+from .pick import PickImage
 from .references import ApplyStoryReferences
 from .save import SaveStory
 from .segments import AddStoryImage, AddStoryText, IntroduceCharacter
@@ -36,6 +37,7 @@ NODES = [
     TellStory,
     ApplyStoryReferences,
     SelectContextImages,
+    PickImage,
     TellStoryAnyModel,
     StoryToPanels,
     PanelsToStory,

@@ -87,7 +87,16 @@ class TellStoryAnyModel(io.ComfyNode):
                 io.Int.Input(
                     "height", default=1024, min=16, max=8192, step=8, tooltip="Height of the images in pixels."
                 ),
+                io.ClipVision.Input("clip_vision", optional=True, tooltip="Compares images, for best_of."),
                 *advanced(
+                    io.Int.Input(
+                        "best_of",
+                        default=1,
+                        min=1,
+                        max=16,
+                        tooltip="How many images are drawn for each panel; the one most alike to the heroes, or to the first "
+                        "panel, is kept. Needs a CLIP vision model.",
+                    ),
                     io.Combo.Input(
                         "sampler_name",
                         options=comfy.samplers.KSampler.SAMPLERS,
@@ -151,17 +160,21 @@ class TellStoryAnyModel(io.ComfyNode):
         strength,
         start,
         end,
+        best_of=1,
         heroes=None,
+        clip_vision=None,
     ) -> io.NodeOutput:
         texts = script_panels(script)
         panel_seeds = chosen_seeds(seed, seeds, list(range(len(texts))))
         if heroes is not None and not heroes.images:
             raise SettingError("The heroes' story has no images; add one, or connect nothing.")
+        if best_of > 1 and clip_vision is None:
+            raise SettingError(f"The best of {best_of} images is chosen by a CLIP vision model; connect one.")
         num_heroes = len(heroes.images) if heroes is not None else 0
         links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
         graph = GraphBuilder()
-        latent = graph.node("EmptyLatentImage", "latent", width=width, height=height, batch_size=1)
-        story, drawn = None, []
+        latent = graph.node("EmptyLatentImage", "latent", width=width, height=height, batch_size=best_of)
+        story, hero, drawn = None, None, []
         choice = "last" if num_heroes and context == FIRST_AND_LAST else context
         for number, (text, panel_seed) in enumerate(zip(texts, panel_seeds), 1):
             # A small story of what this panel refers to: it changes only if that does, so ComfyUI's cache cuts right.
@@ -206,6 +219,21 @@ class TellStoryAnyModel(io.ComfyNode):
                 denoise=1.0,
             )
             image = graph.node("VAEDecode", f"decode {number}", samples=samples.out(0), vae=links["vae"]).out(0)
+            if best_of > 1:
+                alike_to = links.get("heroes")
+                if alike_to is None and drawn:
+                    hero = hero or graph.node("MMInterleavedStoryPicture", f"{CONTEXT} hero", image=drawn[0])
+                    alike_to = hero.out(0)
+                if alike_to is None:  # of the first panel, any will do: the others follow it
+                    image = graph.node("ImageFromBatch", f"pick {number}", image=image, batch_index=0, length=1).out(0)
+                else:
+                    image = graph.node(
+                        "MMInterleavedPickImage",
+                        f"pick {number}",
+                        images=image,
+                        heroes=alike_to,
+                        clip_vision=links["clip_vision"],
+                    ).out(0)
             drawn.append(image)
             story = graph.node("MMInterleavedStoryText", f"text {number}", text=text, **_link(story)).out(0)
             story = graph.node(

@@ -73,6 +73,18 @@ def tell(family="flux", **changes):
     }
 
 
+def saved(comfyui, done, node_id):
+    """Texts and files of a saved story."""
+    folder = comfyui.folder / "output" / done["outputs"][node_id]["images"][0]["subfolder"]
+    segments = json.loads((folder / "story.json").read_text(encoding="utf-8"))["segments"]
+    files = [(folder / s["image"]).read_bytes().split(b"IDAT", 1)[1] for s in segments if "image" in s]
+    return [s["text"] for s in segments if "text" in s], files, folder
+
+
+def save(story):
+    return node("MMInterleavedSaveStory", story=story, filename_prefix="edited", title="")
+
+
 def drawn(done) -> list[int]:
     """Panels that were drawn."""
     return sorted(int(name.rpartition(" ")[2]) for name in done["ran"] if ".draw " in name)
@@ -151,19 +163,53 @@ def test_select_context_images(comfyui):
     assert "needs a CLIP vision model" in failed.value.sentence
 
 
+# ---- the best of several ----
+
+
+def test_pick_image_takes_the_one_most_alike(comfyui):
+    prompt = {
+        "1": node("MMInterleavedExampleImage"),
+        "2": node("ImageInvert", image=["1", 0]),
+        "3": node("ImageBatch", image1=["2", 0], image2=["1", 0]),
+        "4": node("MMInterleavedStoryPicture", image=["1", 0]),
+        "5": node("TinyClipVision"),
+        "6": node("MMInterleavedPickImage", images=["3", 0], heroes=["4", 0], clip_vision=["5", 0]),
+        "7": node("PreviewAny", source=["6", 2]),
+        "8": node("PreviewAny", source=["6", 1]),
+        "9": node("MMInterleavedStoryPicture", image=["2", 0], story=["4", 0]),
+        "10": node("MMInterleavedStoryPicture", image=["1", 0], story=["9", 0]),
+        "11": node(
+            "MMInterleavedSelectContext",
+            story=["10", 0],
+            choose="most alike",
+            count=2,
+            hero=["1", 0],
+            clip_vision=["5", 0],
+        ),
+        "12": save(["11", 0]),
+    }
+    done = comfyui.run(prompt)
+    assert list(done["outputs"]["7"]["text"]) == ["1"]
+    scores = [float(text) for text in done["outputs"]["8"]["text"]]
+    assert abs(scores[1] - 1) < 1e-3 and scores[0] < 0.99
+    _, files, _ = saved(comfyui, done, "12")
+    assert len(files) == 3 and len(set(files)) == 1, "the hero and the two images that are like it"
+
+
+def test_the_best_of_several_is_kept(comfyui):
+    prompt = tell(seed=80, best_of=3, clip_vision=["5", 0], script="Mia waves.\n\nMia runs.")
+    prompt["5"] = node("TinyClipVision")
+    done = comfyui.run(prompt)
+    texts, files, _ = saved(comfyui, done, "3")
+    assert texts == ["Mia waves.", "Mia runs."] and len(files) == 2
+    assert sum(".pick " in name for name in done["ran"]) == 2
+    del prompt["2"]["inputs"]["clip_vision"]
+    with pytest.raises(Failed) as failed:
+        comfyui.run(prompt)
+    assert "The best of 3 images is chosen by a CLIP vision model" in failed.value.sentence
+
+
 # ---- single panels ----
-
-
-def saved(comfyui, done, node_id):
-    """Texts and files of a saved story."""
-    folder = comfyui.folder / "output" / done["outputs"][node_id]["images"][0]["subfolder"]
-    segments = json.loads((folder / "story.json").read_text(encoding="utf-8"))["segments"]
-    files = [(folder / s["image"]).read_bytes().split(b"IDAT", 1)[1] for s in segments if "image" in s]
-    return [s["text"] for s in segments if "text" in s], files, folder
-
-
-def save(story):
-    return node("MMInterleavedSaveStory", story=story, filename_prefix="edited", title="")
 
 
 def test_a_saved_story_is_changed_panel_by_panel(comfyui):

@@ -4,7 +4,11 @@ Stock nodes run on them as on the real ones.
 """
 
 import contextlib
+import json
+import tempfile
+from pathlib import Path
 
+import comfy.clip_vision
 import comfy.ldm.flux.model
 import comfy.ldm.wan.vae
 import comfy.model_management
@@ -205,4 +209,34 @@ class TinyModel:
         return FAMILIES[family]()
 
 
-NODE_CLASS_MAPPINGS = {"TinyModel": TinyModel}
+class TinyClipVision:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CLIP_VISION",), "make", "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        config = {
+            "architectures": ["CLIPVisionModelWithProjection"],
+            "model_type": "clip_vision_model",
+            "hidden_act": "quick_gelu",
+            "hidden_size": WIDTH,
+            "image_size": 32,
+            "intermediate_size": 2 * WIDTH,
+            "layer_norm_eps": 1e-5,
+            "num_attention_heads": 2,
+            "num_channels": 3,
+            "num_hidden_layers": 3,
+            "patch_size": 8,
+            "projection_dim": 32,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "clip_vision.json"
+            path.write_text(json.dumps(config))
+            clip_vision = comfy.clip_vision.ClipVisionModel(str(path))
+        randomize(clip_vision.model, 5)
+        return (clip_vision,)
+
+
+NODE_CLASS_MAPPINGS = {"TinyModel": TinyModel, "TinyClipVision": TinyClipVision}
