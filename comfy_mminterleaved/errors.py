@@ -29,6 +29,10 @@ class OutputError(MMInterleavedError, OSError):
     """A place that cannot be written to."""
 
 
+class DeviceError(MMInterleavedError, RuntimeError):
+    """A card that cannot be used any more in this process."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python or PyTorch says that the card, or the computer, has no memory left."""
     text = str(error).lower()

@@ -51,7 +51,7 @@ def _renamed_into_place(path: Path):
     _open_parts.add(temp_path)
     try:
         yield temp_path
-        _replace(temp_path, path)
+        replace_path(temp_path, path)
     except BaseException:
         _remove(temp_path)
         raise
@@ -59,7 +59,8 @@ def _renamed_into_place(path: Path):
         _open_parts.discard(temp_path)
 
 
-def _replace(source: Path, target: Path) -> None:
+def replace_path(source: Path, target: Path) -> None:
+    """`os.replace` that waits for a virus scanner."""
     for number in range(_RENAME_TRIES):
         try:
             os.replace(source, target)
@@ -252,7 +253,7 @@ def write_numbered_dir(parent: Path, name: str, number: int, write: Callable[[Pa
                 if folder.exists():
                     continue
                 try:
-                    _replace(temp_path, folder)
+                    replace_path(temp_path, folder)
                     return folder, result
                 except OSError:
                     if not folder.exists():
@@ -315,7 +316,7 @@ def resumable_dir(path: str | Path, fingerprint: str, size: int):
             yield work
             if path.exists():
                 path.rmdir()
-            _replace(work, path)
+            replace_path(work, path)
         except OSError as error:
             reason = (error.strerror or str(error)).rstrip(".")
             raise OutputError(

@@ -19,7 +19,7 @@ from comfy_mminterleaved import (
     TextSegment,
 )
 from comfy_mminterleaved.cli import main
-from comfy_mminterleaved.errors import OutputError
+from comfy_mminterleaved.errors import DeviceError, OutputError
 from comfy_mminterleaved.files import locked
 from comfy_mminterleaved.generation.peak_memory import PeakMemory
 from comfy_mminterleaved.generation.placement import choose_batch_size, make_plan
@@ -145,6 +145,57 @@ def test_an_old_story_stays_until_the_new_one_is_whole(board, tmp_path, tiny_ran
     assert contents(out) == old and (out / ".001.unfinished").is_dir()
     StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random))
     assert contents(out) == old == undisturbed(board) and not strays(out)
+
+
+def test_a_restart_that_is_stopped_goes_on(board, tmp_path, tiny_random, undisturbed):
+    """Without the flag: stories that the restart did not reach are told anew, too."""
+    out, plans = tmp_path / "out", load_storyboard(board)
+    StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random))
+    count = iter(range(100))
+    with pytest.raises(Stopped):
+        StoryboardRun(out, plans, SETTINGS, restart=True).run(telling(tiny_random), lambda: next(count) == 5)
+    run = StoryboardRun(out, plans, SETTINGS)
+    assert run.pending() == [2, 3, 4, 5]
+    run.run(telling(tiny_random))
+    assert StoryboardRun(out, plans, SETTINGS).pending() == [] and contents(out) == undisturbed(board)
+
+
+def test_a_story_that_fails_anew_leaves_the_old_one(board, tmp_path, tiny_random):
+    out = tmp_path / "out"
+    StoryboardRun(out, load_storyboard(board), SETTINGS).run(telling(tiny_random))
+    old = contents(out)
+    change(board, 1, panels=1000)  # longer than the model's context
+    for _ in range(2):
+        run = StoryboardRun(out, load_storyboard(board), SETTINGS, retry_failed=True)
+        assert run.pending() == [1]
+        run.run(telling(tiny_random))
+        assert run.record(1).status == "failed" and contents(out) == old
+
+
+def test_a_half_story_whose_image_is_damaged_begins_anew(board, tmp_path, tiny_random, undisturbed):
+    out, plans = tmp_path / "out", load_storyboard(board)
+    count = iter(range(100))
+    with pytest.raises(Stopped):
+        StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random), lambda: next(count) == 2)
+    (out / "001" / "01.png").write_bytes(b"nothing")
+    StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random))
+    assert contents(out) == undisturbed(board)
+
+
+def test_a_run_beside_another_story_goes_on_there(board, tmp_path, capsys):
+    out = tmp_path / "story"
+    assert main(["tell", "--text", "A bear.", "--panels", "1", "--out", str(out), *FAST]) == 0
+    command = ["tell", "--storyboard", str(board), "--out", str(out), *FAST]
+    assert main(command) == 0 and main(command) == 0
+    assert f"going on in {out}-2" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.glob("story*")) == ["story", "story-2"]
+
+
+def test_annotations_that_draw_nothing(board, tmp_path, capsys):
+    entry = {"sentences": ["A bear sat."], "images": [], "sentence_ixs": [], "image_first": []}
+    board.write_text(json.dumps([entry, entry]))
+    assert main(["tell", "--storyboard", str(board), "--out", str(tmp_path / "out"), *FAST]) == 0
+    assert "[2/2] story 2: 0 panels" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -435,6 +486,21 @@ def test_a_failed_story_is_told_again_when_asked(board, tmp_path, tiny_random, m
     monkeypatch.setattr(tiny_random.image, "generate", draw)
     assert StoryboardRun(out, plans, SETTINGS).pending() == []
     StoryboardRun(out, plans, SETTINGS, retry_failed=True).run(telling(tiny_random))
+    assert contents(out) == undisturbed(board)
+
+
+def test_a_card_that_failed_ends_the_run(board, tmp_path, tiny_random, monkeypatch, undisturbed):
+    """Nothing runs on it any more in this process; the next run goes on."""
+    out, plans, draw = tmp_path / "out", load_storyboard(board), tiny_random.image.generate
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(tiny_random.image, "generate", fail)
+    with pytest.raises(DeviceError, match="The card failed: CUDA error: an illegal memory access was encountered;"):
+        StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random))
+    monkeypatch.setattr(tiny_random.image, "generate", draw)
+    StoryboardRun(out, plans, SETTINGS).run(telling(tiny_random))
     assert contents(out) == undisturbed(board)
 
 

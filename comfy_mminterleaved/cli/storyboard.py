@@ -122,6 +122,12 @@ def _run_folder(args) -> Path:
     out = Path(args.out or DEFAULT_OUT)
     if not has_book(out) or (out / JOURNAL_FILE).exists() or args.restart or args.overwrite:
         return out
+    number, earlier = 2, None
+    while (other := out.with_name(f"{out.name}-{number}")).exists():
+        earlier, number = other if (other / JOURNAL_FILE).exists() else earlier, number + 1
+    if earlier is not None:  # a run that was sent there before goes on
+        print_status(f"Note: {out} holds a story; going on in {earlier}.")
+        return earlier
     print_status(f"Note: {out} holds a story; writing to {free_name(out)}. Use --overwrite to replace it.")
     return free_name(out)
 
@@ -159,7 +165,7 @@ class _Progress:
             print_status(f"{place} {title} failed: {record.error}")
             return
         self.num_panels += plan.panels
-        left = (time.monotonic() - self.began) / self.num_panels * self.panels_left
+        left = (time.monotonic() - self.began) / max(1, self.num_panels) * self.panels_left
         estimate = f"; about {duration(left)} left" if self.panels_left else ""
         print_status(f"{place} {title}: {plan.panels} panels, {duration(record.seconds)}{estimate}")
 
@@ -168,9 +174,10 @@ def _finish(args, run: RunFolder, stopped: str) -> int:
     """Prints what became of each story; the exit code."""
     from ..stories.journal import DONE, FAILED
 
+    run.report()
     stories, lines, report = [], [], str(run.folder / "report.html")
     for number, plan in enumerate(run.plans, 1):
-        record, folder = run.journal.records.get(number), run.story_folder(number)
+        record, folder = run.record(number), run.story_folder(number)
         status = record.status if record else "not begun"
         about = story_record(folder) if status == DONE and (folder / "story.json").exists() else {"folder": str(folder)}
         if status == DONE:
@@ -182,6 +189,7 @@ def _finish(args, run: RunFolder, stopped: str) -> int:
     lines.append(f"All of them: {report}")
     emit(args, {"stories": stories, "report": report}, "\n".join(lines))
     if stopped:
-        print_status(f"{stopped}; the same command goes on.")
+        without = " without --restart" if args.restart else " without --overwrite" if args.overwrite else ""
+        print_status(f"{stopped}; the same command{without} goes on.")
         return 130
     return 1 if any(story["status"] == FAILED for story in stories) else 0

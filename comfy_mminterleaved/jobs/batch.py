@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import MMInterleavedError, OutputError, StoryError, is_out_of_memory
+from ..errors import DeviceError, ImageError, MMInterleavedError, OutputError, StoryError, is_out_of_memory
 from ..files import ensure_writable_dir
 from ..generation.config import ImageGenerationConfig, TextGenerationConfig, to_file
 from ..pipeline import MMInterleavedPipeline
@@ -86,12 +86,16 @@ def tell_stories(
 
     Args:
         callbacks: `on_token` and `on_step` of `iterate_plans`.
+
+    Raises:
+        DeviceError: If the card cannot be used any more.
     """
     stories, plans, seeds, openings, places = [], [], [], {}, []
     for place, task in enumerate(tasks):
         try:
             story, steps, row = _prepare(pipeline, task, settings)
         except (MMInterleavedError, MemoryError, RuntimeError) as error:
+            _check_device(error)
             yield {place: error}
             continue
         if task.story is None:
@@ -105,8 +109,17 @@ def tell_stories(
         ):
             yield {places[i]: story for i, story in grown.items()}
     except (MMInterleavedError, MemoryError, RuntimeError) as error:
+        _check_device(error)
         pipeline.clear_cache()
         yield dict.fromkeys(places, error)
+
+
+def _check_device(error: Exception) -> None:
+    """Raises DeviceError for an error after which nothing runs on the card in this process."""
+    if "CUDA error" in str(error) and not is_out_of_memory(error):
+        raise DeviceError(
+            f"The card failed: {str(error).splitlines()[0].rstrip('.')}; start the same command again to go on."
+        ) from error
 
 
 def _prepare(pipeline: MMInterleavedPipeline, task: StoryTask, settings: BatchSettings):
@@ -222,7 +235,7 @@ class OpenStory:
         self.folder = run.story_folder(number)
         self.beside = run.unfinished_folder(number)
         record = run.record(number)
-        is_begun = record is not None
+        is_begun = record is not None and record.opening is not None
         self.work = self.beside if (self.beside if is_begun else self.folder).exists() else self.folder
         settings = run.settings
         text, image = settings.text.with_seed_offset(self.plan.seed), settings.image.with_seed_offset(self.plan.seed)
@@ -233,7 +246,7 @@ class OpenStory:
             "image_generation": to_file(image),
         }
         self.task = StoryTask(self.plan)
-        if is_begun and record.opening is not None:
+        if is_begun:
             self._resume(record)
         self.opening, self.story, self.left = self.task.opening, self.task.story, 0
         if self.opening is not None:
@@ -242,7 +255,7 @@ class OpenStory:
 
     def _resume(self, record: StoryRecord) -> None:
         """Takes up what an earlier run of the same plan left, if it is whole."""
-        with contextlib.suppress(StoryError):
+        with contextlib.suppress(StoryError, ImageError):
             saved = load_book(self.work).story
             if len(saved) < record.opening or len(saved.images) < record.opening_images:
                 return
@@ -282,7 +295,6 @@ class OpenStory:
         fingerprint = self.run.fingerprints[self.number - 1]
         about = {"opening": len(opening), "opening_images": len(opening.images)}
         self.run.journal.append(self.number, BEGUN, fingerprint=fingerprint, **about)
-        self.run.afresh.discard(self.number)
         self.opening = self.story = opening
         self.left = sum(map(len, self.plan.steps_after(opening)))
 

@@ -33,7 +33,8 @@ class ComfyServer:
         try:
             parts = urllib.parse.urlsplit(full)
             is_valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-        except ValueError:
+            (parts.hostname or "").encode("idna")
+        except ValueError:  # a UnicodeError is one
             is_valid = False
         if not is_valid:
             raise SettingError(f"A server must be like http://127.0.0.1:8188, not {url!r:.80}.")
@@ -46,6 +47,8 @@ class ComfyServer:
                 return answer.read()
         except urllib.error.HTTPError as error:
             with error:
+                if error.code in (502, 503, 504):  # of a proxy before a server that is away
+                    raise ServerDown(f"The server {self.url} does not answer: {error.code} {error.reason}.") from None
                 raise RequestRefused(_reason(error)) from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", None) or error

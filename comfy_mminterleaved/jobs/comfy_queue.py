@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import threading
 import time
@@ -114,7 +115,7 @@ class _Work:
         self.waiting: deque[int] = deque()
         self.at_servers: dict[str, dict[str, int]] = {}  # from an earlier run: url -> prompt -> story
         pending = run.pending()
-        self.left = set(pending)
+        self.left, self.being_collected = set(pending), set()
         for number in pending:
             record = run.record(number)
             if record is not None and record.status == QUEUED and record.server in urls:
@@ -127,12 +128,27 @@ class _Work:
         with self.lock:
             return self.waiting.popleft() if len(self.waiting) > (0 if is_idle else self.num_servers - 1) else None
 
-    def claim(self, number: int) -> bool:
-        """Whether a story is still to be told; others are kept from taking it."""
+    def claim(self, number: int, is_finished: bool) -> bool:
+        """Whether a server may keep a story that it was sent before: if nobody else has it, or it is finished there."""
         with self.lock:
-            with contextlib.suppress(ValueError):
+            is_free = number in self.waiting
+            if is_free:
                 self.waiting.remove(number)
-            return number in self.left
+            return is_free or (is_finished and number in self.left)
+
+    @contextlib.contextmanager
+    def collecting(self, number: int):
+        """Yields whether a server may collect a story: only one does, and only if it is still to be told."""
+        with self.lock:
+            is_first = number in self.left and number not in self.being_collected
+            if is_first:
+                self.being_collected.add(number)
+        try:
+            yield is_first
+        finally:
+            if is_first:
+                with self.lock:
+                    self.being_collected.discard(number)
 
     def take_over(self, url: str) -> dict[str, int]:
         """Prompts that an earlier run sent to a server."""
@@ -153,9 +169,6 @@ class _Work:
     def finish(self, number: int, folder: Path, seconds: float) -> None:
         """Keeps a story that was collected in a folder."""
         with self.lock:
-            if number not in self.left:  # another server was faster
-                shutil.rmtree(folder, ignore_errors=True)
-                return
             move_into_place(folder, self.run.story_folder(number))
             panels = self.run.plans[number - 1].panels
             self.run.journal.append(number, DONE, panel=panels, seconds=round(seconds, 3))
@@ -169,6 +182,8 @@ class _Work:
 
     def _end(self, number: int) -> None:
         self.left.discard(number)
+        if number in self.waiting:
+            self.waiting.remove(number)
         self.run.ended(number, self.on_story)
 
     def fault(self, error: Exception) -> None:
@@ -226,9 +241,9 @@ class _Feeder(threading.Thread):
 
     def _let_go(self) -> None:
         """Gives back the stories that are at the server."""
-        self.orphans |= {prompt: sent.number for prompt, sent in self.prompts.items()}
-        self.orphans |= self.work.take_over(self.server.url)
-        self.work.put_back(self.orphans.values())
+        lost = {prompt: sent.number for prompt, sent in self.prompts.items()} | self.work.take_over(self.server.url)
+        self.orphans |= lost
+        self.work.put_back(lost.values())
         self.prompts.clear()
         self.template = None
 
@@ -246,15 +261,14 @@ class _Feeder(threading.Thread):
         for name, data in run.files.items():
             server.upload(f"{run.input_folder}/{name}", data)
         queued = server.queued()
-        for prompt, number in self.work.take_over(server.url).items():
-            if prompt in queued or server.history(prompt) is not None:
+        earlier = self.work.take_over(server.url)
+        self.orphans |= earlier
+        self.work.put_back(earlier.values())
+        for prompt, number in self.orphans.items():
+            is_finished = server.history(prompt) is not None
+            if (is_finished or prompt in queued) and self.work.claim(number, is_finished):
                 self.prompts[prompt] = _Sent(number)
-            else:
-                self.work.put_back([number])
-        for prompt, number in self.orphans.items():  # unless another server was faster
-            if server.history(prompt) is not None and self.work.claim(number):
-                self.prompts[prompt] = _Sent(number)
-        server.remove([prompt for prompt in self.orphans if prompt in queued])
+        server.remove([prompt for prompt in self.orphans if prompt in queued and prompt not in self.prompts])
         self.orphans.clear()
         self.template = template
 
@@ -286,7 +300,9 @@ class _Feeder(threading.Thread):
                 continue
             entry = self.server.history(prompt_id)
             if entry is not None:
-                self._keep(sent.number, entry)
+                with self.work.collecting(sent.number) as is_first:
+                    if is_first:
+                        self._keep(sent.number, entry)
                 del self.prompts[prompt_id]
                 continue
             queued = self.server.queued() if queued is None else queued
@@ -311,11 +327,11 @@ class _Feeder(threading.Thread):
             shutil.rmtree(folder)
         ensure_writable_dir(folder)
         try:
-            for node, file in saved:
-                name = Path(file["filename"]).name
+            for number_of_file, (_, file) in enumerate(saved, 1):
+                name = re.split(r"[/\\\\]", file["filename"])[-1]
                 path = path_below(folder, name)
                 if path is None or path.exists():  # two nodes saved under one name
-                    path = path_below(folder, f"{node.replace(':', '-')}-{name}") or folder / f"{node}.bin"
+                    path = folder / f"{number_of_file:02d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}"
                 atomic_write(path, self.server.download(file))
         except RequestRefused as refused:
             shutil.rmtree(folder, ignore_errors=True)
@@ -388,11 +404,11 @@ def _without_layout(value):
         return [_without_layout(item) for item in value]
     if not isinstance(value, dict):
         return value
+    if isinstance(value.get("inputs"), dict):  # in API format
+        return {} if value.get("class_type") == STORYBOARD_NODE else value
     kept = {key: _without_layout(item) for key, item in value.items() if key not in _LAYOUT}
     if value.get("type") == STORYBOARD_NODE:
         kept.pop("widgets_values", None)
-    if value.get("class_type") == STORYBOARD_NODE:
-        kept.pop("inputs", None)
     return kept
 
 

@@ -7,13 +7,14 @@ that dies loses the step at hand, and its machine needs no access to the run's f
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..errors import CheckpointError, MMInterleavedError, SettingError
+from ..errors import CheckpointError, DeviceError, MMInterleavedError, SettingError
 from ..stories.journal import StoryRecord
 from ..stories.story import Story
 from .batch import BatchSettings, OpenStory, StoryboardRun, StoryTask, tell_stories
@@ -50,11 +51,14 @@ class _Worker:
 
     def tell(self, tasks: list[StoryTask]):
         """`tell_stories`, without the features of images, which only this model can use."""
-        for grown in tell_stories(self._pipeline(), tasks, self.settings):
-            yield {
-                place: _without_features(result) if isinstance(result, Story) else result
-                for place, result in grown.items()
-            }
+        try:
+            for grown in tell_stories(self._pipeline(), tasks, self.settings):
+                yield {
+                    place: _without_features(result) if isinstance(result, Story) else result
+                    for place, result in grown.items()
+                }
+        except DeviceError:
+            os._exit(1)  # Ray starts a new process
 
 
 def _without_features(story: Story) -> Story:
@@ -106,11 +110,18 @@ def started_workers(
         resources = ray.cluster_resources()
         num_gpus, num_cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1)
         count = min(num_workers or num_gpus or max(1, int(num_cpus) // 4), max_workers)
-        options = {"num_gpus": min(1, num_gpus / count), "num_cpus": 0} if num_gpus else {"num_cpus": num_cpus / count}
+        if num_gpus:
+            options = {"num_gpus": 1 / math.ceil(count / num_gpus), "num_cpus": 0}
+        else:
+            largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+            options = {"num_cpus": min(largest, num_cpus / count)}
         threads = None if num_gpus or "OMP_NUM_THREADS" in os.environ else max(1, int(num_cpus) // count)
         actor = ray.remote(max_restarts=-1, **options)(_Worker)
         workers = [actor.remote(load, settings, threads) for _ in range(count)]
-        answers = ray.get([worker.prepare.remote(choose_batch_size) for worker in workers])
+        try:
+            answers = ray.get([worker.prepare.remote(choose_batch_size) for worker in workers])
+        except ray.exceptions.RayActorError:
+            raise CheckpointError("A worker died while it loaded the model; see Ray's logs.") from None
         for answer in answers:
             if isinstance(answer, str):
                 raise CheckpointError(answer)
@@ -170,8 +181,10 @@ class Dispatcher:
                 except StopIteration:
                     run.close(opened, self.on_story)
                     idle.append(worker)
-                except ray.exceptions.RayActorError:
-                    batches.insert(0, self._survivors(opened))
+                except ray.exceptions.RayTaskError:
+                    raise
+                except ray.exceptions.RayError:  # the worker died, or with its computer what it had drawn
+                    batches[:0] = [[number] for number in self._survivors(opened)]
                     starting[worker.prepare.remote()] = worker
                 else:
                     for story in opened:
@@ -184,7 +197,6 @@ class Dispatcher:
                     ray.cancel(ready)
                     idle.append(worker)
                 del busy[ready]
-            batches = [batch for batch in batches if batch]
         run.report()
         if stopping is not None:
             raise Stopped
@@ -194,7 +206,9 @@ class Dispatcher:
         """Whether a worker that died is there again; raises CheckpointError if it cannot load the model any more."""
         try:
             result = self.ray.get(answer)
-        except self.ray.exceptions.RayActorError:
+        except self.ray.exceptions.RayTaskError:
+            raise
+        except self.ray.exceptions.RayError:
             time.sleep(0.2)
             return False
         if isinstance(result, str):

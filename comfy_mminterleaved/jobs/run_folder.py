@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import signal
 import threading
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..files import ensure_writable_dir, friendly_errors, remove_leftovers
+from ..files import ensure_writable_dir, friendly_errors, remove_leftovers, replace_path
 from ..stories.journal import BEGUN, DONE, FAILED, Journal, StoryRecord
 from ..stories.report import write_report
 from ..stories.storyboard import StoryPlan
@@ -29,7 +28,7 @@ class RunFolder:
     Args:
         folder: Created if needed. Stories that its journal calls finished, with the same fingerprint, are left alone.
         fingerprints: Of what decides how each story comes out.
-        restart: Tell all stories anew; each replaces the old one when it is whole.
+        restart: Tell all stories anew; each replaces the old one when it is whole. A run without it goes on with that.
         retry_failed: Tell failed stories again, which else stay failed.
     """
 
@@ -45,7 +44,8 @@ class RunFolder:
         ensure_writable_dir(self.folder)
         remove_leftovers(self.folder)
         self.journal = Journal(self.folder)
-        self.afresh = set(range(1, len(self.plans) + 1)) if restart else set()  # whatever the journal says of them
+        if restart and self.journal.records:
+            self.journal.restart()
         self.retry_failed = retry_failed
         self._reported = float("-inf")
         for number in range(1, len(self.plans) + 1):  # of a run that was killed before its journal knew of them
@@ -55,7 +55,7 @@ class RunFolder:
     def record(self, number: int) -> StoryRecord | None:
         """What the journal knows of a story, if it was told from the same plan; None if it is to be told afresh."""
         record = self.journal.records.get(number)
-        if record is None or number in self.afresh or record.fingerprint != self.fingerprints[number - 1]:
+        if record is None or number in self.journal.afresh or record.fingerprint != self.fingerprints[number - 1]:
             return None
         return record
 
@@ -85,7 +85,8 @@ class RunFolder:
 
     def report(self) -> None:
         """Writes report.html."""
-        write_report(self.folder, self.plans, self.journal.records)
+        records = {number: self.record(number) for number in range(1, len(self.plans) + 1)}
+        write_report(self.folder, self.plans, {number: record for number, record in records.items() if record})
         self._reported = time.monotonic()
 
 
@@ -96,8 +97,8 @@ def move_into_place(work: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         with friendly_errors(folder, "The folder"):
             if folder.exists():
-                os.replace(folder, old)
-            os.replace(work, folder)
+                replace_path(folder, old)
+            replace_path(work, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

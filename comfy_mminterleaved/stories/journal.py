@@ -15,6 +15,7 @@ from ..files import friendly_errors
 
 JOURNAL_FILE = "journal.jsonl"
 BEGUN, QUEUED, DONE, FAILED = "begun", "queued", "done", "failed"
+RESTART = "restart"
 
 
 @dataclass
@@ -43,11 +44,15 @@ class StoryRecord:
 
 
 class Journal:
-    """Records of stories by their number in the storyboard, from 1; raises OutputError."""
+    """Records of stories by their number in the storyboard, from 1; raises OutputError.
+
+    `afresh` has the numbers of those that are told anew since a restart and were not begun yet: their records are old.
+    """
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / JOURNAL_FILE
         self.records: dict[int, StoryRecord] = {}
+        self.afresh: set[int] = set()
         with friendly_errors(self.path, "The journal"):
             self.path.touch()  # from now on the folder is known as a run's, also if that is killed at once
             data = self.path.read_bytes()
@@ -65,7 +70,14 @@ class Journal:
                 ) from None
 
     def _apply(self, line: dict) -> None:
-        number, event = int(line["story"]), line["event"]
+        event = line["event"]
+        if event == RESTART:
+            self.afresh = set(self.records)
+            return
+        number = int(line["story"])
+        if number in self.afresh:
+            self.afresh.discard(number)
+            self.records.pop(number, None)
         if event == BEGUN:
             counts = int(line["opening"]), int(line.get("opening_images", 0))
             self.records[number] = StoryRecord(line["fingerprint"], BEGUN, *counts)
@@ -84,9 +96,15 @@ class Journal:
         else:
             raise ValueError(event)
 
+    def restart(self) -> None:
+        """Has all stories told anew, in this run and those that go on with it."""
+        self._append({"event": RESTART})
+
     def append(self, story: int, event: str, **values) -> None:
         """Adds a line, on the disk when this returns."""
-        line = {"story": story, "event": event, **values}
+        self._append({"story": story, "event": event, **values})
+
+    def _append(self, line: dict) -> None:
         self._apply(line)
         with friendly_errors(self.path, "The journal"), open(self.path, "ab") as file:
             file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8"))

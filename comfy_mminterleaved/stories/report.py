@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from ..files import atomic_write
 from .journal import DONE, FAILED, QUEUED, StoryRecord
@@ -45,7 +46,7 @@ def write_report(folder: Path, plans: Sequence[StoryPlan], records: Mapping[int,
         states = {DONE: duration(record.seconds), QUEUED: f"at {html.escape(record.server)}"}
         state = states.get(record.status, f"{record.panels} panels so far")
         images = "".join(
-            f'<img src="{name}/{path.name}" alt="" loading="lazy">'
+            f'<img src="{name}/{html.escape(quote(path.name))}" alt="" loading="lazy">'
             for path in sorted((folder / name).glob("*.*"))
             if path.suffix in (".png", ".jpg", ".webp")
         )

@@ -80,6 +80,17 @@ def events(out, kind) -> list[dict]:
     return [line for line in lines if line["event"] == kind]
 
 
+def queued_again(out) -> list[int]:
+    """Stories that were sent to a server after they were done, or to two servers that both answered."""
+    done, again = set(), []
+    for line in map(json.loads, (out / "journal.jsonl").read_text().splitlines()):
+        if line["event"] == "queued" and line["story"] in done:
+            again.append(line["story"])
+        if line["event"] == "done":
+            done.add(line["story"])
+    return again
+
+
 def strays(out) -> list[str]:
     return [p.name for p in out.rglob(".*") if p.name != ".lock"]
 
@@ -194,8 +205,25 @@ def test_kills_of_one_of_two_servers_lose_nothing(two, workflow, make_board, tmp
         assert process.returncode == 0, said
         assert contents(out) == contents(alone) and not strays(out)
         assert sorted(line["story"] for line in events(out, "done")) == list(range(1, count + 1))
+        assert not queued_again(out)
     used = {line["server"] for line in events(out, "queued")}
     assert used == {url(server) for server in servers}
     for path in (tmp_path / "output").glob("s_*"):
         with contextlib.suppress(OSError):
             shutil.rmtree(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_server_that_stays_away_loses_its_stories_once(two, workflow, make_board, tmp_path):
+    servers, _ = two
+    board, out = make_board(8), tmp_path / "out"
+    process = start(workflow, board, out, *servers)
+    while not (out / "001").exists():
+        time.sleep(0.05)
+    servers[1].process.kill()
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0 and "does not answer" in said
+    assert not queued_again(out) and sorted(line["story"] for line in events(out, "done")) == list(range(1, 9))
+    assert len(events(out, "queued")) <= 8 + 2, "at most what the dead server had was sent again"
+    assert main(command(workflow, board, out, servers[0])) == 0
+    assert len(events(out, "queued")) <= 8 + 2
