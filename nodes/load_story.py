@@ -19,12 +19,12 @@ NOTHING = "(no saved story yet)"
 
 def saved_stories() -> list[str]:
     """Folders with a story.json below ComfyUI's output and input folders, the newest first."""
-    found = []
+    stories = []
     for folder in (folder_paths.get_output_directory(), folder_paths.get_input_directory()):
         for path in Path(folder).rglob("story.json"):
             if not any(part.startswith(".") for part in path.relative_to(folder).parts):
-                found.append((path.stat().st_mtime, path.parent.relative_to(folder).as_posix()))
-    return [name for _, name in sorted(found, reverse=True)] or [NOTHING]
+                stories.append((path.stat().st_mtime, path.parent.relative_to(folder).as_posix()))
+    return [name for _, name in sorted(stories, reverse=True)] or [NOTHING]
 
 
 def story_path(name: str) -> Path:

@@ -340,7 +340,7 @@ class Instant:
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_kill_at_each_rename_loses_nothing(board, tmp_path, restart, after):
-    plans, undisturbed = load_storyboard(board), tmp_path / "undisturbed"
+    plans, undisturbed = load_storyboard(board)[::4], tmp_path / "undisturbed"
     StoryboardRun(undisturbed, plans, SETTINGS).run(telling(Instant()))
     kills = 0
     while True:
@@ -354,7 +354,7 @@ def test_a_kill_at_each_rename_loses_nothing(board, tmp_path, restart, after):
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
-            assert os.WEXITSTATUS(status) == 0 and kills > 40
+            assert os.WEXITSTATUS(status) == 0 and kills > 15
             return
         StoryboardRun(out, plans, SETTINGS).run(telling(Instant()))
         assert contents(out) == contents(undisturbed) and not strays(out)

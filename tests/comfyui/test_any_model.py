@@ -64,6 +64,7 @@ def tell(family="flux", **changes):
         "strength": 1.0,
         "start": 0.0,
         "end": 1.0,
+        "best_of": 1,
         **changes,
     }
     return {

@@ -181,7 +181,7 @@ def qwen():
         encoders = comfy.text_encoders.qwen_image
         clip = make_clip(encoders.te(), encoders.QwenImageTokenizer, {"qwen25_7b_model_config": QWEN})
     sizes = {
-        "dim": 8,
+        "dim": 4,
         "z_dim": 16,
         "dim_mult": [1, 2, 4, 4],
         "num_res_blocks": 2,
@@ -190,7 +190,7 @@ def qwen():
         "dropout": 0.0,
     }
     weights = randomize(whole_vae(**sizes), 4).state_dict()
-    with replaced(wan, "WanVAE", lambda **kwargs: whole_vae(**{**kwargs, "dim": 8})):
+    with replaced(wan, "WanVAE", lambda **kwargs: whole_vae(**{**kwargs, "dim": 4})):
         vae = comfy.sd.VAE(sd=weights)
     return make_model(comfy.supported_models.QwenImage, settings), clip, vae
 
