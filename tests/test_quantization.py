@@ -263,7 +263,7 @@ def test_hours_of_work_are_kept_when_the_last_step_fails(tmp_path, monkeypatch, 
     """A virus scanner that holds the folder, or no memory."""
     from comfy_mminterleaved import files
 
-    replace = files._replace
+    replace = files.replace_path
 
     def fail(source, target):
         if target.name == "model":
@@ -271,7 +271,7 @@ def test_hours_of_work_are_kept_when_the_last_step_fails(tmp_path, monkeypatch, 
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_replace", fail)
+        patch.setattr(files, "replace_path", fail)
         with pytest.raises((OutputError, MemoryError)):
             native.save(tmp_path / "model", starter.config, starter.blocks, fingerprint="this")
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".model.unfinished").glob("*.safetensors")}
