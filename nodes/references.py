@@ -84,14 +84,7 @@ class ApplyStoryReferences(io.ComfyNode):
                 io.Int.Input(
                     "references", default=3, min=0, max=16, tooltip="How many of the story's last images to refer to."
                 ),
-                io.Float.Input(
-                    "megapixels",
-                    default=1.0,
-                    min=0.01,
-                    max=4.0,
-                    step=0.01,
-                    tooltip="Size that references are scaled to.",
-                ),
+                megapixels_input(),
                 *advanced(
                     io.Combo.Input(
                         "method",
@@ -99,14 +92,7 @@ class ApplyStoryReferences(io.ComfyNode):
                         default="the model's own",
                         tooltip="How several reference latents are placed, for models that know more than one way.",
                     ),
-                    io.Float.Input(
-                        "guidance",
-                        default=0.0,
-                        min=0.0,
-                        max=100.0,
-                        step=0.1,
-                        tooltip="Distilled guidance, as FluxGuidance sets it; 0 leaves the model's own.",
-                    ),
+                    guidance_input(),
                     *attention_inputs(),
                 ),
             ],
@@ -149,6 +135,23 @@ class ApplyStoryReferences(io.ComfyNode):
             positive = node_helpers.conditioning_set_values(positive, {"guidance": guidance})
         patched = attend_to_references(model, latents if attends else [], strength, start, end)
         return io.NodeOutput(patched, positive, negative, as_batch(images))
+
+
+def megapixels_input():
+    return io.Float.Input(
+        "megapixels", default=1.0, min=0.01, max=4.0, step=0.01, tooltip="Size that references are scaled to."
+    )
+
+
+def guidance_input():
+    return io.Float.Input(
+        "guidance",
+        default=0.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        tooltip="Distilled guidance, as FluxGuidance sets it; 0 leaves the model's own.",
+    )
 
 
 def attention_inputs():

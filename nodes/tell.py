@@ -246,21 +246,8 @@ class TellStory(io.ComfyNode):
                     drop_oldest=drop_oldest,
                     **_optional(story=story),
                 )
-                samples = graph.node(
-                    "KSampler",
-                    f"draw {number}",
-                    model=conditioned.out(0),
-                    positive=conditioned.out(1),
-                    negative=conditioned.out(2),
-                    latent_image=latent.out(0),
-                    seed=seed,
-                    steps=steps,
-                    cfg=cfg,
-                    sampler_name=sampler_name,
-                    scheduler=scheduler,
-                    denoise=1.0,
-                )
-                image = graph.node("VAEDecode", f"decode {number}", samples=samples.out(0), vae=links["vae"])
+                sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
+                image = draw_panel(graph, number, conditioned, latent, links["vae"], seed=seed, **sampling)
                 story = graph.node(
                     "MMInterleavedStoryPicture",
                     f"add {number}",
@@ -271,6 +258,21 @@ class TellStory(io.ComfyNode):
                 ).out(0)
         split = graph.node("MMInterleavedPanelsInside", "panels", story=story)
         return io.NodeOutput(story, split.out(0), split.out(1), expand=graph.finalize())
+
+
+def draw_panel(graph: GraphBuilder, number: int, conditioned, latent, vae, **sampling):
+    """The image of a panel: KSampler on a node that gives MODEL, positive and negative, and VAE Decode."""
+    samples = graph.node(
+        "KSampler",
+        f"draw {number}",
+        model=conditioned.out(0),
+        positive=conditioned.out(1),
+        negative=conditioned.out(2),
+        latent_image=latent.out(0),
+        denoise=1.0,
+        **sampling,
+    )
+    return graph.node("VAEDecode", f"decode {number}", samples=samples.out(0), vae=vae)
 
 
 def _optional(**links):

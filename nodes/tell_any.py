@@ -11,8 +11,8 @@ from comfy_execution.graph_utils import GraphBuilder
 from ..comfy_mminterleaved.errors import SettingError, StoryError
 from .context_images import ALIKE, CHOICES, FIRST_AND_LAST, choose_panels
 from .preview import CONTEXT
-from .references import attention_inputs
-from .tell import chosen_seeds
+from .references import attention_inputs, guidance_input, megapixels_input
+from .tell import chosen_seeds, draw_panel
 from .types import CATEGORY, StorySocket, advanced, seed_input
 
 MAX_PANELS = 200
@@ -109,22 +109,8 @@ class TellStoryAnyModel(io.ComfyNode):
                         default="simple",
                         tooltip="Any of ComfyUI's schedules.",
                     ),
-                    io.Float.Input(
-                        "megapixels",
-                        default=1.0,
-                        min=0.01,
-                        max=4.0,
-                        step=0.01,
-                        tooltip="Size that references are scaled to.",
-                    ),
-                    io.Float.Input(
-                        "guidance",
-                        default=0.0,
-                        min=0.0,
-                        max=100.0,
-                        step=0.1,
-                        tooltip="Distilled guidance, as FluxGuidance sets it; 0 leaves the model's own.",
-                    ),
+                    megapixels_input(),
+                    guidance_input(),
                     *attention_inputs(),
                 ),
             ],
@@ -204,21 +190,8 @@ class TellStoryAnyModel(io.ComfyNode):
                 start=start,
                 end=end,
             )
-            samples = graph.node(
-                "KSampler",
-                f"draw {number}",
-                model=conditioned.out(0),
-                positive=conditioned.out(1),
-                negative=conditioned.out(2),
-                latent_image=latent.out(0),
-                seed=panel_seed,
-                steps=steps,
-                cfg=cfg,
-                sampler_name=sampler_name,
-                scheduler=scheduler,
-                denoise=1.0,
-            )
-            image = graph.node("VAEDecode", f"decode {number}", samples=samples.out(0), vae=links["vae"]).out(0)
+            sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
+            image = draw_panel(graph, number, conditioned, latent, links["vae"], seed=panel_seed, **sampling).out(0)
             if best_of > 1:
                 alike_to = links.get("heroes")
                 if alike_to is None and drawn:

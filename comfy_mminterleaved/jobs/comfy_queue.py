@@ -200,7 +200,7 @@ class _Feeder(threading.Thread):
         super().__init__(daemon=True, name=server.url)
         self.work, self.server, self.on_status = work, server, on_status
         self.prompts: dict[str, _Sent] = {}
-        self.orphans: dict[str, int] = {}  # sent before the server stopped to answer; others may have them now
+        self.orphans: dict[str, int] = {}  # sent before the server stopped answering; others may have them now
         self.template: dict | None = None
         self.last_end = time.monotonic()
         self.refusal, self.was_up, self.has_failed = "", False, False
@@ -257,7 +257,7 @@ class _Feeder(threading.Thread):
         missing = sorted({entry["class_type"] for entry in template.values()} - set(definitions))
         if missing:
             raise SettingError(f"The server {server.url} has no node {', '.join(missing)}; install what brings it.")
-        with_story(template, "", 0)
+        with_story(template, "", 0)  # says so now if it has no Load Storyboard
         for name, data in run.files.items():
             server.upload(f"{run.input_folder}/{name}", data)
         queued = server.queued()
@@ -328,7 +328,7 @@ class _Feeder(threading.Thread):
         ensure_writable_dir(folder)
         try:
             for number_of_file, (_, file) in enumerate(saved, 1):
-                name = re.split(r"[/\\\\]", file["filename"])[-1]
+                name = re.split(r"[/\\]", file["filename"])[-1]
                 path = path_below(folder, name)
                 if path is None or path.exists():  # two nodes saved under one name
                     path = folder / f"{number_of_file:02d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}"
