@@ -29,6 +29,10 @@ class OutputError(MMInterleavedError, OSError):
     """A place that cannot be written to."""
 
 
+class ServerError(MMInterleavedError, ConnectionError):
+    """A server that does not answer, or answers with what cannot be used."""
+
+
 class DeviceError(MMInterleavedError, RuntimeError):
     """A card that cannot be used any more in this process."""
 

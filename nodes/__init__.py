@@ -9,6 +9,7 @@ from .example import ExampleImage
 from .inputs import check_inputs
 from .load import LoadEncoder, LoadMMInterleaved, LoadStoryLLM, LoadSynchronizer
 from .load_story import LoadStory
+from .load_writer import LoadWriter
 from .panels import PanelsInside, PanelsToStory, StoryToPanels
 from .pick import PickImage
 from .references import ApplyStoryReferences
@@ -19,6 +20,9 @@ from .synchronize import ApplySynchronizer
 from .tell import TellStory
 from .tell_any import TellStoryAnyModel
 from .write import WriteStoryText
+from .write_script import ScriptPanel, WriteScript
+from .writer_from_clip import WriterFromClip
+from .writer_from_server import WriterFromServer
 
 NODES = [
     LoadMMInterleaved,
@@ -39,6 +43,11 @@ NODES = [
     SelectContextImages,
     PickImage,
     TellStoryAnyModel,
+    LoadWriter,
+    WriterFromClip,
+    WriterFromServer,
+    WriteScript,
+    ScriptPanel,
     StoryToPanels,
     PanelsToStory,
     PanelsInside,

@@ -10,8 +10,8 @@ from ..comfy_mminterleaved.generation.decoding import MAX_OPTIONS
 from ..comfy_mminterleaved.stories.story import Story
 from .blocks import progress
 from .segments import encode_story, images_from_batch
-from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket, search_aliases
-from .write import progress_callback
+from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket, search_aliases, writer_input
+from .write import progress_callback, require_llm, text_callback
 
 
 class AskAboutStory(io.ComfyNode):
@@ -25,7 +25,9 @@ class AskAboutStory(io.ComfyNode):
             description="Answers a question about the images of a story.",
             is_output_node=True,
             inputs=[
-                LLMSocket.Input("llm", tooltip="Reads the story and answers."),
+                LLMSocket.Input(
+                    "llm", optional=True, tooltip="Reads the story and answers; a writer can do it instead."
+                ),
                 StorySocket.Input("story", tooltip="A story with at least one image."),
                 io.String.Input(
                     "question",
@@ -35,15 +37,20 @@ class AskAboutStory(io.ComfyNode):
                     tooltip="The starter model knows questions about who, where, what and the weather.",
                 ),
                 io.Int.Input("max_tokens", default=20, min=1, max=1024, tooltip="Longest answer, in tokens."),
+                writer_input(),
             ],
             outputs=[io.String.Output("answer_out", display_name="answer")],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
-    def execute(cls, llm, story, question, max_tokens) -> io.NodeOutput:
+    def execute(cls, story, question, max_tokens, llm=None, writer=None) -> io.NodeOutput:
         if not question.strip():
             raise StoryError("The question is empty; ask something.")
+        if writer is not None:
+            answer = writer.answer(story, question, max_tokens, text_callback(cls.hidden, max_tokens))
+            return io.NodeOutput(answer, ui=ui.PreviewText(answer))
+        require_llm(llm)
         config = TextGenerationConfig(
             max_new_tokens=max_tokens, min_new_tokens=1, do_sample=False, repetition_penalty=1.0
         )
@@ -64,8 +71,8 @@ class CaptionImage(io.ComfyNode):
             description="Describes an image. A batch gives one caption per image.",
             is_output_node=True,
             inputs=[
-                LLMSocket.Input("llm", tooltip="Writes the caption."),
-                EncoderSocket.Input("encoder", tooltip="Encodes the image."),
+                LLMSocket.Input("llm", optional=True, tooltip="Writes the caption; a writer can do it instead."),
+                EncoderSocket.Input("encoder", optional=True, tooltip="Encodes the image; a writer needs none."),
                 io.Image.Input("image", tooltip="An image, or a batch of images."),
                 io.Int.Input(
                     "beams",
@@ -75,13 +82,19 @@ class CaptionImage(io.ComfyNode):
                     tooltip="Captions that the beam search keeps at a time; 1 always takes the likeliest word.",
                 ),
                 io.Int.Input("max_tokens", default=40, min=1, max=1024, tooltip="Longest caption, in tokens."),
+                writer_input(),
             ],
             outputs=[io.String.Output("captions_out", display_name="captions", is_output_list=True)],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
-    def execute(cls, llm, encoder, image, beams, max_tokens) -> io.NodeOutput:
+    def execute(cls, image, beams, max_tokens, llm=None, encoder=None, writer=None) -> io.NodeOutput:
+        if writer is not None:
+            on_text = text_callback(cls.hidden, max_tokens)
+            captions = [writer.caption(segment, max_tokens, on_text) for segment in images_from_batch(image)]
+            return io.NodeOutput(captions, ui=ui.PreviewText("\n".join(captions)))
+        require_llm(llm)
         config = TextGenerationConfig(
             max_new_tokens=max_tokens, min_new_tokens=1, repetition_penalty=1.0, num_beams=beams, do_sample=beams > 1
         )
@@ -105,7 +118,9 @@ class RankAnswers(io.ComfyNode):
             description="Ranks answers by how likely they are, as the story's next text or as answers to a question.",
             is_output_node=True,
             inputs=[
-                LLMSocket.Input("llm", tooltip="Reads the story and scores the options."),
+                LLMSocket.Input(
+                    "llm", optional=True, tooltip="Reads the story and scores the options; a writer can do it instead."
+                ),
                 StorySocket.Input("story", tooltip="The story that the options are about."),
                 io.String.Input(
                     "options",
@@ -115,6 +130,7 @@ class RankAnswers(io.ComfyNode):
                     tooltip="One option per line.",
                 ),
                 io.String.Input("question", default="", tooltip="A question that the options answer; may be empty."),
+                writer_input(),
             ],
             outputs=[
                 io.String.Output("best_out", display_name="best", tooltip="The likeliest option."),
@@ -123,21 +139,27 @@ class RankAnswers(io.ComfyNode):
                     "scores_out",
                     display_name="scores",
                     is_output_list=True,
-                    tooltip="The log-probability of each, in the order of 'ranked'.",
+                    tooltip="The log-probability of each, in the order of 'ranked'; 0, -1, -2, ... from a writer that gives none.",
                 ),
             ],
         )
 
     @classmethod
-    def execute(cls, llm, story, options, question) -> io.NodeOutput:
+    def execute(cls, story, options, question, llm=None, writer=None) -> io.NodeOutput:
         lines = [line.strip() for line in options.splitlines() if line.strip()]
         if len(lines) < 2:
             raise StoryError(f"There must be at least two options, one per line, not {len(lines)}.")
+        if writer is not None:
+            return cls._output(writer.rank(story, lines, question))
+        require_llm(llm)
         if question.strip():
             story = llm.generator.question_story(story, question)
         longest = max(len(llm.generator.tokenize(Story.of(line))) for line in lines)
         story = llm.prepare(story, longest, min(len(lines), MAX_OPTIONS), are_given=True)
-        ranked = llm.generator.rank(story, lines, on_progress=progress(len(lines)))
+        return cls._output(llm.generator.rank(story, lines, on_progress=progress(len(lines))))
+
+    @classmethod
+    def _output(cls, ranked) -> io.NodeOutput:
         table = "\n".join(f"{option.log_prob:8.2f}  {option.text}" for option in ranked)
         return io.NodeOutput(
             ranked[0].text, [o.text for o in ranked], [o.log_prob for o in ranked], ui=ui.PreviewText(table)

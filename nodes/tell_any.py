@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-import re
-
 import comfy.samplers
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
 from ..comfy_mminterleaved.errors import SettingError, StoryError
+from ..comfy_mminterleaved.stories.storyboard import split_script
+from ..comfy_mminterleaved.writers.chat import WRITING
 from .context_images import ALIKE, CHOICES, FIRST_AND_LAST, choose_panels
 from .preview import CONTEXT
 from .references import attention_inputs, guidance_input, megapixels_input
 from .tell import chosen_seeds, draw_panel
-from .types import CATEGORY, StorySocket, advanced, seed_input
+from .types import CATEGORY, StorySocket, WriterSocket, advanced, seed_input
+from .write_script import idea_input, writing_inputs
 
 MAX_PANELS = 200
+WRITE_SETTINGS = {"min_tokens": 1, "top_k": WRITING.top_k, "top_p": WRITING.top_p, "repetition_penalty": 1.0}
 
 
-def script_panels(script: str) -> list[str]:
-    """The panels of a script, which blank lines divide; raises StoryError if there are none or too many."""
-    panels = [" ".join(part.split()) for part in re.split(r"\n[ \t]*\n", script.replace("\r\n", "\n"))]
-    panels = [panel for panel in panels if panel]
-    if not panels:
+def script_panels(script: str, panels: int, has_writer: bool) -> tuple[list[str], int]:
+    """The texts that a script gives, and how many a writer adds; raises StoryError.
+
+    Args:
+        panels: How many there are to be; 0 for as many as the script has.
+    """
+    texts = split_script(script)
+    if not texts and not has_writer:
         raise StoryError("The script is empty; write one paragraph per panel, with a blank line between.")
-    if len(panels) > MAX_PANELS:
-        raise StoryError(f"The script has {len(panels)} panels; at most {MAX_PANELS} are drawn at once.")
-    return panels
+    if not texts and not panels:
+        raise StoryError("The script is empty, and panels is 0; say how many panels the writer is to write.")
+    if len(texts) > MAX_PANELS:
+        raise StoryError(f"The script has {len(texts)} panels; at most {MAX_PANELS} are drawn at once.")
+    missing = panels - len(texts) if panels else 0
+    if missing > 0 and not has_writer:
+        raise StoryError(
+            f"The script has {len(texts)} panels, but {panels} are to be drawn; connect a writer, or write the others."
+        )
+    return texts[: panels or None], max(0, missing)
 
 
 class TellStoryAnyModel(io.ComfyNode):
@@ -36,7 +48,7 @@ class TellStoryAnyModel(io.ComfyNode):
             node_id="MMInterleavedTellAnyModel",
             display_name="Tell Story (any model)",
             category=CATEGORY,
-            description="Illustrates a script with any image model: each panel is drawn from its text, with the hero and earlier "
+            description="Illustrates a script with any image model, and has a writer continue it: each panel is drawn from its text, with the hero and earlier "
             "panels as references. It expands to Apply Story References, KSampler and VAE Decode, so a new seed for a panel leaves "
             "alone what does not refer to it.",
             enable_expand=True,
@@ -54,7 +66,16 @@ class TellStoryAnyModel(io.ComfyNode):
                     multiline=True,
                     default="",
                     dynamic_prompts=False,
-                    tooltip="The text of each panel, with a blank line between.",
+                    tooltip="The text of each panel, with a blank line between. A writer continues it.",
+                ),
+                idea_input(),
+                io.Int.Input(
+                    "panels",
+                    default=0,
+                    min=0,
+                    max=MAX_PANELS,
+                    tooltip="How many panels are drawn, exactly; 0 for as many as the script has. Those that it lacks are "
+                    "written by the writer.",
                 ),
                 io.String.Input(
                     "style",
@@ -88,6 +109,12 @@ class TellStoryAnyModel(io.ComfyNode):
                     "height", default=1024, min=16, max=8192, step=8, tooltip="Height of the images in pixels."
                 ),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="Compares images, for best_of."),
+                WriterSocket.Input(
+                    "writer",
+                    optional=True,
+                    tooltip="Writes the texts that the script lacks. One that sees writes each in view of the images before it; "
+                    "any other writes them all first, and leaves the card.",
+                ),
                 *advanced(
                     io.Int.Input(
                         "best_of",
@@ -112,6 +139,7 @@ class TellStoryAnyModel(io.ComfyNode):
                     megapixels_input(),
                     guidance_input(),
                     *attention_inputs(),
+                    *writing_inputs(),
                 ),
             ],
             outputs=[
@@ -129,6 +157,8 @@ class TellStoryAnyModel(io.ComfyNode):
         clip,
         vae,
         script,
+        idea,
+        panels,
         style,
         negative,
         seed,
@@ -146,12 +176,16 @@ class TellStoryAnyModel(io.ComfyNode):
         strength,
         start,
         end,
+        max_tokens,
+        temperature,
         best_of=1,
         heroes=None,
         clip_vision=None,
+        writer=None,
     ) -> io.NodeOutput:
-        texts = script_panels(script)
-        panel_seeds = chosen_seeds(seed, seeds, list(range(len(texts))))
+        texts, missing = script_panels(script, panels, writer is not None)
+        total = len(texts) + missing
+        panel_seeds = chosen_seeds(seed, seeds, list(range(total)))
         if heroes is not None and not heroes.images:
             raise SettingError("The heroes' story has no images; add one, or connect nothing.")
         if best_of > 1 and clip_vision is None:
@@ -160,9 +194,24 @@ class TellStoryAnyModel(io.ComfyNode):
         links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
         graph = GraphBuilder()
         latent = graph.node("EmptyLatentImage", "latent", width=width, height=height, batch_size=best_of)
+        writing = {"idea": idea, "style": style, "max_tokens": max_tokens, "temperature": temperature}
+        texts = [*texts, *_written(graph, links, texts, missing, writer, seed, writing)]
         story, hero, drawn = None, None, []
         choice = "last" if num_heroes and context == FIRST_AND_LAST else context
         for number, (text, panel_seed) in enumerate(zip(texts, panel_seeds), 1):
+            written = None
+            if text is None:  # by a writer that sees: in view of all texts and images before
+                written = graph.node(
+                    "MMInterleavedWrite",
+                    f"write {number}",
+                    seed=panel_seed,
+                    panels=total,
+                    **{**WRITE_SETTINGS, **writing},
+                    writer=links["writer"],
+                    **_link(story),
+                    **({"heroes": links["heroes"]} if "heroes" in links else {}),
+                )
+                text = written.out(1)
             # A small story of what this panel refers to: it changes only if that does, so ComfyUI's cache cuts right.
             referred = links.get("heroes")
             for place in choose_panels(choice, references, len(drawn)):
@@ -208,12 +257,38 @@ class TellStoryAnyModel(io.ComfyNode):
                         clip_vision=links["clip_vision"],
                     ).out(0)
             drawn.append(image)
-            story = graph.node("MMInterleavedStoryText", f"text {number}", text=text, **_link(story)).out(0)
+            if written is None:
+                written = graph.node("MMInterleavedStoryText", f"text {number}", text=text, **_link(story))
             story = graph.node(
-                "MMInterleavedStoryPicture", f"add {number}", image=image, story=story, seed=panel_seed
+                "MMInterleavedStoryPicture", f"add {number}", image=image, story=written.out(0), seed=panel_seed
             ).out(0)
         split = graph.node("MMInterleavedPanelsInside", "panels", story=story)
         return io.NodeOutput(story, split.out(0), split.out(1), expand=graph.finalize())
+
+
+def _written(graph, links, texts: list[str], missing: int, writer, seed: int, writing: dict) -> list:
+    """The texts that the script lacks: None for a writer that sees, which writes them one by one, else links."""
+    if missing == 0:
+        return []
+    if writer.sees_images:
+        return [None] * missing
+    story = None
+    for number, text in enumerate(texts, 1):
+        story = graph.node("MMInterleavedStoryText", f"{CONTEXT} begin {number}", text=text, **_link(story)).out(0)
+    script = graph.node(
+        "MMInterleavedWriteScript",
+        "write",
+        writer=links["writer"],
+        panels=missing,
+        seed=seed,
+        **writing,
+        **_link(story),
+        **({"heroes": links["heroes"]} if "heroes" in links else {}),
+    )
+    numbers = range(1, missing + 1)
+    return [
+        graph.node("MMInterleavedScriptPanel", f"script {n}", script=script.out(0), number=n).out(0) for n in numbers
+    ]
 
 
 def _link(story) -> dict:

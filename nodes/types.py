@@ -14,6 +14,7 @@ EncoderSocket = io.Custom("MMI_ENCODER")
 LLMSocket = io.Custom("MMI_LLM")
 SynchronizerSocket = io.Custom("MMI_SYNCHRONIZER")
 PlanSocket = io.Custom("STORY_PLAN")
+WriterSocket = io.Custom("STORY_WRITER")
 
 
 def search_aliases(*names: str) -> dict[str, list[str]]:
@@ -90,6 +91,12 @@ def drop_oldest_input():
         optional=True,
         tooltip="On: a story that is too long for the LLM is continued without its oldest panels, which stay in the "
         "story. Off: it is an error.",
+    )
+
+
+def writer_input():
+    return WriterSocket.Input(
+        "writer", optional=True, tooltip="A language model of your own, which does this instead of the LLM."
     )
 
 

@@ -75,7 +75,7 @@ LAYERS = (
     ("errors", "files", "config", "presets", "tokenizer"),
     ("stories",),
     ("models",),
-    ("checkpoints", "generation"),
+    ("checkpoints", "generation", "writers"),
     ("pipeline", "storyteller"),
     ("jobs",),
     ("cli", "__main__"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -48,6 +49,12 @@ class StoryPlan:
     def steps_after(self, opening: Story) -> tuple[tuple[Step | TextSegment, ...], ...]:
         """The steps of each panel after `opening`: this plan's opening, arranged and introduced by the model."""
         return plan_panels(opening, self.panels, self.script) if self.steps is None else self.steps
+
+
+def split_script(script: str) -> list[str]:
+    """The texts of a script's panels, which blank lines divide."""
+    panels = [" ".join(part.split()) for part in re.split(r"\n[ \t]*\n", script.replace("\r\n", "\n"))]
+    return [panel for panel in panels if panel]
 
 
 def load_storyboard(path: str | Path) -> list[StoryPlan]:

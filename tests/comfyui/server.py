@@ -67,6 +67,7 @@ class Server:
                                 "diffusion_models",
                                 "mm_interleaved",
                                 "loras",
+                                "LLM",
                             )
                         },
                     }

@@ -1,0 +1,148 @@
+"""Writes stories with any chat model: a local one, or one behind a server."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..errors import SettingError, StoryError
+from ..generation.config import GeneratedText, RankedOption, TextGenerationConfig
+from ..stories.story import ImageSegment, Story, TextSegment
+from .prompts import (
+    Parts,
+    Prompts,
+    load_prompts,
+    number_of_panels,
+    parse_panel,
+    parse_ranking,
+    parse_script,
+    whole_sentences,
+)
+
+OnText = Callable[[str], object]  # the answer so far; what it raises ends the answer
+
+WRITING = TextGenerationConfig(
+    max_new_tokens=160, min_new_tokens=1, temperature=0.8, top_k=0, top_p=0.95, repetition_penalty=1.0
+)
+ANSWERING = TextGenerationConfig(max_new_tokens=80, min_new_tokens=1, do_sample=False, repetition_penalty=1.0)
+ATTEMPTS = 3  # at a text, before a writer that gives none is an error
+
+
+class ChatModel(Protocol):
+    """A language model that answers a prompt of texts and images.
+
+    Args:
+        label: What messages call it.
+        sees_images: Whether prompts may have images.
+    """
+
+    label: str
+    sees_images: bool
+
+    def chat(self, parts: Parts, config: TextGenerationConfig, on_text: OnText | None = None) -> GeneratedText: ...
+
+
+@dataclass(frozen=True)
+class ChatWriter:
+    """A `storyteller.Writer`: asks a chat model for the next text, or for all texts of a story.
+
+    Args:
+        idea, style: What the story is to be about, and how its images look; for the prompts.
+        panels: How many panels the story is to have; None leaves it open.
+        heroes: A story that says, and shows, who is in it; no panel of its own.
+    """
+
+    model: ChatModel
+    prompts: Prompts = field(default_factory=load_prompts)
+    config: TextGenerationConfig = WRITING
+    idea: str = ""
+    style: str = ""
+    panels: int | None = None
+    heroes: Story | None = None
+
+    @property
+    def sees_images(self) -> bool:
+        return self.model.sees_images
+
+    def write(self, story: Story, seed: int, on_text: OnText | None = None) -> TextSegment:
+        """The text of the next panel; raises StoryError if the model gives none."""
+        number = number_of_panels(story) + 1
+        total = "several" if self.panels is None else str(max(number, self.panels))
+        parts = self._prompt("panel", story, panel=str(number), panels=total, idea=self.idea, style=self.style)
+        for attempt in range(ATTEMPTS):
+            answer = self._chat(parts, self.config.max_new_tokens, seed, attempt, on_text)
+            text = parse_panel(answer.text)
+            if text:
+                return TextSegment(whole_sentences(text) if answer.finish_reason == "length" else text)
+        raise self._no_text(f"panel {number}")
+
+    def write_script(self, story: Story, panels: int, seed: int, on_text: OnText | None = None) -> list[str]:
+        """The texts of the next panels, exactly as many as asked for; raises StoryError if the model gives too few.
+
+        All are asked for at once; those that an answer lacks are asked for again.
+        """
+        texts: list[str] = []
+        total, failures, attempt = number_of_panels(story) + panels, 0, 0
+        while len(texts) < panels:
+            so_far = Story((*story.segments, *map(TextSegment, texts)))
+            number = total - panels + len(texts) + 1
+            parts = self._prompt(
+                "script", so_far, panel=str(number), panels=str(total), idea=self.idea, style=self.style
+            )
+            written = "".join(f"{text}\n\n" for text in texts)
+            answer = self._chat(
+                parts,
+                self.config.max_new_tokens * (panels - len(texts)),
+                seed,
+                attempt,
+                on_text and (lambda text, written=written: on_text(written + text)),
+            )
+            new = parse_script(answer.text)
+            if new and answer.finish_reason == "length":
+                new[-1] = whole_sentences(new[-1])
+            failures, attempt = 0 if new else failures + 1, attempt + 1
+            if failures == ATTEMPTS:
+                raise self._no_text(f"panel {number} of {total}")
+            texts += new
+        return texts[:panels]
+
+    def answer(self, story: Story, question: str, max_tokens: int, on_text: OnText | None = None) -> str:
+        """The answer to a question about a story."""
+        parts = self._prompt("question", story, question=question)
+        return parse_panel(self.model.chat(parts, _answering(max_tokens), on_text).text)
+
+    def caption(self, image: ImageSegment, max_tokens: int, on_text: OnText | None = None) -> str:
+        """One sentence about an image; raises SettingError if the model does not see."""
+        if not self.sees_images:
+            raise SettingError(f"{self.model.label} does not see images; use a vision-language model to describe them.")
+        parts = self.prompts.parts("caption", Story.of(image))
+        return parse_panel(self.model.chat(parts, _answering(max_tokens), on_text).text)
+
+    def rank(self, story: Story, options: Sequence[str], question: str = "") -> list[RankedOption]:
+        """Options with the best first, as the model orders them; `log_prob` is 0, -1, -2, ..., for it gives none."""
+        listed = "\n".join(f"{number}. {option}" for number, option in enumerate(options, 1))
+        parts = self._prompt("rank", story, question=question, options=listed)
+        answer = self.model.chat(parts, _answering(max(80, 4 * len(options))))
+        order = parse_ranking(answer.text, len(options))
+        return [RankedOption(options[number], -float(place)) for place, number in enumerate(order)]
+
+    def _prompt(self, name: str, story: Story, **values: str) -> Parts:
+        parts = self.prompts.parts(name, story, self.heroes, **values)
+        return parts if self.sees_images else ["".join(part for part in parts if isinstance(part, str))]
+
+    def _chat(self, parts: Parts, max_tokens: int, seed: int, attempt: int, on_text) -> GeneratedText:
+        # Another attempt needs another seed, far from those of other panels.
+        config = dataclasses.replace(self.config, max_new_tokens=max_tokens, seed=(seed + attempt * 1_000_003) % 2**63)
+        return self.model.chat(parts, config, on_text)
+
+    def _no_text(self, label: str) -> StoryError:
+        return StoryError(
+            f"{self.model.label} wrote no text for {label} in {ATTEMPTS} attempts of {self.config.max_new_tokens} "
+            "tokens; if it thinks first, raise max_tokens or turn its thinking off."
+        )
+
+
+def _answering(max_tokens: int) -> TextGenerationConfig:
+    return dataclasses.replace(ANSWERING, max_new_tokens=max_tokens)

@@ -1,0 +1,209 @@
+"""A chat model of one's own, loaded by transformers from a folder or a GGUF file; nothing is downloaded."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError, SettingError
+from ..generation.config import GeneratedText, TextGenerationConfig
+from ..stories.images import to_pil
+from ..stories.story import ImageSegment
+from .prompts import Parts
+
+IMAGE_SIDE = 768  # px: larger images cost tokens, and stories need no more
+
+
+def is_model(path: Path) -> bool:
+    """Whether a path is a folder of transformers, or a GGUF file."""
+    if path.suffix.lower() == ".gguf":
+        return path.is_file()
+    return (path / "config.json").is_file() and (any(path.glob("*.safetensors")) or any(path.glob("*.bin")))
+
+
+def sees_images(config) -> bool:
+    """Whether a model's configuration has a part for images."""
+    return getattr(config, "vision_config", None) is not None
+
+
+def load_chat_model(path: str | Path, dtype: torch.dtype = torch.float32) -> LocalChat:
+    """Reads a model into memory; raises CheckpointError.
+
+    Args:
+        path: A folder with config.json, weights and tokenizer, or a .gguf file, which the `gguf` package reads.
+    """
+    path = Path(path)
+    if not is_model(path):
+        raise CheckpointError(
+            f"{str(path)!r} is no language model: it must be a folder with config.json, or a .gguf file."
+        )
+    is_gguf = path.is_file()
+    if is_gguf:
+        from ..checkpoints.gguf_files import import_gguf
+
+        import_gguf()
+    import transformers
+
+    folder = path.parent if is_gguf else path
+    options = {"local_files_only": True, **({"gguf_file": path.name} if is_gguf else {})}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        sees = sees_images(config) and not is_gguf
+        kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+        reader = transformers.AutoProcessor if sees else transformers.AutoTokenizer
+        processor = reader.from_pretrained(folder, **options)
+        if sees and getattr(processor, "image_processor", None) is None:
+            raise CheckpointError(f"The model {path.name!r} lacks preprocessor_config.json; copy all its files.")
+        model = kind.from_pretrained(folder, config=config, dtype=dtype, **options).eval().requires_grad_(False)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises what it likes for a folder that lacks something
+        reason = " ".join(str(error).split())[:300].split(". ")[0].rstrip(".") or type(error).__name__
+        raise CheckpointError(f"The language model {path.name!r} cannot be loaded: {reason}.") from None
+    return LocalChat(model, processor, path.name)
+
+
+class LocalChat:
+    """A `chat.ChatModel` in this process. Every prompt is read whole, so an answer depends on it and the seed alone.
+
+    Args:
+        model: A causal language model of transformers, which may see.
+        processor: Its processor if it sees, else its tokenizer.
+    """
+
+    def __init__(self, model: torch.nn.Module, processor, label: str):
+        self.model, self.processor, self.label = model, processor, f"The writer {label!r}"
+        self.sees_images = sees_images(model.config)
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.device = torch.device("cpu")  # where prompts go; whoever moves the model sets it
+
+    @torch.inference_mode()
+    def chat(
+        self,
+        parts: Parts,
+        config: TextGenerationConfig,
+        on_text: Callable[[str], object] | None = None,
+    ) -> GeneratedText:
+        """The model's answer; `on_text` is called after every token, and what it raises ends the answer."""
+        inputs = self.encode(parts, config.max_new_tokens)
+        length = inputs["input_ids"].shape[1]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(config.seed)
+            out = self.model.generate(
+                **inputs,
+                **_generation_options(config, length),
+                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                stopping_criteria=[self._criterion(length, on_text)],
+            )
+        ids = out[0].tolist()
+        reason = "length" if len(ids) - length >= config.max_new_tokens and not self._is_end(ids[-1]) else "eos"
+        return GeneratedText(tuple(ids[length:]), reason, self._decode(ids[length:]))
+
+    @torch.inference_mode()
+    def score(self, parts: Parts, options: Sequence[str]) -> list[float]:
+        """The log-probability of each option as the answer; the prompt is read once."""
+        inputs = self.encode(parts)
+        first = self.model(**inputs, use_cache=True)
+        # transformers 5.24 renamed it.
+        cache_name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+        cache, scores = getattr(first, cache_name), []
+        for option in options:
+            ids = self.tokenizer(option, add_special_tokens=False, return_tensors="pt")["input_ids"].to(self.device)
+            logits = first.logits[:, -1:]
+            if ids.shape[1] > 1:
+                after = self.model(input_ids=ids[:, :-1], **{cache_name: copy.deepcopy(cache)})
+                logits = torch.cat([logits, after.logits], dim=1)
+            log_probs = logits.float().log_softmax(-1).gather(2, ids[:, :, None])
+            scores.append(float(log_probs.sum()))
+        return scores
+
+    def cache_bytes(self, num_tokens: int) -> int:
+        """What keys and values of so many tokens take, and the logits of one."""
+        c = self.model.config.get_text_config()
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        per_token = (
+            2 * c.num_hidden_layers * (getattr(c, "num_key_value_heads", None) or c.num_attention_heads) * head_dim
+        )
+        return num_tokens * (per_token + 4 * c.hidden_size) * self.model.dtype.itemsize + 8 * c.vocab_size
+
+    def encode(self, parts: Parts, reserve_tokens: int = 0) -> dict:
+        """Inputs of a prompt as the model's chat template lays it out; raises SettingError if it is too long."""
+        images = [self._image(part) for part in parts if isinstance(part, ImageSegment)]
+        template = getattr(self.processor, "chat_template", None)
+        if template:
+            content = [
+                {"type": "image"} if isinstance(part, ImageSegment) else {"type": "text", "text": part}
+                for part in parts
+            ]
+            message = {"role": "user", "content": content if self.sees_images else "".join(parts)}
+            thinking = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
+            text = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False, **thinking)
+            options = {"add_special_tokens": False}
+        elif images:
+            raise SettingError(f"{self.label} has no chat template, so it cannot be shown images.")
+        else:
+            text, options = "".join(parts) + "\n", {}
+        arguments = {"images": images} if images else {}
+        if self.sees_images:
+            inputs = self.processor(text=[text], **arguments, return_tensors="pt", **options)
+        else:
+            inputs = self.processor([text], return_tensors="pt", **options)
+            inputs.pop("token_type_ids", None)  # of tokenizers whose model knows none
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        length = inputs["input_ids"].shape[1]
+        if limit is not None and length + reserve_tokens > limit:
+            raise SettingError(
+                f"{self.label} reads {limit} tokens at most; the story so far has {length}, and {reserve_tokens} are "
+                "to be written. Lower max_tokens, or tell a shorter story."
+            )
+        return {
+            name: value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
+            for name, value in inputs.items()
+        }
+
+    def _image(self, segment: ImageSegment):
+        image = to_pil(segment.pixels)
+        image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+        return image
+
+    def _criterion(self, length: int, on_text):
+        """Called by transformers after every token."""
+
+        def criterion(input_ids, scores, **_):
+            if on_text is not None:
+                on_text(self._decode(input_ids[0, length:].tolist()))
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        return criterion
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _is_end(self, token: int) -> bool:
+        ends = self.model.generation_config.eos_token_id
+        return token in (ends if isinstance(ends, list) else [ends]) or token == self.tokenizer.eos_token_id
+
+
+def _generation_options(config: TextGenerationConfig, length: int) -> dict:
+    """A TextGenerationConfig as arguments of transformers' `generate`; what the model's own file says is overridden."""
+    options = {
+        "max_new_tokens": config.max_new_tokens,
+        "min_new_tokens": min(config.min_new_tokens, config.max_new_tokens),
+        "do_sample": config.do_sample,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+    }
+    if config.do_sample:
+        options |= {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    if config.repetition_penalty != 1.0:
+        from transformers import RepetitionPenaltyLogitsProcessor
+
+        # Of the new text alone: names of the story are to return.
+        penalty = RepetitionPenaltyLogitsProcessor(config.repetition_penalty, prompt_ignore_length=length)
+        options["logits_processor"] = [penalty]
+    return options
