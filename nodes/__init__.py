@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension
 
 from .ask import AskAboutStory, CaptionImage, RankAnswers
+from .compose import ComposePages
 from .context_images import SelectContextImages
 from .edit import EditPanels, SetPanel, StoryPanel
 from .example import ExampleImage
@@ -54,6 +55,7 @@ NODES = [
     StoryPanel,
     SetPanel,
     EditPanels,
+    ComposePages,
     SaveStory,
     LoadStory,
     LoadStoryboard,

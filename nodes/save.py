@@ -1,4 +1,4 @@
-"""Save Story: a folder with numbered pictures, story.json and story.html."""
+"""Save Story: a folder with numbered images, story.json, story.html, and books to print or to read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import io
 
+from ..comfy_mminterleaved.books.export import render_book
+from ..comfy_mminterleaved.books.layout import PageConfig
 from ..comfy_mminterleaved.errors import OutputError, StoryError
-from ..comfy_mminterleaved.files import friendly_errors, path_below, write_numbered_dir
+from ..comfy_mminterleaved.files import atomic_write, friendly_errors, path_below, write_numbered_dir
 from ..comfy_mminterleaved.stories.page import save_story
 from .preview import panels_ui
-from .types import CATEGORY, StorySocket
+from .types import CATEGORY, PagesSocket, StorySocket
 
 
 def story_place(prefix: str) -> tuple[Path, str, int]:
@@ -39,7 +41,7 @@ class SaveStory(io.ComfyNode):
             display_name="Save Story",
             category=CATEGORY,
             description="Saves a story as a folder: numbered images with the workflow embedded, story.json, and story.html, "
-            "a single self-contained page.",
+            "a single self-contained page; if you like also a PDF, an EPUB and a comic book archive.",
             is_output_node=True,
             inputs=[
                 StorySocket.Input("story", tooltip="The story to save."),
@@ -49,24 +51,53 @@ class SaveStory(io.ComfyNode):
                     tooltip="Path below ComfyUI's output folder; a number is appended.",
                 ),
                 io.String.Input("title", default="", tooltip="Title at the top of the page."),
+                io.Boolean.Input("pdf", default=False, optional=True, tooltip="Also save story.pdf, for print."),
+                io.Boolean.Input("epub", default=False, optional=True, tooltip="Also save story.epub, for e-readers."),
+                io.Boolean.Input(
+                    "cbz", default=False, optional=True, tooltip="Also save story.cbz, for comic readers."
+                ),
+                io.Boolean.Input(
+                    "metadata",
+                    default=True,
+                    optional=True,
+                    tooltip="Off: the images hold neither the workflow nor the story, so you can give them away.",
+                ),
+                PagesSocket.Input(
+                    "layout",
+                    optional=True,
+                    tooltip="From Compose Pages, for PDF and CBZ; unconnected, a picture book in A5.",
+                ),
             ],
             outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
-    def execute(cls, story, filename_prefix, title) -> io.NodeOutput:
+    def execute(
+        cls, story, filename_prefix, title, pdf=False, epub=False, cbz=False, metadata=True, layout=None
+    ) -> io.NodeOutput:
         if not story.segments:
             raise StoryError("The story is empty; there is nothing to save.")
         place = story_place(filename_prefix)
-        metadata = {}
-        if not args.disable_metadata:
+        chunks = {}
+        if metadata and not args.disable_metadata:
             if cls.hidden.prompt is not None:
-                metadata["prompt"] = json.dumps(cls.hidden.prompt)
+                chunks["prompt"] = json.dumps(cls.hidden.prompt)
             for key, value in (cls.hidden.extra_pnginfo or {}).items():
-                metadata[key] = json.dumps(value)
-        folder, paths = write_numbered_dir(*place, lambda path: save_story(path, story, title, metadata=metadata))
+                chunks[key] = json.dumps(value)
+        # Text that no font here can show is no reason to lose a story: it is saved as well as it can be.
+        suffixes = [suffix for suffix, is_asked in ((".pdf", pdf), (".epub", epub), (".cbz", cbz)) if is_asked]
+        books = {f"story{s}": render_book(story, s, title, layout or PageConfig(), strict=False) for s in suffixes}
+
+        def write(path: Path) -> list[Path]:
+            paths = save_story(path, story, title, metadata=chunks, has_metadata=metadata)
+            for name, data in books.items():
+                atomic_write(path / name, data)
+            return [*paths, *(path / name for name in books)]
+
+        folder, paths = write_numbered_dir(*place, write)
         subfolder = folder.relative_to(folder_paths.get_output_directory()).as_posix()
         files = [{"filename": path.name, "subfolder": subfolder, "type": "output"} for path in paths]
-        images, pages = files[:-2], files[-2:]  # pages: for clients that collect what was saved
+        count = len(story.images)
+        images, pages = files[:count], files[count:]  # pages: for clients that collect what was saved
         return io.NodeOutput(ui={"images": images, "text": (story.text,), "pages": pages, **panels_ui(story, images)})

@@ -85,16 +85,22 @@ class AddStoryImage(io.ComfyNode):
                     max=2**63 - 1,
                     tooltip="The seed that it was drawn with, to be kept in the story.",
                 ),
+                io.String.Input(
+                    "alt",
+                    optional=True,
+                    force_input=True,
+                    tooltip="What the image shows, for those who do not see it; unconnected, the panel's text says so.",
+                ),
             ],
             outputs=[StorySocket.Output("story_out", display_name="story")],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
-    def execute(cls, image, encoder=None, story=None, seed=None) -> io.NodeOutput:
+    def execute(cls, image, encoder=None, story=None, seed=None, alt=None) -> io.NodeOutput:
         images = images_from_batch(image)
         if len(images) == 1:
-            images = [replace(images[0], seed=seed)]
+            images = [replace(images[0], seed=seed, alt=(alt or "").strip() or None)]
         story = (story or Story()).add(*images)
         if encoder is not None:
             story = encode_story(encoder, story)

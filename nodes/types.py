@@ -14,6 +14,7 @@ EncoderSocket = io.Custom("MMI_ENCODER")
 LLMSocket = io.Custom("MMI_LLM")
 SynchronizerSocket = io.Custom("MMI_SYNCHRONIZER")
 PlanSocket = io.Custom("STORY_PLAN")
+PagesSocket = io.Custom("STORY_PAGES")
 WriterSocket = io.Custom("STORY_WRITER")
 
 

@@ -74,7 +74,7 @@ def test_imports_go_one_way(path):
 LAYERS = (
     ("errors", "files", "config", "presets", "tokenizer"),
     ("stories",),
-    ("models",),
+    ("models", "books"),
     ("checkpoints", "generation", "writers"),
     ("pipeline", "storyteller"),
     ("jobs",),

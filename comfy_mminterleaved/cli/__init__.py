@@ -1,4 +1,4 @@
-"""The command line: mminterleaved tell | write | draw | ask | caption | convert | info."""
+"""The command line: mminterleaved tell | write | draw | ask | caption | export | convert | info."""
 
 from __future__ import annotations
 

@@ -183,6 +183,34 @@ def caption(args) -> int:
     return emit(args, {"captions": records}, "\n".join(c.text for c in captions))
 
 
+def export(args) -> int:
+    from ..books.export import FORMATS, render_book
+    from ..books.layout import PageConfig
+    from ..files import atomic_write, output_folder
+    from ..stories.page import has_book, load_book, save_story
+
+    names = ("layout", "page_size", "captions", "fit", "order", "margin", "gutter", "font", "font_size", "dpi")
+    config = PageConfig(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+    targets = [Path(name) for name in args.out]
+    for path in targets:
+        if path.suffix and path.suffix.lower() not in FORMATS:
+            raise OutputError(f"A book can be written as {', '.join(FORMATS)} or a folder, not as {path.name!r:.80}.")
+        if (has_book(path) if path.is_dir() else path.exists()) and not args.overwrite:
+            raise OutputError(f"{str(path)!r} already exists; choose another name, or give --overwrite.")
+    book = load_book(args.book)
+    title = book.title if args.title is None else args.title
+    # All are made before any is written.
+    books = {path: render_book(book.story, path.suffix.lower(), title, config) for path in targets if path.suffix}
+    for path in targets:
+        with output_folder(path.parent if path.suffix else path) as folder:
+            if path.suffix:
+                atomic_write(path, books[path])
+            else:
+                settings = {} if args.no_metadata else book.settings
+                save_story(folder, book.story, title, settings, has_metadata=not args.no_metadata)
+    return emit(args, {"files": [str(path) for path in targets]}, "\n".join(map(str, targets)))
+
+
 def convert(args) -> int:
     from ..checkpoints.load import fingerprint, is_large, read
     from ..checkpoints.native import save
@@ -268,4 +296,4 @@ def _dtype_name(tensors) -> str:
     return max(sizes, key=sizes.get)
 
 
-COMMANDS = {command.__name__: command for command in (tell, queue, write, draw, ask, caption, convert, info)}
+COMMANDS = {command.__name__: command for command in (tell, queue, write, draw, ask, caption, export, convert, info)}

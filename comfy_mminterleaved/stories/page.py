@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL.PngImagePlugin import PngInfo
@@ -32,7 +32,12 @@ class Book:
 
 
 def save_story(
-    folder: str | Path, story: Story, title: str = "", settings: dict | None = None, metadata: dict | None = None
+    folder: str | Path,
+    story: Story,
+    title: str = "",
+    settings: dict | None = None,
+    metadata: dict | None = None,
+    has_metadata: bool = True,
 ) -> list[Path]:
     """Writes a story into an existing folder, each file atomically; raises OutputError.
 
@@ -43,6 +48,8 @@ def save_story(
         folder: A story saved there before is replaced, including its images.
         settings: JSON-ready; kept in story.json and in the images' metadata.
         metadata: Further text chunks of every PNG that is made, by keyword.
+        has_metadata: False leaves all of it, and the panel's text, out of the images; those that came from files are
+            encoded anew.
 
     Returns:
         The files: 01.png, 02.png, ..., story.json, story.html.
@@ -52,15 +59,18 @@ def save_story(
     old = _saved_images(folder)
     names, states = [], {}
     for number, panel in enumerate((p for p in story.panels() if p.image is not None), 1):
-        image = panel.image
+        image = panel.image if has_metadata else replace(panel.image, file=None)
         name = f"{number:02d}{image.file.suffix if image.file else '.png'}"
         about = {"image": name, "panel": number, "text": panel.text, "title": title, "settings": settings or {}}
         if image.seed is not None:
             about["seed"] = image.seed
         data = json.dumps(about, ensure_ascii=False)
-        state = hashlib.blake2b(f"{image.digest} {data} {metadata}".encode(), digest_size=16).hexdigest()
+        kept = f"{data} {metadata}" if has_metadata else ""
+        state = hashlib.blake2b(f"{image.digest} {kept}".encode(), digest_size=16).hexdigest()
         if old.get(name) != state or not (folder / name).is_file():
-            atomic_write(folder / name, image.file.data if image.file else _png(image, data, metadata))
+            atomic_write(
+                folder / name, image.file.data if image.file else _png(image, data if has_metadata else None, metadata)
+            )
         names.append(name)
         states[name] = state
     data = {**story.to_json(names), "title": title, "settings": settings or {}, "saved": states}
@@ -72,7 +82,9 @@ def save_story(
     return [*(folder / name for name in names), folder / "story.json", folder / "story.html"]
 
 
-def _png(image: ImageSegment, data: str, metadata: dict | None) -> bytes:
+def _png(image: ImageSegment, data: str | None, metadata: dict | None) -> bytes:
+    if data is None:
+        return encode_png(image.pixels)
     info = PngInfo()
     info.add_itxt(METADATA_KEY, data)
     for keyword, text in (metadata or {}).items():
@@ -151,13 +163,13 @@ def language_of(text: str) -> str:
 def render_page(story: Story, title: str = "") -> str:
     """The story as one HTML page, images inside: a book on a screen, a phone, and on paper."""
     panels = story.panels()
-    title = title or _title(next((panel.text for panel in panels if panel.text), ""))
+    title = title or book_title(story)
     pages = []
     for number, panel in enumerate(panels, 1):
         image = ""
         if panel.image is not None:
             width, height = panel.image.size
-            alt = html.escape(panel.text or f"Image {number}", quote=True)
+            alt = html.escape(panel.alt or f"Image {number}", quote=True)
             seed = "" if panel.image.seed is None else f' title="seed {panel.image.seed}"'
             image = f'<img src="{panel.image.page_url}" width="{width}" height="{height}" alt="{alt}"{seed}>'
         text = "".join(f'<p dir="auto">{html.escape(p)}</p>' for p in panel.text.split("\n") if p.strip())
@@ -175,7 +187,9 @@ def render_page(story: Story, title: str = "") -> str:
     return re.sub(r"\{\{(title|pages|language|initials)\}\}", lambda match: parts[match[1]], template)
 
 
-def _title(text: str, longest: int = 60) -> str:
+def book_title(story: Story, longest: int = 60) -> str:
+    """A title for a story that has none: its first sentence."""
+    text = next((panel.text for panel in story.panels() if panel.text), "")
     sentence = text.split(". ")[0].split("\n")[0].strip(" .")
     if len(sentence) > longest:
         sentence = sentence[:longest].rsplit(" ", 1)[0] + "\N{HORIZONTAL ELLIPSIS}"

@@ -41,12 +41,14 @@ class ImageSegment:
 
     `ImageSegment.of` takes PIL images, numpy arrays, tensors and paths. `file` keeps the bytes of an image read from
     disk, so that saving writes them unchanged. `seed` is the one that the image was drawn with, None for any other.
+    `alt` says what it shows, for those who do not see it; None where its panel's text does.
     """
 
     pixels: torch.Tensor = field(repr=False)
     features: ImageFeatures | None = field(default=None, repr=False)
     file: ImageFile | None = field(default=None, repr=False)
     seed: int | None = None
+    alt: str | None = None
 
     @classmethod
     def of(cls, source) -> ImageSegment:
@@ -90,6 +92,11 @@ class Panel:
 
     text: str
     image: ImageSegment | None
+
+    @property
+    def alt(self) -> str:
+        """What the image shows, in words: its own, else the panel's."""
+        return (self.image.alt if self.image is not None else None) or self.text
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -239,7 +246,8 @@ class Story:
         for segment in self.segments:
             if isinstance(segment, ImageSegment):
                 name = next(names) if image_names else encode_data_url(segment.pixels)
-                segments.append({"image": name, **({} if segment.seed is None else {"seed": segment.seed})})
+                about = {"seed": segment.seed, "alt": segment.alt}
+                segments.append({"image": name, **{k: v for k, v in about.items() if v is not None}})
             elif segment.token_ids is None:
                 segments.append({"text": segment.text})
             else:
@@ -264,7 +272,8 @@ class Story:
             if isinstance(segment, dict) and isinstance(segment.get("text"), str):
                 story = story.add(TextSegment(segment["text"], _token_ids(segment.get("token_ids"), i + 1)))
             elif isinstance(name, str):
-                story = story.add(replace(open_named_image(name, folder), seed=_seed(segment.get("seed"), i + 1)))
+                about = {"seed": _seed(segment.get("seed"), i + 1), "alt": _alt(segment.get("alt"), i + 1)}
+                story = story.add(replace(open_named_image(name, folder), **about))
             else:
                 raise StoryError(f"Segment {i + 1} of the story file must be a text or an image, not {segment!r:.60}.")
         return story
@@ -281,6 +290,12 @@ def _token_ids(value, number: int) -> tuple[int, ...] | None:
 def _seed(value, number: int) -> int | None:
     if value is not None and (type(value) is not int or not 0 <= value < 2**64):
         raise StoryError(f"Segment {number} of the story file: seed must be a whole number, not {value!r:.60}.")
+    return value
+
+
+def _alt(value, number: int) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise StoryError(f"Segment {number} of the story file: alt must be text, not {value!r:.60}.")
     return value
 
 
