@@ -17,6 +17,7 @@ import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import any_model
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from prompt import to_prompt
 
@@ -61,8 +62,10 @@ class Workflow:
         self.groups: list[dict] = []
         self.subgraphs: dict[str, Subgraph] = {}
         self.bends: dict[tuple[int, str], list[tuple[int, int]]] = {}  # of the wire to a node's input, by its id
+        self.app_inputs: list[list] = []  # what the page's app mode shows: widgets, and nodes with results
+        self.app_outputs: list[int] = []
 
-    def add(self, type: str, x: int, y: int, size=(300, 120), heading: str | None = None, room=0, **inputs) -> Node:
+    def add(self, type: str, /, x: int, y: int, size=(300, 120), heading: str | None = None, room=0, **inputs) -> Node:
         wires = {name: value for name, value in inputs.items() if isinstance(value, tuple)}
         values = {name: value for name, value in inputs.items() if not isinstance(value, tuple)}
         node = Node(len(self.nodes) + 1, type, (x, y), size, values, heading, wires, max(room, size[1]))
@@ -176,6 +179,9 @@ class Workflow:
             if unknown:
                 raise ValueError(f"{node.type} has no inputs {sorted(unknown)}")
             entry["widgets_values"] = values
+            files = any_model.missing(node.values.values())
+            if files:
+                entry["properties"]["models"] = files
             definition = self.definitions[node.type]
             for number, (kind, name) in enumerate(zip(definition["output"], definition["output_name"])):
                 kind = "COMBO" if isinstance(kind, list) else kind
@@ -203,9 +209,13 @@ class Workflow:
                 {"definitions": {"subgraphs": [s.to_json() for s in self.subgraphs.values()]}} if self.subgraphs else {}
             ),
             "config": {},
-            "extra": {"ds": self._view(), "mm_interleaved": name, **self._bends_of(nodes)},
+            "extra": {"ds": self._view(), "mm_interleaved": name, **self._bends_of(nodes), **self._app()},
             "version": 0.4,
         }
+
+    def _app(self) -> dict:
+        data = {"inputs": self.app_inputs, "outputs": self.app_outputs}
+        return {"linearData": data} if self.app_outputs else {}
 
     def _view(self) -> dict:
         """Zoom and offset at which the whole graph is in view on a screen of 1800 x 1000 px."""
@@ -511,17 +521,35 @@ def full_size(w: Workflow) -> None:
     w.group("3. Its pages", GREEN, pages)
 
 
-def card() -> Image.Image:
-    """In place of a photograph, which would need the weights: what each card gets."""
+def card(title: str, boxes: tuple[tuple[str, str], ...]) -> Image.Image:
+    """In place of a photograph, which would need the weights: a title and boxes below it."""
     sheet = Image.new("RGB", (1360, 420), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.text((60, 50), "MM-Interleaved 13B", "#1f3d52", ImageFont.load_default(64))
-    for column, (size, form) in enumerate(CARDS):
+    pen.text((60, 50), title, "#1f3d52", ImageFont.load_default(64))
+    for column, (size, form) in enumerate(boxes):
         x = 60 + 320 * column
         pen.rounded_rectangle((x, 170, x + 280, 350), 18, fill="#e8f0f5")
-        pen.text((x + 24, 195), size, "#1f3d52", ImageFont.load_default(56))
-        pen.text((x + 24, 290), form, "#3f5a6b", ImageFont.load_default(25))
+        large = next(n for n in range(56, 10, -1) if ImageFont.load_default(n).getlength(size) <= 236)
+        small = next(n for n in range(25, 8, -1) if ImageFont.load_default(n).getlength(form) <= 236)
+        pen.text((x + 24, 195), size, "#1f3d52", ImageFont.load_default(large))
+        pen.text((x + 24, 290), form, "#3f5a6b", ImageFont.load_default(small))
     return sheet
+
+
+def any_model_card(name: str, workflow: Workflow) -> Image.Image:
+    """What a template for other models is made of."""
+    kinds = {
+        "CheckpointLoaderSimple": "image model",
+        "UNETLoader": "image model",
+        "CLIPVisionLoader": "compares images",
+        "MMInterleavedLoadWriter": "writes",
+        "MMInterleavedLoadStory": "a saved story",
+        "MMInterleavedTellAnyModel": "script, references, seeds",
+        "MMInterleavedComposePages": "a comic page, a PDF",
+        "MMInterleavedSetPanel": "one panel changes",
+    }
+    boxes = [(workflow.definitions[n.type]["display_name"], kinds[n.type]) for n in workflow.nodes if n.type in kinds]
+    return card(name.partition(", ")[2], tuple(boxes[:4]))
 
 
 TEMPLATES = {
@@ -533,6 +561,7 @@ TEMPLATES = {
     "6 Own sampler": own_sampler,
     "7 Draw a panel anew": reroll,
     "8 The full-size model": full_size,
+    **any_model.TEMPLATES,
 }
 
 
@@ -606,7 +635,12 @@ def main(server: str) -> None:
         path = HERE / f"{name}.json"
         path.write_text(json.dumps(workflow.to_json(name), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         prompt = to_prompt(path, definitions)
-        sheet = card() if make is full_size else photograph(server, prompt, run(server, prompt))
+        if make is full_size:
+            sheet = card("MM-Interleaved 13B", CARDS)
+        elif name in any_model.TEMPLATES:
+            sheet = any_model_card(name, workflow)
+        else:
+            sheet = photograph(server, prompt, run(server, prompt))
         sheet.save(path.with_suffix(".jpg"), quality=88)
 
 

@@ -9,7 +9,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # also without this project 
 from comfy_mminterleaved.jobs import workflow
 
 TEMPLATES = sorted(Path(__file__).parent.glob("*.json"))
-RUNNABLE = [path for path in TEMPLATES if not path.stem.startswith("8 ")]  # that one needs weights which do not ship
+RUNNABLE = [path for path in TEMPLATES if path.stem[0] not in "89"]  # those need weights which do not ship
+FULL_SIZE = next((path for path in TEMPLATES if path.stem.startswith("8 ")), None)
+ANY_MODEL = [path for path in TEMPLATES if path.stem.startswith("9 ")]
 
 
 def to_prompt(path: Path, definitions: dict) -> dict:

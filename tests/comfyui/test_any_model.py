@@ -1,11 +1,16 @@
 """Stories with any image model: references as the stock nodes give them, and a script drawn panel by panel."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+from prompt import ANY_MODEL, to_prompt
 from server import Failed
 from test_behaviour import node
+
+sys.path.append(str(Path(__file__).parents[1]))
+from chat_server import chat_server
 
 SCRIPT = "Mia waves.\n\nMia runs in the snow.\n\nMia sits by the lake.\n\nMia sleeps."
 
@@ -265,3 +270,77 @@ def test_panels_that_are_not_there(comfyui, changes, sentence):
     with pytest.raises(Failed) as failed:
         comfyui.run(prompt)
     assert sentence in failed.value.sentence
+
+
+# ---- templates ----
+
+OUTPUTS = {"CheckpointLoaderSimple": 0, "UNETLoader": 0, "CLIPLoader": 1, "DualCLIPLoader": 1, "VAELoader": 2}
+
+
+def with_tiny_models(prompt, family: str, saved_story: str, writer) -> dict:
+    """A template's prompt with models of toy width in the loaders' place, small pictures and one step."""
+    small = {"steps": 1, "width": 64, "height": 64, "megapixels": 0.01, "dpi": 40}
+    loaders = {key: OUTPUTS[entry["class_type"]] for key, entry in prompt.items() if entry["class_type"] in OUTPUTS}
+    changed = {"tiny": node("TinyModel", family=family)}
+    for key, entry in prompt.items():
+        if key in loaders:
+            continue
+        inputs = {name: small.get(name, value) for name, value in entry["inputs"].items()}
+        for name, value in inputs.items():
+            if isinstance(value, list) and value[0] in loaders:
+                inputs[name] = ["tiny", loaders[value[0]] + value[1]]
+        if entry["class_type"] == "CLIPVisionLoader":
+            entry, inputs = node("TinyClipVision"), {}
+        elif entry["class_type"] == "MMInterleavedLoadWriter":
+            entry = writer
+            inputs = entry["inputs"]
+        elif entry["class_type"] == "MMInterleavedLoadStory":
+            inputs["folder"] = saved_story
+        changed[key] = {**entry, "inputs": inputs}
+    return changed
+
+
+FAMILY = {"Flux Kontext": "flux", "Qwen-Image-Edit": "qwen", "SD 1.5": "sd15"}
+
+
+@pytest.mark.parametrize("path", ANY_MODEL, ids=lambda path: path.stem)
+def test_template(comfyui, definitions, path):
+    name = path.stem.partition(", ")[2]
+    texts, before, folder = saved(comfyui, comfyui.run(tell(seed=90)), "3")
+    with chat_server(*(f"Mia takes step {n}." for n in range(4))) as server:
+        inputs = {"url": server.url, "model": "", "sees_images": True, "prompts": "story"}
+        writer = node("MMInterleavedWriterFromServer", **inputs, timeout=60, any_host=False, options="")
+        prompt = to_prompt(path, definitions)
+        book = folder.relative_to(comfyui.folder / "output").as_posix()
+        tiny = with_tiny_models(prompt, FAMILY.get(name, "sdxl"), book, writer)
+        done = comfyui.run(tiny)
+    key = next(key for key, entry in tiny.items() if entry["class_type"] == "MMInterleavedSaveStory")
+    told, files, folder = saved(comfyui, done, key)
+    assert len(told) == len(files) == 4 and all(told)
+    if "writer" in name:
+        assert told == [f"Mia takes step {n}." for n in range(4)] and len(server.requests) == 4
+    if "saved panel" in name:
+        assert told == texts and [one == two for one, two in zip(before, files)] == [True, True, False, True]
+    if name == "SDXL":
+        assert (folder / "story.pdf").read_bytes().startswith(b"%PDF")
+    if "best of four" in name:
+        assert sum(".pick " in node_id for node_id in done["ran"]) == 4
+
+
+@pytest.mark.parametrize("path", ANY_MODEL, ids=lambda path: path.stem)
+def test_a_template_names_its_files_and_what_app_mode_shows(definitions, path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    nodes = {entry["id"]: entry for entry in workflow["nodes"]}
+    files = [file for entry in nodes.values() for file in entry["properties"].get("models", ())]
+    assert files and all(file["url"].endswith(f"/{file['name']}") for file in files)
+    named = {
+        value
+        for entry in nodes.values()
+        for value in entry.get("widgets_values", ())
+        if str(value).endswith(".safetensors")
+    }
+    assert named == {file["name"] for file in files}
+    app = workflow["extra"]["linearData"]
+    for number, widget in app["inputs"]:
+        assert any(slot["name"] == widget and "widget" in slot for slot in nodes[number]["inputs"])
+    assert all(definitions[nodes[number]["type"]]["output_node"] for number in app["outputs"]) and app["outputs"]

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from prompt import RUNNABLE, TEMPLATES
+from prompt import ANY_MODEL, FULL_SIZE, RUNNABLE, TEMPLATES
 from screenshots import overlaps
 from server import Failed
 
@@ -62,8 +62,8 @@ RED = """() => window.app.graph.nodes
     .map(n => n.type)"""
 
 
-def test_the_template_of_the_full_size_model_opens(page):
-    path = next(path for path in TEMPLATES if path not in RUNNABLE)
+@pytest.mark.parametrize("path", [FULL_SIZE, *ANY_MODEL], ids=lambda path: path.stem)
+def test_a_template_whose_weights_do_not_ship_opens(page, path):
     drop(page, path)
     titles = page.evaluate("window.app.graph.nodes.map(n => n.type)")
     assert sorted(titles) == sorted(node["type"] for node in json.loads(path.read_text(encoding="utf-8"))["nodes"])

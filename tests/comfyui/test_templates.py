@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from prompt import RUNNABLE, TEMPLATES, to_prompt
+from prompt import FULL_SIZE, RUNNABLE, to_prompt
 from server import Failed
 
 from comfy_mminterleaved.checkpoints import native
@@ -70,7 +70,7 @@ def test_template(comfyui, definitions, path):
 
 def test_the_full_size_template_says_what_is_missing_and_runs_when_it_is_there(comfyui, definitions, folder):
     """The starter in 8 bits stands in for the 13B model: the same code at another width."""
-    prompt = to_prompt(next(path for path in TEMPLATES if path not in RUNNABLE), definitions)
+    prompt = to_prompt(FULL_SIZE, definitions)
     with pytest.raises(Failed) as failed:
         comfyui.run(prompt)
     assert "is not in models/mm_interleaved" in failed.value.sentence and "docs/full-size.md" in failed.value.sentence
@@ -88,7 +88,7 @@ def test_the_full_size_template_says_what_is_missing_and_runs_when_it_is_there(c
 
 def test_every_node_is_there_with_a_tooltip_on_every_input(definitions):
     ours = {name: entry for name, entry in definitions.items() if name.startswith("MMInterleaved")}
-    assert len(ours) == 27
+    assert len(ours) == 33
     for name, entry in ours.items():
         assert entry["description"], name
         for section in ("required", "optional"):
