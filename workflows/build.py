@@ -395,7 +395,7 @@ def four_blocks(w: Workflow) -> None:
         if k:
             w.bend(drawn, "story", (at[0] + 260, at[1] - 470), (at[0] + 260, at[1] - 42), (at[0] - 30, at[1] - 42))
         told = drawn[0]
-    pages = w.add("MMInterleavedSaveStory", 1200, 520, (440, 660), story=told, title="Mia")
+    pages = w.add("MMInterleavedSaveStory", 1200, 520, (440, 760), story=told, title="Mia")
     w.group("Model and opening", BLUE, model, begun)
     w.group("Seeds", BROWN, *seeds)
     w.group("Pages", GREEN, pages)
