@@ -110,7 +110,21 @@ class ApplyStoryReferences(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, vae, story, style, negative, references, megapixels, method, guidance, strength, start, end
+        cls,
+        model,
+        clip,
+        vae,
+        story,
+        style,
+        negative,
+        references,
+        megapixels,
+        method,
+        guidance,
+        strength,
+        fidelity,
+        start,
+        end,
     ) -> io.NodeOutput:
         prompt = panel_prompt(story, style)
         segments = story.images[-references:] if references else ()
@@ -133,7 +147,7 @@ class ApplyStoryReferences(io.ComfyNode):
                 )
         if guidance:
             positive = node_helpers.conditioning_set_values(positive, {"guidance": guidance})
-        patched = attend_to_references(model, latents if attends else [], strength, start, end)
+        patched = attend_to_references(model, latents if attends else [], strength, fidelity, start, end)
         return io.NodeOutput(patched, positive, negative, as_batch(images))
 
 
@@ -165,6 +179,15 @@ def attention_inputs():
             step=0.05,
             tooltip="For models that take no reference latents (SD 1.5, SDXL): how much of the references their "
             "self-attention attends to; 0 is the plain model. Each reference costs one more pass a step.",
+        ),
+        io.Float.Input(
+            "fidelity",
+            default=0.5,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="How much guidance amplifies the references: at 1 only the positive half attends to them, at 0 both do. "
+            "Between, each step costs one more pass.",
         ),
         io.Float.Input(
             "start", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="When it begins, as a fraction of the sampling."

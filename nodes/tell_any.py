@@ -174,6 +174,7 @@ class TellStoryAnyModel(io.ComfyNode):
         megapixels,
         guidance,
         strength,
+        fidelity,
         start,
         end,
         max_tokens,
@@ -236,6 +237,7 @@ class TellStoryAnyModel(io.ComfyNode):
                 method="the model's own",
                 guidance=guidance,
                 strength=strength,
+                fidelity=fidelity,
                 start=start,
                 end=end,
             )

@@ -72,8 +72,8 @@ def checks():
     batches = [image.movedim(0, -1).unsqueeze(0) for image in images]
     result = {}
 
-    def apply(parts, references=2, strength=1.0, megapixels=1.0, story=story, start=0.0, end=1.0):
-        settings = references, megapixels, "the model's own", 0.0, strength, start, end
+    def apply(parts, references=2, strength=1.0, megapixels=1.0, story=story, start=0.0, end=1.0, fidelity=0.5):
+        settings = references, megapixels, "the model's own", 0.0, strength, fidelity, start, end
         return ApplyStoryReferences.execute(*parts, story, "A drawing of", "ugly", *settings).result
 
     with torch.inference_mode():
@@ -128,7 +128,14 @@ def checks():
 
             patched.model.memory_required = short_of_memory
             result[f"{name} apart"] = float((sample(patched, positive, negative, 4) - drawn).abs().max())
-            swapped = sample(patched, negative, positive, 4, -2.0)  # the halves of guidance the other way round
+            both = apply(parts[name], megapixels=0.02, fidelity=0.0)[0]
+            together = sample(both, positive, negative, 4)
+            swapped = sample(both, negative, positive, 4, -2.0)  # the halves of guidance the other way round
             del patched.model.memory_required
-            result[f"{name} swapped"] = float((swapped - drawn).abs().max())
+            result[f"{name} swapped"] = float((swapped - together).abs().max())
+            # The negative half alone (guidance 0) is the plain model's at fidelity 1, halfway at 0.5.
+            halves = [apply(parts[name], megapixels=0.02, fidelity=f)[0] for f in (1.0, 0.5, 0.0)]
+            alone = sample(model, positive, negative, 4, 0.0)
+            distances = [float((sample(each, positive, negative, 4, 0.0) - alone).abs().max()) for each in halves]
+            result[f"{name} negative"] = distances
     return result

@@ -46,6 +46,12 @@ def test_it_does_not_matter_how_guidance_is_computed(found, family):
     assert found[f"{family} apart"] < 1e-3 and found[f"{family} swapped"] < 1e-3
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_fidelity_keeps_references_from_the_negative_half(found, family):
+    plain, between, attending = found[f"{family} negative"]
+    assert plain < 1e-3 < between < attending
+
+
 def tell(family="flux", **changes):
     inputs = {
         "model": ["1", 0],
@@ -71,6 +77,7 @@ def tell(family="flux", **changes):
         "megapixels": 0.01,
         "guidance": 0.0,
         "strength": 1.0,
+        "fidelity": 0.5,
         "start": 0.0,
         "end": 1.0,
         "best_of": 1,
