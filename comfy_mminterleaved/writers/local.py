@@ -153,7 +153,8 @@ class LocalChat:
             inputs = self.processor(text=[text], **arguments, return_tensors="pt", **options)
         else:
             inputs = self.processor([text], return_tensors="pt", **options)
-            inputs.pop("token_type_ids", None)  # of tokenizers whose model knows none
+        if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
+            inputs.pop("token_type_ids", None)  # of tokenizers that serve several kinds of models
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         length = inputs["input_ids"].shape[1]
         if limit is not None and length + reserve_tokens > limit:
