@@ -78,6 +78,10 @@ class PatchedChat(LocalChat):
         self._load(parts, config.max_new_tokens)
         return super().chat(parts, config, on_text)
 
+    def score(self, parts, options):
+        self._load(parts, max(map(len, options)))
+        return super().score(parts, options)
+
 
 def use_comfy_layers(model: torch.nn.Module) -> None:
     """Turns layers into those of `comfy.ops`, which can stay on the CPU and be cast for each use."""

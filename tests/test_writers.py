@@ -211,6 +211,8 @@ def test_questions_captions_and_ranks():
         assert server.requests[0]["temperature"] == 0
         with pytest.raises(SettingError, match="does not see images"):
             ChatWriter(ChatServer(server.url)).caption(image(), 10)
+        with pytest.raises(SettingError, match="does not see images, and the story has no text"):
+            ChatWriter(ChatServer(server.url)).answer(Story.of(image()), "Who?", 10)
 
 
 class Cancelled(Exception):
@@ -390,6 +392,16 @@ def test_the_likelihood_of_options(folder):
             logits = model.model(input_ids=whole, attention_mask=torch.ones_like(whole)).logits
         log_probs = logits[0, -ids.shape[1] - 1 : -1].log_softmax(-1)
         assert abs(float(log_probs.gather(1, ids[0][:, None]).sum()) - score) < 1e-3
+
+
+def test_options_are_ranked_by_their_likelihood(folder):
+    model = load_chat_model(folder)
+    writer, story, options = ChatWriter(model), Story.of("Mia waves."), ["a fox", "b", "a"]
+    ranked = writer.rank(story, options, "Who?")
+    assert {option.text for option in ranked} == set(options)
+    assert ranked == sorted(ranked, key=lambda option: -option.log_prob) and ranked[0].log_prob < 0
+    scores = model.score(writer.prompts.parts("question", story, question="Who?"), options)
+    assert [option.log_prob for option in ranked] == sorted(scores, reverse=True)
 
 
 def test_a_prompt_that_is_too_long(tmp_path):

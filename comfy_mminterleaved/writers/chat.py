@@ -44,6 +44,12 @@ class ChatModel(Protocol):
     def chat(self, parts: Parts, config: TextGenerationConfig, on_text: OnText | None = None) -> GeneratedText: ...
 
 
+class ScoringModel(ChatModel, Protocol):
+    """A chat model that also knows how likely a given answer is."""
+
+    def score(self, parts: Parts, options: Sequence[str]) -> list[float]: ...
+
+
 @dataclass(frozen=True)
 class ChatWriter:
     """A `storyteller.Writer`: asks a chat model for the next text, or for all texts of a story.
@@ -109,7 +115,9 @@ class ChatWriter:
         return texts[:panels]
 
     def answer(self, story: Story, question: str, max_tokens: int, on_text: OnText | None = None) -> str:
-        """The answer to a question about a story."""
+        """The answer to a question about a story; raises SettingError for images alone if the model does not see."""
+        if not self.sees_images and not story.text.strip():
+            raise SettingError(f"{self.model.label} does not see images, and the story has no text; use one that sees.")
         parts = self._prompt("question", story, question=question)
         return parse_panel(self.model.chat(parts, _answering(max_tokens), on_text).text)
 
@@ -121,7 +129,14 @@ class ChatWriter:
         return parse_panel(self.model.chat(parts, _answering(max_tokens), on_text).text)
 
     def rank(self, story: Story, options: Sequence[str], question: str = "") -> list[RankedOption]:
-        """Options with the best first, as the model orders them; `log_prob` is 0, -1, -2, ..., for it gives none."""
+        """Options with the best first: by their likelihood as an answer if the model scores, else as it orders them.
+
+        Then `log_prob` is 0, -1, -2, ...; raises StoryError if its answer names none of them.
+        """
+        if hasattr(self.model, "score"):
+            parts = self._prompt("question", story, question=question or "What comes next?")
+            ranked = zip(options, self.model.score(parts, options))
+            return sorted((RankedOption(*pair) for pair in ranked), key=lambda option: -option.log_prob)
         listed = "\n".join(f"{number}. {option}" for number, option in enumerate(options, 1))
         parts = self._prompt("rank", story, question=question, options=listed)
         answer = self.model.chat(parts, _answering(max(80, 4 * len(options))))
