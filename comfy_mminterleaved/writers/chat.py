@@ -106,6 +106,8 @@ class ChatWriter:
                 on_text and (lambda text, written=written: on_text(written + text)),
             )
             new = parse_script(answer.text)
+            if failures < ATTEMPTS - 1:  # a writer that says the same again is asked again, but not for ever
+                new = [text for n, text in enumerate(new) if text not in (*texts, *new[:n])]
             if new and answer.finish_reason == "length":
                 new[-1] = whole_sentences(new[-1])
             failures, attempt = 0 if new else failures + 1, attempt + 1
@@ -121,11 +123,15 @@ class ChatWriter:
         parts = self._prompt("question", story, question=question)
         return parse_panel(self.model.chat(parts, _answering(max_tokens), on_text).text)
 
-    def caption(self, image: ImageSegment, max_tokens: int, on_text: OnText | None = None) -> str:
-        """One sentence about an image; raises SettingError if the model does not see."""
+    def caption(self, image, max_tokens: int, on_text: OnText | None = None) -> str:
+        """One sentence about an image, anything that `ImageSegment.of` takes.
+
+        Raises:
+            SettingError: If the model does not see.
+        """
         if not self.sees_images:
             raise SettingError(f"{self.model.label} does not see images; use a vision-language model to describe them.")
-        parts = self.prompts.parts("caption", Story.of(image))
+        parts = self.prompts.parts("caption", Story.of(ImageSegment.of(image)))
         return parse_panel(self.model.chat(parts, _answering(max_tokens), on_text).text)
 
     def rank(self, story: Story, options: Sequence[str], question: str = "") -> list[RankedOption]:
@@ -133,6 +139,8 @@ class ChatWriter:
 
         Then `log_prob` is 0, -1, -2, ...; raises StoryError if its answer names none of them.
         """
+        if not options:
+            raise StoryError("There are no options to rank; give at least one.")
         if hasattr(self.model, "score"):
             parts = self._prompt("question", story, question=question or "What comes next?")
             ranked = zip(options, self.model.score(parts, options))

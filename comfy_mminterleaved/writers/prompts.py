@@ -33,7 +33,7 @@ class Prompts:
     def parts(self, name: str, story: Story, heroes: Story | None = None, **values: str) -> Parts:
         """A prompt with a story where {story} stands, as texts and images in order.
 
-        A sentence or line whose field is empty is left out.
+        A line with a field that is empty is left out.
         """
         head, _, tail = self.texts[name].partition("{story}")
         return join_parts([_fill(head, values), *story_parts(story, heroes), _fill(tail, values)])
@@ -120,8 +120,8 @@ def join_parts(parts: Parts) -> Parts:
 
 def _fill(text: str, values: Mapping[str, str]) -> str:
     for name, value in values.items():
-        if not value.strip():  # the sentence that is about it says nothing
-            text = re.sub(rf"[^.!?\n]*\{{{name}\}}[^.!?\n]*[.!?]?", "", text)
+        if not value.strip():
+            text = "".join(line for line in text.splitlines(True) if f"{{{name}}}" not in line)
     return _FIELD.sub(lambda match: values.get(match[1], match[0]).strip(), text)
 
 
@@ -155,7 +155,12 @@ def parse_ranking(answer: str, count: int) -> list[int]:
     return [*order, *(number for number in range(count) if number not in order)]
 
 
-_LABEL = re.compile(r"^[\s*_#>\-]*(?:[^\W\d]+\s*)?\d{1,3}\s*[^\W\d_]?[\s*_]*[:.)\uff1a\u3001][\s*_]*", re.MULTILINE)
+_LABEL = re.compile(
+    r"^[\s*_#>\-]*(?:[^\W\d]+\s*)?\d{1,3}\s*[^\W\d_]?[\s*_]*[:.)\uff1a\u3001][\s*_]*"  # 'Panel 3:', '**3.**'
+    r"|^[\s*_#>\-]*[^\W\d]+\s*\d{1,3}[\s*_]*$"  # a heading: '### Panel 3'
+    r"|(?<=\s)Panel\s+\d{1,3}\s*:\s*",  # within a line
+    re.MULTILINE,
+)
 
 
 def _labelled(text: str) -> list[str]:
@@ -178,7 +183,10 @@ def _without_thoughts(answer: str) -> str:
 
 
 def _clean(text: str) -> str:
-    text = " ".join(text.split()).strip("*_# ")
+    """Text on one line, without Markdown's emphasis, a bullet, or quotation marks around all of it."""
+    text = re.sub(r"^[\s>#]*(?:[-*\u2022]\s+)?", "", " ".join(text.split()))
+    text = re.sub(r"(\*\*|__)(.+?)\1", r"\2", text)
+    text = re.sub(r"(?<!\w)([*_])(?=\S)([^*_]+)(?<=\S)\1(?!\w)", r"\2", text).strip()
     pairs = {'"': '"', "\u201c": "\u201d", "\u201e": "\u201c", "\u00ab": "\u00bb", "\u300c": "\u300d"}
     if len(text) > 1 and pairs.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
         text = text[1:-1].strip()

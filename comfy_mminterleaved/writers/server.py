@@ -49,7 +49,9 @@ class ChatServer:
         timeout: float = 120,
         any_host: bool = False,
     ):
-        self.url, self.model, self.sees_images = url.strip().rstrip("/"), model.strip(), sees_images
+        url = url.strip()
+        self.url = (url if "://" in url or not url else f"http://{url}").rstrip("/")
+        self.model, self.sees_images = model.strip(), sees_images
         self.options, self.timeout = options or {}, timeout
         self.label = f"The writer at {self.url}"
         self.parts = check_url(self.url, any_host)
@@ -104,6 +106,8 @@ def check_url(url: str, any_host: bool = False) -> urllib.parse.SplitResult:
         (host or "").encode("idna")
     except ValueError:  # a UnicodeError is one
         host, is_valid = None, False
+    if is_valid and "@" in parts.netloc:
+        raise SettingError(f"A writer's address must hold no password; set the environment variable {KEY_VARIABLE}.")
     if not is_valid or not host or parts.query or parts.fragment or not url.isprintable() or " " in url:
         raise SettingError(f"A writer's server must be like http://127.0.0.1:8080/v1, not {url!r:.80}.")
     if not any_host and not _is_loopback(host):
@@ -129,7 +133,8 @@ class _Stream:
         self.body = json.dumps(request).encode()
         https = url.scheme == "https"
         connection = http.client.HTTPSConnection if https else http.client.HTTPConnection
-        self.connection = connection(url.hostname, url.port, timeout=timeout)
+        # The caller notices first that it is silent, and says what that means.
+        self.connection = connection(url.hostname, url.port, timeout=timeout + 10)
         self.lines: queue.Queue = queue.Queue(maxsize=256)
         self.is_closed = threading.Event()
         self.thread = threading.Thread(target=self._read, name="mminterleaved-writer", daemon=True)
@@ -156,13 +161,16 @@ class _Stream:
             self.connection.request("POST", f"{self.url.path}/chat/completions", self.body, headers)
             response = self.connection.getresponse()
             if response.status != 200:
-                raise ServerError(f"{self.label} answers {response.status}: {_reason(response)}.")
+                hint = "; try again when it is ready" if response.status == 503 else ""
+                if response.status == 404 and not self.url.path.rpartition("/")[2].startswith("v"):
+                    hint = "; its address may lack /v1"
+                raise ServerError(f"{self.label} answers {response.status}: {_reason(response)}{hint}.")
             if response.headers.get_content_type() == "application/json":  # it does not stream
                 self._put(b"data: " + response.read(16 * MAX_LINE).replace(b"\n", b" "))
             else:
                 while not self.is_closed.is_set() and (line := response.readline(MAX_LINE)):
                     self._put(line)
-            self._put(b"data: [DONE]")
+            self._put(b"")
         except BaseException as error:  # the caller raises it
             self._put(error)
         finally:
@@ -177,7 +185,7 @@ class _Stream:
 
     def pieces(self) -> Iterator[tuple[str, str]]:
         """(text, why it ends or "") as they come, and ("", "") while there are none; raises ServerError."""
-        deadline, is_answer = time.monotonic() + self.timeout, False
+        deadline, is_answer, is_over = time.monotonic() + self.timeout, False, False
         while True:
             try:
                 item = self.lines.get(timeout=POLL_SECONDS)
@@ -195,15 +203,18 @@ class _Stream:
                 raise ServerError(
                     f"{self.label} does not answer: {_why(item)}; start it, or correct its address."
                 ) from None
-            if not item.startswith(b"data:"):
-                continue
-            deadline, data = time.monotonic() + self.timeout, item[5:].strip()
-            if data == b"[DONE]":
+            data = item[5:].strip() if item.startswith(b"data:") else b""
+            if data == b"[DONE]" or not item:
                 if not is_answer:
                     raise ServerError(f"{self.label} sends nothing that is a chat answer; its address may lack /v1.")
+                if not item and not is_over:
+                    raise ServerError(f"{self.label} broke off in the middle of its answer; look at its log.")
                 return
-            is_answer = True
-            yield self._piece(data)
+            if data:
+                deadline, is_answer = time.monotonic() + self.timeout, True
+                piece, reason = self._piece(data)
+                is_over = is_over or bool(reason)
+                yield piece, reason
 
     def _piece(self, data: bytes) -> tuple[str, str]:
         try:
