@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import folder_paths
@@ -62,6 +63,12 @@ class SaveStory(io.ComfyNode):
                     optional=True,
                     tooltip="Off: the images hold neither the workflow nor the story, so you can give them away.",
                 ),
+                io.String.Input(
+                    "language",
+                    default="",
+                    optional=True,
+                    tooltip="Of the texts, such as 'de', for e-readers and screen readers; if empty, guessed from the script.",
+                ),
                 PagesSocket.Input(
                     "layout",
                     optional=True,
@@ -74,7 +81,7 @@ class SaveStory(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, story, filename_prefix, title, pdf=False, epub=False, cbz=False, metadata=True, layout=None
+        cls, story, filename_prefix, title, pdf=False, epub=False, cbz=False, metadata=True, language="", layout=None
     ) -> io.NodeOutput:
         if not story.segments:
             raise StoryError("The story is empty; there is nothing to save.")
@@ -87,7 +94,8 @@ class SaveStory(io.ComfyNode):
                 chunks[key] = json.dumps(value)
         # Text that no font here can show is no reason to lose a story: it is saved as well as it can be.
         suffixes = [suffix for suffix, is_asked in ((".pdf", pdf), (".epub", epub), (".cbz", cbz)) if is_asked]
-        books = {f"story{s}": render_book(story, s, title, layout or PageConfig(), strict=False) for s in suffixes}
+        config = replace(layout or PageConfig(), language=language.strip())
+        books = {f"story{s}": render_book(story, s, title, config, strict=False) for s in suffixes}
 
         def write(path: Path) -> list[Path]:
             paths = save_story(path, story, title, metadata=chunks, has_metadata=metadata)

@@ -85,7 +85,7 @@ def test_whole_images_keep_their_shape_and_cropped_ones_fill_their_cell():
 
 
 def test_which_panel_goes_into_which_cell():
-    pages, _ = lay_out(story(), PageConfig(layout="4 panels", order="5, 0, 1\n1, 2"))
+    pages, _ = lay_out(story(), PageConfig(layout="4 panels", order="5 0, 1\n1, 2"))
     images = story().images
     shown = [[image.digest for image, _ in page.images] for page in pages]
     assert shown == [[images[n].digest for n in (4, 0, 0)], [images[1].digest]]
@@ -94,8 +94,11 @@ def test_which_panel_goes_into_which_cell():
 def test_print_sizes():
     (picture,) = render_pages(story(1), PageConfig(page_size="A4"))
     assert picture.size == (2480, 3508)
-    (picture,) = render_pages(story(1), PageConfig(page_size="8.5 x 11 in", dpi=100))
-    assert picture.size == (850, 1100)
+    for name in ("8.5 x 11 in", "8.5in x 11in", "8,5 x 11 in"):
+        (picture,) = render_pages(story(1), PageConfig(page_size=name, dpi=100))
+        assert picture.size == (850, 1100)
+    (picture,) = render_pages(story(1), PageConfig(page_size="a4 landscape"))
+    assert picture.size == (3508, 2480)
     for name, (width, height) in PAGE_SIZES.items():
         pages, _ = lay_out(story(1), PageConfig(page_size=name))
         assert (pages[0].width, pages[0].height) == pytest.approx((width * MM, height * MM))
@@ -137,7 +140,7 @@ def test_two_hundred_panels():
         ({"dpi": 3}, "dpi must be from 30 to 1200, not 3"),
         ({"margin": float("nan")}, "margin must be from 0 to 100, not nan"),
         ({"order": "1, 9"}, "'9' is none"),
-        ({"order": "1; 2"}, "'1; 2' is none"),
+        ({"order": "1; 2"}, "'1;' is none"),
         ({"font": "nowhere.ttf"}, "The font 'nowhere.ttf' cannot be read"),
         ({"font": __file__}, "cannot be read"),
     ],
@@ -164,6 +167,8 @@ def test_lines_break_at_spaces_and_between_east_asian_signs():
     pieces = [piece for piece, _ in fonts._pieces(CHINESE)]
     assert "".join(pieces) == CHINESE and not any(piece[0] in "\uff0c\u3002" for piece in pieces)
     assert wrap("Mia \U0001f98a runs", face, 10, 400) == ["Mia runs"], "no font of text has emoji"
+    assert wrap("Mia runs\nhome\n\nand sleeps.", face, 10, 400) == ["Mia runs", "home", "and sleeps."]
+    assert wrap("snow\u00adman", face, 10, 400) == ["snowman"]
 
 
 def system_face(text):
@@ -180,6 +185,24 @@ def test_a_font_that_has_the_signs_is_chosen():
     with pytest.raises(SettingError, match="No font of this computer has a sign for"):
         choose_font(["\u0b85\u1c5a\u16a0\ua9c1\u13a0\U00012000"])  # of six scripts, which no one font has
     choose_font(["\U00012000"], strict=False)
+
+
+def test_symbols_are_shown_if_a_font_has_them(caplog):
+    face = system_face("\u00c4")
+    text = "20 \u00b0C \u00a9 \u2665"
+    if face.lacks(text.replace(" ", "")):
+        pytest.skip(f"{face.path} lacks some of {text}")
+    (page,), _ = lay_out(Story.of(f"{text} \U0001f98a", image()))
+    assert page.captions[0].lines == (text,)
+    assert [record.getMessage() for record in caplog.records] == ["The font has no '\U0001f98a'; it is left out."]
+
+
+def test_the_chinese_font_of_a_collection():
+    collection = next((path for path in fonts.system_fonts() if path.name == "NotoSansCJK-Regular.ttc"), None)
+    if collection is None:
+        pytest.skip("no Noto Sans CJK on this computer")
+    names = [choose_font([CHINESE], collection, language=tag).at(10).getname()[0] for tag in ("zh", "ja", "zh-TW")]
+    assert [name[-2:] for name in names] == ["SC", "JP", "TC"]
 
 
 def test_a_named_font_must_have_the_signs():
@@ -252,7 +275,7 @@ def test_cbz_holds_the_pages():
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         assert archive.namelist() == ["001.png", "002.png", "ComicInfo.xml"] and archive.testzip() is None
         page = Image.open(io.BytesIO(archive.read("001.png")))
-        assert page.size == (291, 413) and not page.info
+        assert page.size == (291, 413) and set(page.info) == {"dpi"}
         assert "<Title>Mia &amp; Otto</Title><PageCount>2</PageCount>" in archive.read("ComicInfo.xml").decode()
     assert data == render_cbz(story(3), "Mia & Otto", PageConfig(layout="2 panels", dpi=50))
 
@@ -278,11 +301,26 @@ def test_epubcheck_finds_nothing(tmp_path, text):
 
     told = Story.of("Only words.", text, image(), text, image(width=900, height=100), Story.of(text).segments[0])
     path = tmp_path / "mia.epub"
-    path.write_bytes(render_epub(told, "Mia & Otto", datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)))
+    path.write_bytes(render_epub(told, "Mia & Otto", "", datetime.datetime(2026, 1, 1, tzinfo=datetime.timezone.utc)))
     result = EpubCheck(str(path))
     assert result.valid and not [m for m in result.messages if m.level in ("WARNING", "ERROR", "FATAL")], (
         result.messages
     )
+
+
+def test_title_and_language():
+    told = Story.of("Mia l\u00e4uft.", image())
+    with zipfile.ZipFile(io.BytesIO(render_epub(told, "  ", "de"))) as archive:
+        package = archive.read("EPUB/package.opf").decode()
+        assert "<dc:title>Mia l\u00e4uft</dc:title>" in package and "<dc:language>de</dc:language>" in package
+    assert 'lang="de"' in render_page(told, language="de") and 'lang="en"' in render_page(told)
+    with pytest.raises(SettingError, match="language must be a tag"):
+        PageConfig(language='de"')
+
+
+def test_images_of_a_picture_book_stay_in_place():
+    pages, _ = lay_out(Story.of("Mia.", image(), "Mia runs through the deep forest. " * 6, image()))
+    assert pages[0].images[0][1] == pages[1].images[0][1]
 
 
 def test_alternative_texts_are_kept(tmp_path):

@@ -32,13 +32,14 @@ figcaption, p { font-size: 1.15em; line-height: 1.5; margin: 0.8em 0; }
 """
 
 
-def render_epub(story: Story, title: str, modified: datetime.datetime | None = None) -> bytes:
+def render_epub(story: Story, title: str, language: str = "", modified: datetime.datetime | None = None) -> bytes:
     """A story as an EPUB 3 book that reflows: a page for each panel, the text below its image.
 
     Args:
+        language: A tag such as "de"; "" guesses it from the script.
         modified: When it was made; None for now.
     """
-    title, language = title or book_title(story), language_of(story.text)
+    title, language = title.strip() or book_title(story), language or language_of(story.text)
     is_rtl, panels = is_right_to_left(story.text), story.panels()
     modified = modified or datetime.datetime.now(datetime.timezone.utc)
     files: dict[str, bytes] = {"EPUB/style.css": STYLE.encode()}
@@ -91,13 +92,13 @@ def render_cbz(story: Story, title: str, config: PageConfig, strict: bool = True
     """The pages of a story as a comic book archive; raises as `lay_out`."""
     files = {}
     for number, page in enumerate(render_pages(story, config, strict), 1):
-        data, suffix = encode_image(page)
+        data, suffix = encode_image(page, dpi=config.dpi)
         files[f"{number:03d}{suffix}"] = data
     manga = "<Manga>YesAndRightToLeft</Manga>" if is_right_to_left(story.text) else ""
     about = (
         '<?xml version="1.0" encoding="UTF-8"?>\n'
-        f"<ComicInfo><Title>{_escaped(title or book_title(story))}</Title><PageCount>{len(files)}</PageCount>"
-        f"<LanguageISO>{language_of(story.text)}</LanguageISO>{manga}</ComicInfo>\n"
+        f"<ComicInfo><Title>{_escaped(title.strip() or book_title(story))}</Title><PageCount>{len(files)}</PageCount>"
+        f"<LanguageISO>{config.language or language_of(story.text)}</LanguageISO>{manga}</ComicInfo>\n"
     )
     return _archive({**files, "ComicInfo.xml": about.encode()}, stored=tuple(files))
 

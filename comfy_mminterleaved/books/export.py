@@ -21,18 +21,18 @@ def render_book(
     """A story as the bytes of a book.
 
     Args:
-        suffix: One of FORMATS; HTML and EPUB reflow, so `config` counts for PDF and CBZ alone.
+        suffix: One of FORMATS; HTML and EPUB reflow: of `config` only the language counts there.
         strict: As for `lay_out`.
 
     Raises:
         OutputError: For another suffix.
         SettingError, StoryError: As `lay_out`.
     """
-    title = title or book_title(story)
+    title = title.strip() or book_title(story)
     if suffix == ".html":
-        return render_page(story, title).encode("utf-8")
+        return render_page(story, title, config.language).encode("utf-8")
     if suffix == ".epub":
-        return render_epub(story, title)
+        return render_epub(story, title, config.language)
     if suffix == ".pdf":
         return render_pdf(story, title, config, strict)
     if suffix == ".cbz":

@@ -27,17 +27,27 @@ _NO_LINE_START = set(
 
 @dataclass(frozen=True)
 class Face:
-    """A font at any size; `path` None is Pillow's own, which has little more than ASCII."""
+    """A font at any size.
+
+    Args:
+        path: Its file; None for Pillow's own, which has little more than ASCII.
+        index: Of the font in a collection.
+    """
 
     path: Path | None = None
+    index: int = 0
 
     def at(self, size: float):
         """The font at a size in px."""
-        return _load(self.path, max(1, round(size)))
+        return _load(self.path, self.index, max(1, round(size)))
 
-    def lacks(self, text: str) -> list[str]:
-        """The signs of a text that it has no glyphs for."""
-        return [sign for sign in signs(text) if not _has(self.path, sign)]
+    def lacks(self, signs: Iterable[str]) -> list[str]:
+        """Those of some signs that it has no glyphs for."""
+        return [sign for sign in signs if not _has(self.path, self.index, sign)]
+
+    def printable(self, text: str) -> str:
+        """A text without emoji and other symbols that the font lacks, and without invisible marks between letters."""
+        return "".join(c for c in text if not _is_mark(c) and not (_is_symbol(c) and self.lacks(c)))
 
     def width(self, text: str, size: float) -> float:
         """Of a line, in the unit of `size`."""
@@ -54,67 +64,100 @@ class Face:
         """The font file."""
         if self.path is not None:
             return self.path.read_bytes()
-        file = _load(None, 10).path
+        file = _load(None, 0, 10).path
         return file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
 
 
 @functools.lru_cache(maxsize=64)
-def _load(path: Path | None, size: int):
-    return ImageFont.load_default(size) if path is None else ImageFont.truetype(str(path), size)
+def _load(path: Path | None, index: int, size: int):
+    return ImageFont.load_default(size) if path is None else ImageFont.truetype(str(path), size, index)
 
 
 @functools.lru_cache(maxsize=4096)
-def _has(path: Path | None, sign: str) -> bool:
-    font = _load(path, 20)
+def _has(path: Path | None, index: int, sign: str) -> bool:
+    font = _load(path, index, 20)
     mask, missing = font.getmask(sign), font.getmask("\U0010ffff")
     return mask.size != missing.size or bytes(mask) != bytes(missing)
 
 
-def signs(text: str) -> list[str]:
-    """What a font must have a glyph for, once each: not spaces, controls and marks that only join others."""
-    return [sign for sign in dict.fromkeys(text) if unicodedata.category(sign)[0] not in "ZC"]
+def _is_symbol(sign: str) -> bool:
+    return unicodedata.category(sign) in ("So", "Cs", "Co")
 
 
-def printable(text: str) -> str:
-    """A text without emoji, which are in no font of text."""
-    kept = (c for c in text if unicodedata.category(c) not in ("So", "Cs", "Co") and not "\ufe00" <= c <= "\ufe0f")
-    return " ".join("".join(kept).split())
+def _is_mark(sign: str) -> bool:
+    """A soft hyphen, or a variation selector."""
+    return sign == "\u00ad" or "\ufe00" <= sign <= "\ufe0f"
 
 
-def choose_font(texts: Iterable[str], path: str | Path | None = None, strict: bool = True) -> Face:
-    """A font that has all signs of some texts.
+def letters(text: str) -> list[str]:
+    """What a font must have, once each: no spaces, controls, marks that only join others, or symbols."""
+    signs = dict.fromkeys(text)
+    return [c for c in signs if unicodedata.category(c)[0] not in "ZC" and not _is_symbol(c) and not _is_mark(c)]
+
+
+def choose_font(texts: Iterable[str], path: str | Path | None = None, strict: bool = True, language: str = "") -> Face:
+    """A font that has all signs of some texts; symbols as ♥, if a font has them; emoji are in none.
 
     Args:
         path: A font file; None for Pillow's own if it has them, else the system's first that does.
-        strict: Raise SettingError if signs are missing; else take the font that lacks the fewest.
+        strict: Raise SettingError if letters are missing; else take the font that lacks the fewest.
+        language: A tag such as "zh", by which one of a collection of East Asian fonts is taken.
     """
-    text = "".join(map(printable, texts))
+    texts = list(texts)
+    needed = letters("".join(texts))
+    symbols = [c for c in dict.fromkeys("".join(texts)) if _is_symbol(c) and c < "\U0001f000"]
     if path is not None:
-        face = Face(Path(path))
         try:
-            face.at(MEASURE)
+            face = _of_language(Path(path), language)
         except (OSError, ValueError) as error:
             raise SettingError(f"The font {str(path)!r:.200} cannot be read: {error}.") from None
-        missing = face.lacks(text)
+        missing = face.lacks(needed)
         if missing and strict:
-            raise SettingError(f"The font {face.path.name!r} has no sign for {missing[0]!r}; choose one that does.")
+            raise SettingError(
+                f"The font {face.path.name!r} has no sign for {missing[0]!r}, which is in "
+                f"{_excerpt(texts, missing[0])}; choose one that does."
+            )
         return face
-    best, fewest = Face(), Face().lacks(text)
-    for file in system_fonts() if fewest else ():
+    best, fewest = Face(), (Face().lacks(needed), Face().lacks(symbols))
+    for file in system_fonts() if any(fewest) else ():
         try:
-            missing = Face(file).lacks(text)
+            face = _of_language(file, language)
+            missing = face.lacks(needed), face.lacks(symbols)
         except (OSError, ValueError):  # no font of text, or a broken one
             continue
-        if len(missing) < len(fewest):
-            best, fewest = Face(file), missing
-        if not fewest:
+        if [len(part) for part in missing] < [len(part) for part in fewest]:
+            best, fewest = face, missing
+        if not any(fewest):
             break
-    if fewest and strict:
+    if fewest[0] and strict:
+        sign = fewest[0][0]
         raise SettingError(
-            f"No font of this computer has a sign for {fewest[0]!r}; install one, such as Noto Sans, or name "
-            "a font file."
+            f"No font of this computer has a sign for {sign!r}, which is in {_excerpt(texts, sign)}; install one, "
+            "such as Noto Sans, or name a font file."
         )
     return best
+
+
+def _excerpt(texts: list[str], sign: str) -> str:
+    return repr(next(text for text in texts if sign in text)[:30])
+
+
+_VARIANTS = {"zh": " SC", "zh-tw": " TC", "zh-hant": " TC", "zh-hk": " HK", "ja": " JP", "ko": " KR"}
+
+
+def _of_language(path: Path, language: str) -> Face:
+    """The font of a file; of a collection, the one for the language. Raises OSError."""
+    face, suffix = Face(path), _VARIANTS.get(language.lower(), _VARIANTS.get(language.lower()[:2]))
+    face.at(MEASURE)
+    if suffix is None or path.suffix.lower() not in (".ttc", ".otc"):
+        return face
+    for index in range(16):
+        try:
+            if Face(path, index).at(10).getname()[0].endswith(suffix):
+                return Face(path, index)
+        except OSError:  # there are no more
+            break
+    return face
 
 
 @functools.lru_cache(maxsize=1)
@@ -167,14 +210,20 @@ def check_direction(text: str) -> None:
 
 
 def wrap(text: str, face: Face, size: float, width: float) -> list[str]:
-    """The lines of a text, each at most `width` wide, in the unit of `size`; East Asian text breaks anywhere."""
+    """The lines of a text, each at most `width` wide, in the unit of `size`.
+
+    Line ends of the text stay; lines break at spaces, in East Asian text anywhere.
+    """
     lines: list[str] = []
-    for piece, space in _pieces(printable(text)):
-        joined = f"{lines[-1]}{space}{piece}" if lines else piece
-        if lines and face.width(joined, size) <= width:
-            lines[-1] = joined
-        else:
-            lines += _broken(piece, face, size, width)
+    for part in face.printable(text).splitlines():
+        wrapped: list[str] = []
+        for piece, space in _pieces(part):
+            joined = f"{wrapped[-1]}{space}{piece}" if wrapped else piece
+            if wrapped and face.width(joined, size) <= width:
+                wrapped[-1] = joined
+            else:
+                wrapped += _broken(piece, face, size, width)
+        lines += wrapped
     return lines
 
 

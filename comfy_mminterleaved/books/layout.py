@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SettingError, StoryError
-from ..stories.story import ImageSegment, Story
+from ..stories.page import language_of
+from ..stories.story import ImageSegment, Panel, Story
 from .fonts import Face, check_direction, choose_font, is_right_to_left, wrap
 
+log = logging.getLogger(__name__)
 MM = 72 / 25.4
 LAYOUTS = {
     "picture book": "1",
@@ -33,6 +35,7 @@ FITS = ("whole", "crop")
 MIN_FONT = 5.0  # pt to which a long caption shrinks, before it is cut
 LINE = 1.35  # height of a line, in font sizes
 MAX_PIXELS = 10_000  # a side of a page
+CUT = "..."  # ends a caption that is cut
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class PageConfig:
         margin, gutter: In mm: around the page, and between cells.
         font: A font file; None for Pillow's own, or one of the system's that has the text's signs.
         font_size: In pt; 0 for one that suits the layout. Long captions are set smaller.
-        dpi: Of images of pages, and of what a PDF has as images.
+        dpi: Of images of pages, and the most that a PDF has of its images.
+        language: A tag such as "de"; "" guesses it from the script.
 
     Raises:
         SettingError: For a value that is none of these.
@@ -66,6 +70,7 @@ class PageConfig:
     font: str | Path | None = None
     font_size: float = 0.0
     dpi: int = 300
+    language: str = ""
 
     def __post_init__(self):
         for name, choices in (("captions", CAPTIONS), ("fit", FITS)):
@@ -74,6 +79,8 @@ class PageConfig:
         for name, low, high in (("margin", 0, 100), ("gutter", 0, 100), ("font_size", 0, 200), ("dpi", 30, 1200)):
             if not low <= getattr(self, name) <= high:
                 raise SettingError(f"{name} must be from {low} to {high}, not {getattr(self, name)}.")
+        if not re.fullmatch(r"([A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*)?", self.language):
+            raise SettingError(f"language must be a tag such as 'de' or 'pt-BR', not {self.language!r:.40}.")
         rows, (width, height) = parse_cells(self.layout), parse_page_size(self.page_size)
         longest = max(len(cells) for _, cells in rows)
         room = (
@@ -101,13 +108,12 @@ class Box:
 
 @dataclass(frozen=True)
 class Caption:
-    """Lines of text in a box, from its top; `is_boxed` ones lie on the image, on white."""
+    """Centred lines of text in a box, from its top; `is_boxed` ones lie on the image, on white."""
 
     box: Box
     lines: tuple[str, ...]
     size: float
     is_boxed: bool
-    is_centered: bool
 
     @property
     def line_height(self) -> float:
@@ -127,7 +133,7 @@ class Page:
 def parse_cells(layout: str) -> list[tuple[float, list[float]]]:
     """Height and cell widths of each row, relative; raises SettingError."""
     rows = []
-    for row in LAYOUTS.get(layout.strip(), layout).split("/"):
+    for row in LAYOUTS.get(layout.strip().lower(), layout).split("/"):
         height, divider, cells = row.rpartition(":")
         numbers = [height, *cells.split()] if divider else ["1", *cells.split()]
         try:
@@ -146,17 +152,21 @@ def parse_cells(layout: str) -> list[tuple[float, list[float]]]:
 
 def parse_page_size(text: str) -> tuple[float, float]:
     """Width and height in points; raises SettingError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[x\u00d7]\s*(\d+(?:\.\d+)?)\s*(mm|cm|in)\s*", text)
-    if text in PAGE_SIZES:
-        width, height = PAGE_SIZES[text]
-    elif match:
-        width, height = (float(side) * {"mm": 1, "cm": 10, "in": 25.4}[match[3]] for side in match.groups()[:2])
+    name, _, turned = text.strip().lower().partition(" ")
+    number, unit = r"(\d+(?:[.,]\d+)?)\s*", r"(mm|cm|in)"
+    match = re.fullmatch(rf"{number}{unit}?\s*[x\u00d7]\s*{number}{unit}", text.strip().lower())
+    sizes = {key.lower(): size for key, size in PAGE_SIZES.items()}
+    if name in sizes and turned in ("", "landscape"):
+        width, height = sizes[name] if not turned else sizes[name][::-1]
+    elif match and match[2] in (None, match[4]):
+        factor = {"mm": 1, "cm": 10, "in": 25.4}[match[4]]
+        width, height = (float(side.replace(",", ".")) * factor for side in (match[1], match[3]))
     else:
         width = height = 0
     if not (20 <= width <= 1000 and 20 <= height <= 1000):
         raise SettingError(
-            f"The page size {text!r:.60} must be one of {', '.join(PAGE_SIZES)}, or like '210 x 148 mm', from 20 "
-            "to 1000 mm."
+            f"The page size {text!r:.60} must be one of {', '.join(PAGE_SIZES)}, also 'A5 landscape', or like "
+            "'210 x 148 mm' or '8.5 x 8.5 in', from 20 to 1000 mm."
         )
     return width * MM, height * MM
 
@@ -165,7 +175,7 @@ def parse_order(order: str, count: int) -> list[int | None]:
     """Panels in the order of the cells, from 0, None for an empty cell; raises SettingError."""
     if not order.strip():
         return list(range(count))
-    numbers = [number.strip() for number in order.replace("\n", ",").split(",")]
+    numbers = [number for number in re.split(r"[,\s]+", order.strip()) if number]
     for number in numbers:
         if not (number.isdecimal() and len(number) < 6 and int(number) <= count):
             raise SettingError(f"order must be panel numbers such as '1, 3, 2', up to {count}; {number!r:.40} is none.")
@@ -187,7 +197,10 @@ def lay_out(story: Story, config: PageConfig = PageConfig(), strict: bool = True
         raise StoryError("The story is empty; there are no pages to make.")
     width, height = parse_page_size(config.page_size)
     texts = [panel.text if config.captions != NONE or panel.image is None else "" for panel in panels]
-    face = choose_font(texts, config.font, strict)
+    face = choose_font(texts, config.font, strict, config.language or language_of(story.text))
+    for sign in dict.fromkeys("".join(texts)):
+        if not sign.isspace() and not face.printable(sign):
+            log.warning("The font has no %r; it is left out.", sign)
     if strict:
         for text in texts:
             check_direction(text)
@@ -196,14 +209,18 @@ def lay_out(story: Story, config: PageConfig = PageConfig(), strict: bool = True
     is_rtl = is_right_to_left(story.text)
     if is_rtl:  # rows are read from the right, too
         cells = [Box(width - cell.x - cell.width, cell.y, cell.width, cell.height) for cell in cells]
+    size = _font_size(config, len(cells))
+    reserve = _reserve(panels, texts, cells, face, size) if len(cells) == 1 and config.captions == BENEATH else 0.0
     for start in range(0, len(order), len(cells)):
         images, captions = [], []
         for number, cell in zip(order[start : start + len(cells)], cells):
             if number is None:
                 continue
-            image, caption = _fill(cell, panels[number].image, texts[number], face, config, len(cells))
+            image, caption = _fill(cell, panels[number], texts[number], face, config, size, reserve)
             images += [image] if image else []
             captions += [caption] if caption else []
+            if caption and caption.lines[-1].endswith(f" {CUT}") and not texts[number].endswith(CUT):
+                log.warning("The caption of panel %d is too long for its cell; its end is cut.", number + 1)
         pages.append(Page(width, height, tuple(images), tuple(captions)))
     return pages, face
 
@@ -223,37 +240,50 @@ def _cells(config: PageConfig, width: float, height: float) -> list[Box]:
     return cells
 
 
-def _fill(cell: Box, image: ImageSegment | None, text: str, face: Face, config: PageConfig, num_cells: int):
-    """Where the image and the caption of a cell go."""
-    size = config.font_size or (14.0 if num_cells == 1 else 10.0 if num_cells <= 4 else 8.0)
+def _font_size(config: PageConfig, num_cells: int) -> float:
+    return config.font_size or (14.0 if num_cells == 1 else 10.0 if num_cells <= 4 else 8.0)
+
+
+def _fill(cell: Box, panel: Panel, text: str, face: Face, config: PageConfig, size: float, reserve: float):
+    """Where the image and the caption of a cell go.
+
+    Args:
+        size: Of the font, in pt.
+        reserve: Height to keep free beneath the image at least.
+    """
+    image = panel.image
     if image is None:  # words alone: in the middle of the cell
-        caption = _caption(text, face, size * 1.2, cell.width, cell.height)
-        if caption is None:
-            return None, None
-        lines, size = caption
+        lines, size = _caption(text, face, size * 1.2, cell.width, cell.height)
         top = cell.y + (cell.height - len(lines) * size * LINE) / 2
-        return None, Caption(Box(cell.x, top, cell.width, len(lines) * size * LINE), lines, size, False, True)
-    pad = size * 0.6
-    is_boxed = config.captions == BOX
-    inner = cell.width - 2 * pad if is_boxed else cell.width
-    caption = _caption(text, face, size, inner, cell.height * (0.4 if is_boxed else 0.5)) if text.strip() else None
-    lines, size = caption or ((), size)
-    text_height = len(lines) * size * LINE
-    below = 0 if is_boxed or not lines else text_height + pad
+        caption = Caption(Box(cell.x, top, cell.width, len(lines) * size * LINE), lines, size, False)
+        return None, caption if lines else None
+    if config.captions == BOX:
+        place = cell if config.fit == "crop" else _inside(cell, *image.size)
+        pad = size * 0.6
+        lines, size = _caption(text, face, size, place.width - 2 * pad, place.height * 0.4)
+        if not lines:
+            return (image, place), None
+        height = len(lines) * size * LINE + pad
+        width = min(place.width, max(face.width(line, size) for line in lines) + 2 * pad)
+        box = Box(place.x + (place.width - width) / 2, place.y + place.height - height - pad, width, height)
+        return (image, place), Caption(box, lines, size, True)
+    lines, size = _caption(text, face, size, cell.width, cell.height * 0.5)
+    height = len(lines) * size * LINE
+    below = max(reserve, height + size * 0.6 if lines else 0)
     room = Box(cell.x, cell.y, cell.width, cell.height - below)
     place = room if config.fit == "crop" else _inside(room, *image.size)
-    if config.fit == "whole":
-        place = Box(place.x, room.y + (room.height - place.height) / 2, place.width, place.height)
-    if not lines:
-        return (image, place), None
-    if is_boxed:
-        box_width = min(place.width, max(face.width(line, size) for line in lines) + 2 * pad)
-        top = place.y + place.height - text_height - 2 * pad
-        x = place.x + (place.width - box_width) / 2
-        box = Box(x, top, box_width, text_height + pad)
-        return (image, place), Caption(box, lines, size, True, True)
-    box = Box(cell.x, place.y + place.height + pad, cell.width, text_height)
-    return (image, place), Caption(box, lines, size, False, len(lines) == 1)
+    box = Box(cell.x, place.y + place.height + size * 0.6, cell.width, height)
+    return (image, place), Caption(box, lines, size, False) if lines else None
+
+
+def _reserve(panels, texts: list[str], cells: list[Box], face: Face, size: float) -> float:
+    """What the longest caption takes, so that the images of a picture book are at the same place on every page."""
+    heights = [0.0]
+    for panel, text in zip(panels, texts):
+        if panel.image is not None:
+            lines, own_size = _caption(text, face, size, cells[0].width, cells[0].height * 0.5)
+            heights.append(len(lines) * own_size * LINE + own_size * 0.6 if lines else 0.0)
+    return max(heights)
 
 
 def _inside(room: Box, width: int, height: int) -> Box:
@@ -263,7 +293,7 @@ def _inside(room: Box, width: int, height: int) -> Box:
     return Box(room.x + (room.width - width) / 2, room.y + (room.height - height) / 2, width, height)
 
 
-def _caption(text: str, face: Face, size: float, width: float, height: float) -> tuple[tuple[str, ...], float] | None:
+def _caption(text: str, face: Face, size: float, width: float, height: float) -> tuple[tuple[str, ...], float]:
     """Lines of a caption and their font size, smaller if need be; text that never fits is cut."""
     lines = wrap(text, face, size, width)
     while len(lines) * size * LINE > height and size > MIN_FONT:
@@ -271,6 +301,5 @@ def _caption(text: str, face: Face, size: float, width: float, height: float) ->
         lines = wrap(text, face, size, width)
     fitting = max(1, int(height / (size * LINE)))
     if len(lines) > fitting:
-        logging.warning("MM-Interleaved: the caption %.40r... is too long for its cell; its end is cut.", text)
-        lines = [*lines[: fitting - 1], f"{lines[fitting - 1].rstrip('.')} ..."]
-    return (tuple(lines), size) if lines else None
+        lines = [*lines[: fitting - 1], f"{lines[fitting - 1].rstrip('.')} {CUT}"]
+    return tuple(lines), size

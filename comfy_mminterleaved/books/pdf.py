@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import unicodedata
+from dataclasses import replace
+
+from PIL import Image
 
 from ..stories.story import Story
 from .encode import encode_image
 from .fonts import Face
-from .layout import Caption, Page, PageConfig, lay_out
+from .layout import Box, Caption, Page, PageConfig, lay_out
 from .render import INK, PAPER, caption_lines, draw_caption, fitted, render_page
 
 
@@ -35,9 +38,10 @@ def _with_reportlab(pages: list[Page], face: Face, title: str, config: PageConfi
     from reportlab.pdfgen import canvas
 
     file, scale = io.BytesIO(), config.dpi / 72
-    pdf = canvas.Canvas(file, pageCompression=1, invariant=1)
-    pdf.setTitle(title)
     name = _embed(face)
+    # A font of its own from the start: else one that is not embedded would be named.
+    pdf = canvas.Canvas(file, pageCompression=1, invariant=1, initialFontName=name or _embed(Face()))
+    pdf.setTitle(title), pdf.setAuthor(""), pdf.setCreator("comfy-mminterleaved"), pdf.setProducer("reportlab")
     for page in pages:
         pdf.setPageSize((page.width, page.height))
         for image, box in page.images:
@@ -51,7 +55,7 @@ def _with_reportlab(pages: list[Page], face: Face, title: str, config: PageConfi
             if name is not None and all(map(is_plain, caption.lines)):
                 _draw_text(pdf, page, caption, face, name)
             else:
-                _draw_as_image(pdf, page, caption, face, scale, ImageReader)
+                _draw_as_image(pdf, page, caption, face, max(scale, 300 / 72), ImageReader)
         pdf.showPage()
     pdf.save()
     return file.getvalue()
@@ -62,9 +66,9 @@ def _embed(face: Face) -> str | None:
     from reportlab.pdfbase import pdfmetrics
     from reportlab.pdfbase.ttfonts import TTFError, TTFont
 
-    name = f"story-{face.path.stem if face.path else 'default'}"
+    name = f"story-{face.path.stem if face.path else 'default'}-{face.index}"
     try:
-        pdfmetrics.registerFont(TTFont(name, io.BytesIO(face.data)))
+        pdfmetrics.registerFont(TTFont(name, io.BytesIO(face.data), subfontIndex=face.index))
     except (TTFError, OSError):
         return None
     return name
@@ -93,22 +97,11 @@ def _draw_text(pdf, page: Page, caption: Caption, face: Face, name: str) -> None
 
 def _draw_as_image(pdf, page: Page, caption: Caption, face: Face, scale: float, reader) -> None:
     """A caption that reportlab cannot set: in another order, joined letters, or a font that it cannot embed."""
-    from PIL import Image
-
-    from .layout import Box
-
     pad = caption.size  # room for what hangs below the last line
     box = Box(caption.box.x, caption.box.y - pad, caption.box.width, caption.box.height + 2 * pad)
-    picture = Image.new("RGB", (max(1, round(box.width * scale)), max(1, round(box.height * scale))), PAPER)
-    inner = Box(0, pad, caption.box.width, caption.box.height)
-    draw_caption(
-        picture, Caption(inner, caption.lines, caption.size, caption.is_boxed, caption.is_centered), face, scale
-    )
-    top = 0
-    if caption.is_boxed:  # nothing but the box, for the image lies around it
-        top = round(pad * scale)
-        picture = picture.crop((0, top, picture.width, top + round(caption.box.height * scale)))
-        box = caption.box
+    size = max(1, round(box.width * scale)), max(1, round(box.height * scale))
+    picture = Image.new("RGBA", size, (255, 255, 255, 0))
+    draw_caption(picture, replace(caption, box=Box(0, pad, caption.box.width, caption.box.height)), face, scale)
     data = io.BytesIO()
     picture.save(data, "PNG")
-    pdf.drawImage(reader(data), box.x, page.height - box.y - box.height, box.width, box.height)
+    pdf.drawImage(reader(data), box.x, page.height - box.y - box.height, box.width, box.height, mask="auto")

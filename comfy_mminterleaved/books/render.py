@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from ..stories.images import to_pil
 from ..stories.story import ImageSegment, Story
-from .fonts import Face, is_right_to_left
+from .fonts import Face
 from .layout import Box, Caption, Page, PageConfig, lay_out
 
 PAPER, INK = "#ffffff", "#1d1d1f"
@@ -58,8 +58,7 @@ def caption_lines(caption: Caption, face: Face) -> Iterator[tuple[str, float, fl
     for number, line in enumerate(caption.lines):
         width = face.width(line, caption.size)
         free = box.width - width
-        x = box.x + (free / 2 if caption.is_centered else free if is_right_to_left(line) else 0)
-        yield line, x, box.y + pad + number * caption.line_height + caption.size
+        yield line, box.x + free / 2, box.y + pad + number * caption.line_height + caption.size
 
 
 def _pixels(box: Box, scale: float) -> tuple[int, int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from pathlib import Path
 
 from .. import __version__
@@ -189,16 +190,16 @@ def export(args) -> int:
     from ..files import atomic_write, output_folder
     from ..stories.page import has_book, load_book, save_story
 
-    names = ("layout", "page_size", "captions", "fit", "order", "margin", "gutter", "font", "font_size", "dpi")
+    names = [field.name for field in dataclasses.fields(PageConfig)]
     config = PageConfig(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
-    targets = [Path(name) for name in args.out]
+    book, targets = load_book(args.book), [Path(name) for name in args.out]
     for path in targets:
         if path.suffix and path.suffix.lower() not in FORMATS:
             raise OutputError(f"A book can be written as {', '.join(FORMATS)} or a folder, not as {path.name!r:.80}.")
         if (has_book(path) if path.is_dir() else path.exists()) and not args.overwrite:
             raise OutputError(f"{str(path)!r} already exists; choose another name, or give --overwrite.")
-    book = load_book(args.book)
     title = book.title if args.title is None else args.title
+    logging.basicConfig(format="Note: %(message)s")  # captions that are cut, signs that are left out
     # All are made before any is written.
     books = {path: render_book(book.story, path.suffix.lower(), title, config) for path in targets if path.suffix}
     for path in targets:
@@ -206,8 +207,7 @@ def export(args) -> int:
             if path.suffix:
                 atomic_write(path, books[path])
             else:
-                settings = {} if args.no_metadata else book.settings
-                save_story(folder, book.story, title, settings, has_metadata=not args.no_metadata)
+                save_story(folder, book.story, title, book.settings, has_metadata=not args.no_metadata)
     return emit(args, {"files": [str(path) for path in targets]}, "\n".join(map(str, targets)))
 
 

@@ -204,22 +204,38 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
     p.add_argument("out", nargs="+", help="files to write, like mia.pdf or mia.epub; a name without suffix is a folder")
     p.add_argument("--title", help="(default: the story's)")
     p.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    p.add_argument("--no-metadata", action="store_true", help="leave texts and settings out of the images of a folder")
+    p.add_argument(
+        "--no-metadata",
+        action="store_true",
+        help="leave texts and settings out of a folder's images; its story.json keeps them",
+    )
+    p.add_argument(
+        "--language", metavar="TAG", help="of the texts, like de or pt-BR (default: guessed from the script)"
+    )
     group = p.add_argument_group("pages", "Of PDF and CBZ; HTML and EPUB reflow.")
     group.add_argument(
         "--layout",
         help="picture book, 2 panels, 3 panels, 4 panels, 6 panels, or cells: rows divided by '/', as in "
         "'2: 1 / 1: 1 1' (default: picture book)",
     )
-    group.add_argument("--page-size", help="A4, A5, A6, letter, square, comic, or like '210 x 148 mm' (default: A5)")
-    group.add_argument("--captions", choices=("beneath", "box", "none"))
-    group.add_argument("--fit", choices=("whole", "crop"), help="show whole images, or fill the cells")
+    group.add_argument(
+        "--page-size",
+        help="A4, A5, A6, letter, square, comic, also 'A5 landscape', or like '210 x 148 mm' (default: A5)",
+    )
+    group.add_argument(
+        "--captions",
+        choices=("beneath", "box", "none"),
+        help="beneath the image, in a box at its foot, or none (default: beneath)",
+    )
+    group.add_argument("--fit", choices=("whole", "crop"), help="show whole images, or fill the cells (default: whole)")
     group.add_argument("--order", help="which panel goes into which cell, like '1, 3, 2'; 0 leaves one empty")
-    group.add_argument("--margin", type=float, metavar="MM")
-    group.add_argument("--gutter", type=float, metavar="MM")
+    group.add_argument("--margin", type=float, metavar="MM", help="around the page (default: 10)")
+    group.add_argument("--gutter", type=float, metavar="MM", help="between cells (default: 4)")
     group.add_argument("--font", metavar="FILE", help="(default: one that has the text's signs)")
-    group.add_argument("--font-size", type=float, metavar="PT")
-    group.add_argument("--dpi", type=int, help="(default: 300)")
+    group.add_argument(
+        "--font-size", type=float, metavar="PT", help="long captions are set smaller (default: one for the layout)"
+    )
+    group.add_argument("--dpi", type=int, help="of CBZ's pages, and the most of a PDF's images (default: 300)")
 
     p = command("convert", "Converts a checkpoint between the reference's layout and this project's.")
     p.add_argument("source", help="a checkpoint folder, starter or tiny-random")

@@ -160,10 +160,14 @@ def language_of(text: str) -> str:
     return _LANGUAGES.get(scripts.most_common(1)[0][0], "und") if scripts else "en"
 
 
-def render_page(story: Story, title: str = "") -> str:
-    """The story as one HTML page, images inside: a book on a screen, a phone, and on paper."""
+def render_page(story: Story, title: str = "", language: str = "") -> str:
+    """The story as one HTML page, images inside: a book on a screen, a phone, and on paper.
+
+    Args:
+        language: A tag such as "de"; "" guesses it from the script.
+    """
     panels = story.panels()
-    title = title or book_title(story)
+    title = title.strip() or book_title(story)
     pages = []
     for number, panel in enumerate(panels, 1):
         image = ""
@@ -175,12 +179,12 @@ def render_page(story: Story, title: str = "") -> str:
         text = "".join(f'<p dir="auto">{html.escape(p)}</p>' for p in panel.text.split("\n") if p.strip())
         kind = "sheet" if image else "sheet words"
         pages.append(f'<section class="{kind}">{image}<div class="text">{text}</div><span>{number}</span></section>')
-    language = language_of(story.text)
+    language = language or language_of(story.text)
     parts = {
         "title": html.escape(title),
         "pages": "\n".join(pages),
         "language": language,
-        "initials": "initials" if language in _WITH_INITIALS else "",
+        "initials": "initials" if language_of(story.text) in _WITH_INITIALS else "",
     }
     # In one pass: texts stay as they are.
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
