@@ -142,6 +142,7 @@ class RankAnswers(io.ComfyNode):
                     tooltip="The log-probability of each, in the order of 'ranked'; 0, -1, -2, ... from a writer that gives none.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -150,7 +151,7 @@ class RankAnswers(io.ComfyNode):
         if len(lines) < 2:
             raise StoryError(f"There must be at least two options, one per line, not {len(lines)}.")
         if writer is not None:
-            return cls._output(writer.rank(story, lines, question))
+            return cls._output(writer.rank(story, lines, question, text_callback(cls.hidden, 80)))
         require_llm(llm)
         if question.strip():
             story = llm.generator.question_story(story, question)

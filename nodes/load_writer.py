@@ -11,7 +11,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..comfy_mminterleaved.errors import CheckpointError
+from ..comfy_mminterleaved.errors import CheckpointError, SettingError
 from ..comfy_mminterleaved.writers.chat import ChatWriter
 from ..comfy_mminterleaved.writers.local import LocalChat, is_model, load_chat_model
 from ..comfy_mminterleaved.writers.prompts import STORY, load_prompts, prompt_names
@@ -27,6 +27,14 @@ folder_paths.add_model_folder_path(LLM_FOLDER, str(Path(folder_paths.models_dir)
 def prompt_folders() -> list[Path]:
     """Where users keep prompts of their own: models/mm_interleaved/prompts."""
     return [Path(folder) / "prompts" for folder in folder_paths.get_folder_paths(FOLDER)]
+
+
+def prompts_fingerprint(name: str) -> str:
+    """What a set of prompts says, or why it cannot be read: edited ones are read again."""
+    try:
+        return repr(sorted(load_prompts(name, prompt_folders()).texts.items()))
+    except SettingError as error:
+        return str(error)
 
 
 def prompts_input():
@@ -72,26 +80,42 @@ class PatchedChat(LocalChat):
 
     def _load(self, parts, num_tokens: int) -> None:
         num_tokens += self.encode(parts, num_tokens)["input_ids"].shape[1]
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=self.cache_bytes(num_tokens))
+        uncast = [tensor for tensor in uncast_tensors(self.model) if tensor.device != self.device]
+        needed = self.cache_bytes(num_tokens) + sum(tensor.nbytes for tensor in uncast)
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
+        for tensor in uncast_tensors(self.model):  # a partial load leaves some of them behind
+            tensor.data = tensor.data.to(self.device)
 
     def chat(self, parts, config, on_text=None):
         self._load(parts, config.max_new_tokens)
         return super().chat(parts, config, on_text)
 
-    def score(self, parts, options):
+    def score(self, parts, options, on_text=None):
         self._load(parts, max(map(len, options)))
-        return super().score(parts, options)
+        return super().score(parts, options, on_text)
+
+
+LAYERS = ("Linear", "Embedding", "LayerNorm", "GroupNorm", "Conv1d", "Conv2d", "Conv3d")
 
 
 def use_comfy_layers(model: torch.nn.Module) -> None:
     """Turns layers into those of `comfy.ops`, which can stay on the CPU and be cast for each use."""
-    kinds = ("Linear", "Embedding", "LayerNorm", "GroupNorm", "Conv1d", "Conv2d", "Conv3d")
+    kinds = {getattr(torch.nn, name): getattr(comfy.ops.manual_cast, name) for name in LAYERS}
     for module in model.modules():
-        name = type(module).__name__
-        if name in kinds and type(module) is getattr(torch.nn, name):
-            module.__class__ = getattr(comfy.ops.manual_cast, name)
-            if name == "Embedding":
-                module.bias = None
+        if type(module) in kinds:
+            module.__class__ = kinds[type(module)]
+        elif isinstance(module, torch.nn.Embedding):  # one that scales what it finds (Gemma)
+            module.__class__ = type(type(module).__name__, (type(module), comfy.ops.manual_cast.Embedding), {})
+        if isinstance(module, torch.nn.Embedding):
+            module.bias = None
+
+
+def uncast_tensors(model: torch.nn.Module):
+    """Parameters and buffers that no layer of `comfy.ops` casts: weights of norms, positions, classes."""
+    for module in model.modules():
+        if not hasattr(module, "comfy_cast_weights"):
+            yield from module.parameters(recurse=False)
+            yield from module.buffers(recurse=False)
 
 
 def chat_dtype(device: torch.device) -> torch.dtype:
@@ -124,6 +148,10 @@ class LoadWriter(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, model, prompts):
         return True  # files come and go; `execute` says which are there
+
+    @classmethod
+    def fingerprint_inputs(cls, model, prompts):
+        return prompts_fingerprint(prompts)
 
     @classmethod
     def execute(cls, model, prompts) -> io.NodeOutput:

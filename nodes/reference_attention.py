@@ -79,14 +79,15 @@ def attend_to_references(
         outputs, size = [], x.shape[0] // len(halves)
         for number, half in enumerate(halves):
             rows = slice(number * size, (number + 1) * size)
-            part, options = of_rows(inputs, rows, x.shape[0]), dict(transformer_options)
+            options = dict(transformer_options)
             options |= {"cond_or_uncond": [half], "sigmas": of_rows(options["sigmas"], rows, x.shape[0])}
             if "uuids" in options:
                 options["uuids"] = options["uuids"][number : number + 1]
             out = 0.0
             if half != NEGATIVE or fidelity < 1:
-                out = attending(executor, sigma, x[rows], options=options, **part)
+                out = attending(executor, sigma, x[rows], options=options, **of_rows(inputs, rows, x.shape[0]))
             if half == NEGATIVE:
+                part = of_rows(inputs, rows, x.shape[0])  # anew: the U-Net empties ControlNet's lists
                 names = ("timesteps", "context", "y", "control")
                 others = {name: value for name, value in part.items() if name not in names}
                 plain = executor(x[rows], *(part[name] for name in names), options, **others)

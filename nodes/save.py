@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..comfy_mminterleaved.books.export import render_book
 from ..comfy_mminterleaved.books.layout import PageConfig
-from ..comfy_mminterleaved.errors import OutputError, StoryError
+from ..comfy_mminterleaved.errors import MMInterleavedError, OutputError, StoryError
 from ..comfy_mminterleaved.files import atomic_write, friendly_errors, path_below, write_numbered_dir
 from ..comfy_mminterleaved.stories.page import save_story
 from .preview import panels_ui
@@ -94,8 +94,12 @@ class SaveStory(io.ComfyNode):
                 chunks[key] = json.dumps(value)
         # Text that no font here can show is no reason to lose a story: it is saved as well as it can be.
         suffixes = [suffix for suffix, is_asked in ((".pdf", pdf), (".epub", epub), (".cbz", cbz)) if is_asked]
-        config = replace(layout or PageConfig(), language=language.strip())
-        books = {f"story{s}": render_book(story, s, title, config, strict=False) for s in suffixes}
+        books, problem = {}, None
+        try:
+            config = replace(layout or PageConfig(), language=language.strip())
+            books = {f"story{s}": render_book(story, s, title, config, strict=False) for s in suffixes}
+        except MMInterleavedError as error:  # said when the story is safe
+            problem = error
 
         def write(path: Path) -> list[Path]:
             paths = save_story(path, story, title, metadata=chunks, has_metadata=metadata)
@@ -105,6 +109,8 @@ class SaveStory(io.ComfyNode):
 
         folder, paths = write_numbered_dir(*place, write)
         subfolder = folder.relative_to(folder_paths.get_output_directory()).as_posix()
+        if problem is not None:
+            raise OutputError(f"The story is saved in {subfolder}, but not as {' and '.join(suffixes)}: {problem}")
         files = [{"filename": path.name, "subfolder": subfolder, "type": "output"} for path in paths]
         count = len(story.images)
         images, pages = files[:count], files[count:]  # pages: for clients that collect what was saved

@@ -9,7 +9,7 @@ from ..comfy_mminterleaved.generation.config import GeneratedText
 from ..comfy_mminterleaved.stories.story import ImageSegment
 from ..comfy_mminterleaved.writers.chat import ChatWriter
 from ..comfy_mminterleaved.writers.prompts import load_prompts
-from .load_writer import prompt_folders, prompts_input
+from .load_writer import prompt_folders, prompts_fingerprint, prompts_input
 from .types import CATEGORY, WriterSocket
 
 
@@ -66,6 +66,10 @@ class WriterFromClip(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, prompts):
         return True  # files come and go; `execute` says which are there
+
+    @classmethod
+    def fingerprint_inputs(cls, clip, prompts):
+        return prompts_fingerprint(prompts)
 
     @classmethod
     def execute(cls, clip, prompts) -> io.NodeOutput:

@@ -10,7 +10,7 @@ from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.writers.chat import ChatWriter
 from ..comfy_mminterleaved.writers.prompts import load_prompts
 from ..comfy_mminterleaved.writers.server import KEY_VARIABLE, ChatServer
-from .load_writer import prompt_folders, prompts_input
+from .load_writer import prompt_folders, prompts_fingerprint, prompts_input
 from .types import CATEGORY, WriterSocket, advanced
 
 
@@ -65,6 +65,10 @@ class WriterFromServer(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, prompts):
         return True  # files come and go; `execute` says which are there
+
+    @classmethod
+    def fingerprint_inputs(cls, prompts, **inputs):
+        return prompts_fingerprint(prompts)
 
     @classmethod
     def execute(cls, url, model, sees_images, prompts, timeout, any_host, options) -> io.NodeOutput:

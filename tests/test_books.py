@@ -152,8 +152,9 @@ def test_bad_settings_get_a_sentence(settings, sentence):
 
 
 def test_an_empty_story_has_no_pages():
-    with pytest.raises(StoryError, match="The story is empty"):
-        lay_out(Story())
+    for make in (lay_out, lambda story: render_epub(story, "Mia")):
+        with pytest.raises(StoryError, match="The story is empty"):
+            make(Story())
 
 
 # ---- captions in any script ----
@@ -168,6 +169,8 @@ def test_lines_break_at_spaces_and_between_east_asian_signs():
     assert "".join(pieces) == CHINESE and not any(piece[0] in "\uff0c\u3002" for piece in pieces)
     assert wrap("Mia \U0001f98a runs", face, 10, 400) == ["Mia runs"], "no font of text has emoji"
     assert wrap("Mia runs\nhome\n\nand sleeps.", face, 10, 400) == ["Mia runs", "home", "and sleeps."]
+    assert wrap("Mia \U0001f44d\U0001f3fd 1\ufe0f\u20e3", face, 10, 400) == ["Mia 1"]
+    assert not fonts.letters("\U0001f44d\U0001f3fd")
     assert wrap("snow\u00adman", face, 10, 400) == ["snowman"]
 
 
@@ -220,6 +223,9 @@ def test_right_to_left():
     (page,), _ = lay_out(hebrew, PageConfig(layout="4 panels", font=face.path))
     first, second = (box for _, box in page.images)
     assert first.x > second.x, "the first panel is at the right"
+    mixed = " ".join([HEBREW, "Otto", HEBREW, "Otto"] * 4)
+    (page,), _ = lay_out(Story.of(mixed, image()), PageConfig(page_size="A6", font=face.path, font_size=24))
+    assert page.captions[0].is_rtl, "every line of it, also one that begins with a Latin name"
     (picture,) = render_pages(hebrew, PageConfig(layout="1 1 / 1 1", font=face.path, dpi=60))
     assert picture.size[0] > 0
     line = face.at(40).getmask(HEBREW, direction="rtl")
@@ -265,7 +271,7 @@ def test_pdf_in_any_script(text, captions):
     pytest.importorskip("reportlab")
     if text != "Mia":
         system_face(text)
-    assert is_plain(text) == (text in ("Mia", CHINESE))
+    assert is_plain(text) == (text in ("Mia", CHINESE)) and is_plain("\u4eba\u3005\uff76")
     data = render_pdf(Story.of(text, image()), "x", PageConfig(dpi=72, captions=captions))
     assert data.startswith(b"%PDF")
 
@@ -374,6 +380,10 @@ def test_export(book, tmp_path, capsys):
     assert main(["export", str(book), outs[0]]) == 2
     assert "already exists" in capsys.readouterr().err
     assert main(["export", str(book), outs[0], "--overwrite", "--dpi", "72"]) == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "01.png").write_bytes(b"mine")
+    assert main(["export", str(book), str(tmp_path / "mine")]) == 2
+    assert (tmp_path / "mine" / "01.png").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(
@@ -382,6 +392,7 @@ def test_export(book, tmp_path, capsys):
         (["x.docx"], "A book can be written as .html, .pdf, .epub, .cbz or a folder, not as 'x.docx'"),
         (["x.pdf", "--page-size", "huge"], "The page size 'huge'"),
         (["x.pdf", "--order", "7"], "'7' is none"),
+        (["x.epub", "--title", "Mia \udcff"], "has half a character at place 4"),
     ],
 )
 def test_export_of_bad_input_leaves_nothing(book, tmp_path, capsys, arguments, sentence):

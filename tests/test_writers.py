@@ -15,16 +15,13 @@ from chat_server import chat_server
 
 from comfy_mminterleaved.errors import CheckpointError, ServerError, SettingError, StoryError
 from comfy_mminterleaved.stories.story import ImageSegment, Story
+from comfy_mminterleaved.writers.answers import parse_answer, parse_panel, parse_ranking, parse_script, whole_sentences
 from comfy_mminterleaved.writers.chat import WRITING, ChatWriter
 from comfy_mminterleaved.writers.local import load_chat_model
 from comfy_mminterleaved.writers.prompts import (
     FIELDS,
     load_prompts,
     number_of_panels,
-    parse_panel,
-    parse_ranking,
-    parse_script,
-    whole_sentences,
 )
 from comfy_mminterleaved.writers.server import ChatServer
 
@@ -124,6 +121,17 @@ def test_every_prompt_has_its_file():
         ("### Panel 3\n\nMia runs.", "Mia runs."),
         ("**Mia** runs, *fast*.", "Mia runs, fast."),
         ("- Mia runs.", "Mia runs."),
+        ("At 3:00 Mia woke up. She ran.", "At 3:00 Mia woke up. She ran."),
+        ("7:30 in the morning, Mia wakes.", "7:30 in the morning, Mia wakes."),
+        ("2.5 metres of snow fell.", "2.5 metres of snow fell."),
+        ("Mia wakes.\nAt 10:15 she runs home.", "Mia wakes. At 10:15 she runs home."),
+        ("Apollo 11. Mia looks up.", "Apollo 11. Mia looks up."),
+        ("Room 101", "Room 101"),
+        ("**Panel 1: The Beginning**\n\nMia wakes up.", "Mia wakes up."),
+        ("Panel 1: Mia wakes.\nPanel 3: Mia rests.", "Mia rests."),
+        ("\n" * 40000, ""),
+        ("_" * 40000, ""),
+        ("1" + " " * 40000, "1"),
         ("\u2014 Run! \u2014 says Mia.", "\u2014 Run! \u2014 says Mia."),
         ("2 * 3 * 4 is 24.", "2 * 3 * 4 is 24."),
         ("<think>Hm.\n\nPanel 3: no</think>\n\nMia runs.", "Mia runs."),
@@ -134,7 +142,7 @@ def test_every_prompt_has_its_file():
     ],
 )
 def test_the_text_in_an_answer(answer, text):
-    assert parse_panel(answer) == text
+    assert parse_panel(answer, 3) == text
 
 
 @pytest.mark.parametrize(
@@ -148,11 +156,22 @@ def test_the_text_in_an_answer(answer, text):
         ("Panel 1\nMia runs.\n\nPanel 2\nMia sleeps.", ["Mia runs.", "Mia sleeps."]),
         ("Mia runs.\nMia sleeps.", ["Mia runs.", "Mia sleeps."]),
         ("Mia has 3 apples. 2 are red.", ["Mia has 3 apples. 2 are red."]),
+        ("**Panel 1: The Start**\n\nMia wakes.\n\n**Panel 2: The Map**\n\nMia runs.", ["Mia wakes.", "Mia runs."]),
+        ("3. Mia ran.\n7. Mia slept.", ["3. Mia ran.", "7. Mia slept."]),
         ("", []),
     ],
 )
 def test_the_texts_in_an_answer(answer, panels):
     assert parse_script(answer) == panels
+
+
+def test_an_answer_keeps_its_numbers():
+    assert [parse_answer(text) for text in ("3.", "About 3", "Sure:\n\nA fox.", "")] == ["3.", "About 3", "A fox.", ""]
+
+
+def test_only_panels_that_were_asked_for():
+    assert parse_script("Panel 1: A.\nPanel 2: B.\nPanel 3: C.", 3) == ["C."]
+    assert parse_script("3. C.\n4. D.", 3) == ["C.", "D."]
 
 
 def test_the_order_in_an_answer():
@@ -227,7 +246,7 @@ def test_a_writer_that_writes_nothing_is_an_error():
 
 
 def test_questions_captions_and_ranks():
-    with chat_server("A fox.", "Panel 1: A red fox.", "2, 1") as server:
+    with chat_server("A fox.", "A red fox.", "2, 1") as server:
         writer = ChatWriter(ChatServer(server.url, sees_images=True))
         assert writer.answer(Story.of(image()), "Who?", 10) == "A fox."
         assert writer.caption(image(), 10) == "A red fox."
@@ -296,7 +315,7 @@ def test_a_server_that_does_not_stop_is_cut():
 
 
 def test_a_server_that_does_not_stream():
-    data = {"choices": [{"message": {"content": "Mia\nruns."}, "finish_reason": "stop"}]}
+    data = {"choices": [{"message": {"content": "Mia\nruns."}}]}
     with chat_server(reply(json.dumps(data, indent=1).encode(), kind="application/json")) as server:
         assert ChatServer(server.url).chat(["x"], SHORT).text == "Mia\nruns."
 
@@ -354,6 +373,56 @@ def test_another_computer_only_if_meant():
         ChatServer(url)
 
 
+def test_comments_of_a_server_are_no_answer():
+    def comments(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(400):
+            handler.wfile.write(b": keep-alive\n\n")
+            time.sleep(0.01)
+
+    with chat_server(comments) as server:
+        with pytest.raises(ServerError, match="has been silent for 0.3 seconds"):
+            ChatServer(server.url, timeout=0.3).chat(["x"], SHORT)
+
+        def on_text(text):
+            raise Cancelled
+
+        with pytest.raises(Cancelled):
+            ChatServer(server.url).chat(["x"], SHORT, on_text)
+
+
+def test_cancel_reaches_a_server_that_closes_connections():
+    def old(handler):
+        handler.protocol_version = "HTTP/1.0"
+        handler.send_response(200)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        for _ in range(500):
+            handler.piece({"choices": [{"delta": {"content": "word "}}]})
+
+    def on_text(text):
+        if text:
+            raise Cancelled
+
+    with chat_server(old, pause=0.02) as server:
+        with pytest.raises(Cancelled):
+            ChatServer(server.url).chat(["x"], WRITING, on_text)
+        assert server.is_cut.wait(5) and server.pieces_sent < 100
+
+
+def test_a_key_is_sent_and_never_shown(monkeypatch):
+    monkeypatch.setenv("MMINTERLEAVED_WRITER_KEY", "sk-secret\r\n")
+    echo = lambda handler: reply(handler.headers["Authorization"].encode(), 401)(handler)  # noqa: E731
+    refused = pytest.raises(ServerError, match="answers 401: Bearer sk-secret.$")
+    with chat_server(echo) as server, refused:
+        ChatServer(server.url).chat(["x"], SHORT)
+    monkeypatch.setenv("MMINTERLEAVED_WRITER_KEY", "sk-\u00e4")
+    with pytest.raises(SettingError, match="holds no key") as raised:
+        ChatServer("http://127.0.0.1:1/v1")
+    assert "sk-" not in str(raised.value)
+
+
 def test_half_a_character_from_a_server():
     with chat_server(
         reply(b'data: {"choices": [{"delta": {"content": "Mia \\ud83d."}, "finish_reason": "stop"}]}\n')
@@ -394,6 +463,39 @@ def test_sampling_leaves_the_random_state_alone(folder):
     state = torch.get_rng_state()
     model.chat(["Go on."], SHORT)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_a_folder_says_of_sampling_does_not_count(folder, tmp_path):
+    import shutil
+
+    model, copy = load_chat_model(folder), tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    path = copy / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings |= {"min_p": 0.99, "do_sample": True, "max_time": 1e-9, "return_dict_in_generate": True}
+    path.write_text(json.dumps({**settings, "stop_strings": ["a"]}), encoding="utf-8")
+    assert load_chat_model(copy).chat(["Go on."], SHORT) == model.chat(["Go on."], SHORT)
+
+
+def test_a_template_that_refuses_the_prompt(folder):
+    model = load_chat_model(folder)
+    model.processor.chat_template = "{{ raise_exception('Only after a system message.') }}"
+    with pytest.raises(SettingError, match="cannot read the prompt: Only after a system message."):
+        model.chat(["Go on."], SHORT)
+
+
+def test_code_in_a_folder_is_not_run(folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (copy / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_chat_model(copy)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_cancel_within_a_token(folder):

@@ -9,6 +9,7 @@ import io
 import uuid
 import zipfile
 
+from ..errors import StoryError
 from ..stories.images import to_pil
 from ..stories.page import book_title, language_of
 from ..stories.story import Story
@@ -38,9 +39,14 @@ def render_epub(story: Story, title: str, language: str = "", modified: datetime
     Args:
         language: A tag such as "de"; "" guesses it from the script.
         modified: When it was made; None for now.
+
+    Raises:
+        StoryError: For a story without panels.
     """
     title, language = title.strip() or book_title(story), language or language_of(story.text)
     is_rtl, panels = is_right_to_left(story.text), story.panels()
+    if not panels:
+        raise StoryError("The story is empty; there is no book to make.")
     modified = modified or datetime.datetime.now(datetime.timezone.utc)
     files: dict[str, bytes] = {"EPUB/style.css": STYLE.encode()}
     manifest, spine, points = [], [], []

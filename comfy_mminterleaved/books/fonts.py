@@ -49,15 +49,15 @@ class Face:
         """A text without emoji and other symbols that the font lacks, and without invisible marks between letters."""
         return "".join(c for c in text if not _is_mark(c) and not (_is_symbol(c) and self.lacks(c)))
 
-    def width(self, text: str, size: float) -> float:
+    def width(self, line: str, size: float, is_rtl: bool) -> float:
         """Of a line, in the unit of `size`."""
-        return self.at(MEASURE).getlength(text, **self.direction(text)) * size / MEASURE
+        return self.at(MEASURE).getlength(line, **self.direction(is_rtl)) * size / MEASURE
 
-    def direction(self, text: str) -> dict[str, str]:
+    def direction(self, is_rtl: bool) -> dict[str, str]:
         """Arguments of Pillow's text functions; without raqm, which its own font never has, there are none."""
         if self.path is None or not features.check("raqm"):
             return {}
-        return {"direction": "rtl" if is_right_to_left(text) else "ltr"}
+        return {"direction": "rtl" if is_rtl else "ltr"}
 
     @property
     def data(self) -> bytes:
@@ -81,12 +81,12 @@ def _has(path: Path | None, index: int, sign: str) -> bool:
 
 
 def _is_symbol(sign: str) -> bool:
-    return unicodedata.category(sign) in ("So", "Cs", "Co")
+    return unicodedata.category(sign) in ("So", "Cs", "Co") or "\U0001f3fb" <= sign <= "\U0001f3ff"
 
 
 def _is_mark(sign: str) -> bool:
-    """A soft hyphen, or a variation selector."""
-    return sign == "\u00ad" or "\ufe00" <= sign <= "\ufe0f"
+    """A soft hyphen, a key's frame, or a variation selector."""
+    return sign in "\u00ad\u20e3" or "\ufe00" <= sign <= "\ufe0f"
 
 
 def letters(text: str) -> list[str]:
@@ -215,14 +215,15 @@ def wrap(text: str, face: Face, size: float, width: float) -> list[str]:
     Line ends of the text stay; lines break at spaces, in East Asian text anywhere.
     """
     lines: list[str] = []
+    is_rtl = is_right_to_left(text)
     for part in face.printable(text).splitlines():
         wrapped: list[str] = []
         for piece, space in _pieces(part):
             joined = f"{wrapped[-1]}{space}{piece}" if wrapped else piece
-            if wrapped and face.width(joined, size) <= width:
+            if wrapped and face.width(joined, size, is_rtl) <= width:
                 wrapped[-1] = joined
             else:
-                wrapped += _broken(piece, face, size, width)
+                wrapped += _broken(piece, face, size, width, is_rtl)
         lines += wrapped
     return lines
 
@@ -240,11 +241,11 @@ def _pieces(text: str):
         yield piece, space
 
 
-def _broken(piece: str, face: Face, size: float, width: float) -> list[str]:
+def _broken(piece: str, face: Face, size: float, width: float, is_rtl: bool) -> list[str]:
     """A stretch that is alone too wide, in lines of as many signs as fit."""
     lines = [""]
     for sign in piece:
-        if lines[-1] and face.width(lines[-1] + sign, size) > width:
+        if lines[-1] and face.width(lines[-1] + sign, size, is_rtl) > width:
             lines.append("")
         lines[-1] += sign
     return lines

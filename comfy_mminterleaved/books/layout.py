@@ -114,6 +114,7 @@ class Caption:
     lines: tuple[str, ...]
     size: float
     is_boxed: bool
+    is_rtl: bool
 
     @property
     def line_height(self) -> float:
@@ -251,11 +252,11 @@ def _fill(cell: Box, panel: Panel, text: str, face: Face, config: PageConfig, si
         size: Of the font, in pt.
         reserve: Height to keep free beneath the image at least.
     """
-    image = panel.image
+    image, is_rtl = panel.image, is_right_to_left(text)
     if image is None:  # words alone: in the middle of the cell
         lines, size = _caption(text, face, size * 1.2, cell.width, cell.height)
         top = cell.y + (cell.height - len(lines) * size * LINE) / 2
-        caption = Caption(Box(cell.x, top, cell.width, len(lines) * size * LINE), lines, size, False)
+        caption = Caption(Box(cell.x, top, cell.width, len(lines) * size * LINE), lines, size, False, is_rtl)
         return None, caption if lines else None
     if config.captions == BOX:
         place = cell if config.fit == "crop" else _inside(cell, *image.size)
@@ -264,16 +265,16 @@ def _fill(cell: Box, panel: Panel, text: str, face: Face, config: PageConfig, si
         if not lines:
             return (image, place), None
         height = len(lines) * size * LINE + pad
-        width = min(place.width, max(face.width(line, size) for line in lines) + 2 * pad)
+        width = min(place.width, max(face.width(line, size, is_rtl) for line in lines) + 2 * pad)
         box = Box(place.x + (place.width - width) / 2, place.y + place.height - height - pad, width, height)
-        return (image, place), Caption(box, lines, size, True)
+        return (image, place), Caption(box, lines, size, True, is_rtl)
     lines, size = _caption(text, face, size, cell.width, cell.height * 0.5)
     height = len(lines) * size * LINE
     below = max(reserve, height + size * 0.6 if lines else 0)
     room = Box(cell.x, cell.y, cell.width, cell.height - below)
     place = room if config.fit == "crop" else _inside(room, *image.size)
     box = Box(cell.x, place.y + place.height + size * 0.6, cell.width, height)
-    return (image, place), Caption(box, lines, size, False) if lines else None
+    return (image, place), Caption(box, lines, size, False, is_rtl) if lines else None
 
 
 def _reserve(panels, texts: list[str], cells: list[Box], face: Face, size: float) -> float:

@@ -76,10 +76,24 @@ def _embed(face: Face) -> str | None:
 
 def is_plain(text: str) -> bool:
     """Whether a text is its letters one after the other, from left to right: not Arabic, Hebrew or Devanagari."""
-    scripts = ("LATIN", "GREEK", "CYRILLIC", "CJK", "HIRAGANA", "KATAKANA", "HANGUL", "ARMENIAN", "GEORGIAN")
+    scripts = (
+        "LATIN",
+        "GREEK",
+        "CYRILLIC",
+        "ARMENIAN",
+        "GEORGIAN",
+        "CJK",
+        "IDEOGRAPHIC",
+        "HIRAGANA",
+        "KATAKANA",
+        "HALFWIDTH",
+        "FULLWIDTH",
+        "HANGUL",
+        "MASCULINE",
+        "FEMININE",
+    )
     return all(
-        not unicodedata.category(sign).startswith(("L", "M"))
-        or unicodedata.name(sign, "?").startswith((*scripts, "MASCULINE", "FEMININE", "FULLWIDTH"))
+        not unicodedata.category(sign).startswith(("L", "M")) or unicodedata.name(sign, "?").startswith(scripts)
         for sign in text
     )
 

@@ -49,14 +49,14 @@ def draw_caption(canvas: Image.Image, caption: Caption, face: Face, scale: float
         )
     font = face.at(caption.size * scale)
     for line, x, y in caption_lines(caption, face):
-        draw.text((x * scale, y * scale), line, INK, font, anchor="ls", **face.direction(line))
+        draw.text((x * scale, y * scale), line, INK, font, anchor="ls", **face.direction(caption.is_rtl))
 
 
 def caption_lines(caption: Caption, face: Face) -> Iterator[tuple[str, float, float]]:
     """The lines of a caption, each with where its baseline begins, at the left, in points."""
     box, pad = caption.box, (caption.size * 0.3 if caption.is_boxed else 0)
     for number, line in enumerate(caption.lines):
-        width = face.width(line, caption.size)
+        width = face.width(line, caption.size, caption.is_rtl)
         free = box.width - width
         yield line, box.x + free / 2, box.y + pad + number * caption.line_height + caption.size
 

@@ -188,7 +188,8 @@ def export(args) -> int:
     from ..books.export import FORMATS, render_book
     from ..books.layout import PageConfig
     from ..files import atomic_write, output_folder
-    from ..stories.page import has_book, load_book, save_story
+    from ..stories.page import load_book, save_story
+    from ..stories.story import TextSegment
 
     names = [field.name for field in dataclasses.fields(PageConfig)]
     config = PageConfig(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
@@ -196,9 +197,11 @@ def export(args) -> int:
     for path in targets:
         if path.suffix and path.suffix.lower() not in FORMATS:
             raise OutputError(f"A book can be written as {', '.join(FORMATS)} or a folder, not as {path.name!r:.80}.")
-        if (has_book(path) if path.is_dir() else path.exists()) and not args.overwrite:
+        is_taken = any(path.iterdir()) if path.is_dir() else path.exists()
+        if is_taken and not args.overwrite:
             raise OutputError(f"{str(path)!r} already exists; choose another name, or give --overwrite.")
     title = book.title if args.title is None else args.title
+    TextSegment(title)  # a title that is no text is said to be none
     logging.basicConfig(format="Note: %(message)s")  # captions that are cut, signs that are left out
     # All are made before any is written.
     books = {path: render_book(book.story, path.suffix.lower(), title, config) for path in targets if path.suffix}

@@ -10,16 +10,8 @@ from typing import Protocol
 from ..errors import SettingError, StoryError
 from ..generation.config import GeneratedText, RankedOption, TextGenerationConfig
 from ..stories.story import ImageSegment, Story, TextSegment
-from .prompts import (
-    Parts,
-    Prompts,
-    load_prompts,
-    number_of_panels,
-    parse_panel,
-    parse_ranking,
-    parse_script,
-    whole_sentences,
-)
+from .answers import parse_answer, parse_panel, parse_ranking, parse_script, whole_sentences
+from .prompts import Parts, Prompts, load_prompts, number_of_panels
 
 OnText = Callable[[str], object]  # the answer so far; what it raises ends the answer
 
@@ -28,6 +20,7 @@ WRITING = TextGenerationConfig(
 )
 ANSWERING = TextGenerationConfig(max_new_tokens=80, min_new_tokens=1, do_sample=False, repetition_penalty=1.0)
 ATTEMPTS = 3  # at a text, before a writer that gives none is an error
+PANELS_AT_ONCE = 16  # that a script is asked for: an answer must fit the model's context
 
 
 class ChatModel(Protocol):
@@ -47,7 +40,7 @@ class ChatModel(Protocol):
 class ScoringModel(ChatModel, Protocol):
     """A chat model that also knows how likely a given answer is."""
 
-    def score(self, parts: Parts, options: Sequence[str]) -> list[float]: ...
+    def score(self, parts: Parts, options: Sequence[str], on_text: OnText | None = None) -> list[float]: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ class ChatWriter:
         parts = self._prompt("panel", story, panel=str(number), panels=total, idea=self.idea, style=self.style)
         for attempt in range(ATTEMPTS):
             answer = self._chat(parts, self.config.max_new_tokens, seed, attempt, on_text)
-            text = parse_panel(answer.text)
+            text = parse_panel(answer.text, number)
             if text:
                 return TextSegment(whole_sentences(text) if answer.finish_reason == "length" else text)
         raise self._no_text(f"panel {number}")
@@ -87,27 +80,28 @@ class ChatWriter:
     def write_script(self, story: Story, panels: int, seed: int, on_text: OnText | None = None) -> list[str]:
         """The texts of the next panels, exactly as many as asked for; raises StoryError if the model gives too few.
 
-        All are asked for at once; those that an answer lacks are asked for again.
+        They are asked for together; those that an answer lacks are asked for again.
         """
         texts: list[str] = []
+        known = {segment.text.strip() for segment in story.segments if isinstance(segment, TextSegment)}
         total, failures, attempt = number_of_panels(story) + panels, 0, 0
         while len(texts) < panels:
             so_far = Story((*story.segments, *map(TextSegment, texts)))
             number = total - panels + len(texts) + 1
-            parts = self._prompt(
-                "script", so_far, panel=str(number), panels=str(total), idea=self.idea, style=self.style
-            )
+            count = min(PANELS_AT_ONCE, panels - len(texts))
+            numbers = {"panel": str(number), "last": str(number + count - 1), "panels": str(total)}
+            parts = self._prompt("script", so_far, **numbers, idea=self.idea, style=self.style)
             written = "".join(f"{text}\n\n" for text in texts)
             answer = self._chat(
                 parts,
-                self.config.max_new_tokens * (panels - len(texts)),
+                self.config.max_new_tokens * count,
                 seed,
                 attempt,
                 on_text and (lambda text, written=written: on_text(written + text)),
             )
-            new = parse_script(answer.text)
+            new = parse_script(answer.text, number)
             if failures < ATTEMPTS - 1:  # a writer that says the same again is asked again, but not for ever
-                new = [text for n, text in enumerate(new) if text not in (*texts, *new[:n])]
+                new = [text for n, text in enumerate(new) if text not in (*known, *texts, *new[:n])]
             if new and answer.finish_reason == "length":
                 new[-1] = whole_sentences(new[-1])
             failures, attempt = 0 if new else failures + 1, attempt + 1
@@ -120,8 +114,7 @@ class ChatWriter:
         """The answer to a question about a story; raises SettingError for images alone if the model does not see."""
         if not self.sees_images and not story.text.strip():
             raise SettingError(f"{self.model.label} does not see images, and the story has no text; use one that sees.")
-        parts = self._prompt("question", story, question=question)
-        return parse_panel(self.model.chat(parts, _answering(max_tokens), on_text).text)
+        return self._answer(self._prompt("question", story, question=question), max_tokens, on_text)
 
     def caption(self, image, max_tokens: int, on_text: OnText | None = None) -> str:
         """One sentence about an image, anything that `ImageSegment.of` takes.
@@ -132,9 +125,21 @@ class ChatWriter:
         if not self.sees_images:
             raise SettingError(f"{self.model.label} does not see images; use a vision-language model to describe them.")
         parts = self.prompts.parts("caption", Story.of(ImageSegment.of(image)))
-        return parse_panel(self.model.chat(parts, _answering(max_tokens), on_text).text)
+        return self._answer(parts, max_tokens, on_text)
 
-    def rank(self, story: Story, options: Sequence[str], question: str = "") -> list[RankedOption]:
+    def _answer(self, parts: Parts, max_tokens: int, on_text: OnText | None) -> str:
+        config = dataclasses.replace(ANSWERING, max_new_tokens=max_tokens)
+        text = parse_answer(self.model.chat(parts, config, on_text).text)
+        if not text:
+            raise StoryError(
+                f"{self.model.label} gave no answer in {max_tokens} tokens; if it thinks first, raise max_tokens or "
+                "turn its thinking off."
+            )
+        return text
+
+    def rank(
+        self, story: Story, options: Sequence[str], question: str = "", on_text: OnText | None = None
+    ) -> list[RankedOption]:
         """Options with the best first: by their likelihood as an answer if the model scores, else as it orders them.
 
         Then `log_prob` is 0, -1, -2, ...; raises StoryError if its answer names none of them.
@@ -143,11 +148,12 @@ class ChatWriter:
             raise StoryError("There are no options to rank; give at least one.")
         if hasattr(self.model, "score"):
             parts = self._prompt("question", story, question=question or "What comes next?")
-            ranked = zip(options, self.model.score(parts, options))
+            ranked = zip(options, self.model.score(parts, options, on_text))
             return sorted((RankedOption(*pair) for pair in ranked), key=lambda option: -option.log_prob)
         listed = "\n".join(f"{number}. {option}" for number, option in enumerate(options, 1))
         parts = self._prompt("rank", story, question=question, options=listed)
-        answer = self.model.chat(parts, _answering(max(80, 4 * len(options))))
+        config = dataclasses.replace(ANSWERING, max_new_tokens=max(80, 4 * len(options)))
+        answer = self.model.chat(parts, config, on_text)
         order = parse_ranking(answer.text, len(options))
         return [RankedOption(options[number], -float(place)) for place, number in enumerate(order)]
 
@@ -165,7 +171,3 @@ class ChatWriter:
             f"{self.model.label} wrote no text for {label} in {ATTEMPTS} attempts of {self.config.max_new_tokens} "
             "tokens; if it thinks first, raise max_tokens or turn its thinking off."
         )
-
-
-def _answering(max_tokens: int) -> TextGenerationConfig:
-    return dataclasses.replace(ANSWERING, max_new_tokens=max_tokens)

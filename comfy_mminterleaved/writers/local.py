@@ -49,7 +49,7 @@ def load_chat_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Loc
     import transformers
 
     folder = path.parent if is_gguf else path
-    options = {"local_files_only": True, **({"gguf_file": path.name} if is_gguf else {})}
+    options = {"local_files_only": True, "trust_remote_code": False, **({"gguf_file": path.name} if is_gguf else {})}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **options)
         sees = sees_images(config) and not is_gguf
@@ -62,9 +62,12 @@ def load_chat_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Loc
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises what it likes for a folder that lacks something
-        reason = " ".join(str(error).split())[:300].split(". ")[0].rstrip(".") or type(error).__name__
-        raise CheckpointError(f"The language model {path.name!r} cannot be loaded: {reason}.") from None
+        raise CheckpointError(f"The language model {path.name!r} cannot be loaded: {_first_sentence(error)}.") from None
     return LocalChat(model, processor, path.name)
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].split(". ")[0].rstrip(".") or type(error).__name__
 
 
 class LocalChat:
@@ -79,6 +82,10 @@ class LocalChat:
         self.model, self.processor, self.label = model, processor, f"The writer {label!r}"
         self.sees_images = sees_images(model.config)
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        # What its own file says of sampling does not count.
+        saved = model.generation_config
+        ids = {name: getattr(saved, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+        model.generation_config = type(saved)(**ids)
         self.device = torch.device("cpu")  # where prompts go; whoever moves the model sets it
 
     @torch.inference_mode()
@@ -90,37 +97,67 @@ class LocalChat:
     ) -> GeneratedText:
         """The model's answer; `on_text` is called after every token, and what it raises ends the answer."""
         inputs = self.encode(parts, config.max_new_tokens)
-        length = inputs["input_ids"].shape[1]
+        length, errors = inputs["input_ids"].shape[1], []
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(config.seed)
-            out = self.model.generate(
-                **inputs,
-                **_generation_options(config, length),
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-                stopping_criteria=[self._criterion(length, on_text)],
-            )
+            try:
+                out = self.model.generate(
+                    **inputs,
+                    **_generation_options(config, length),
+                    pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                    stopping_criteria=[self._criterion(length, on_text, errors)],
+                )
+            except (ValueError, TypeError, KeyError, IndexError) as error:
+                if errors:  # the caller's own, Cancel for example
+                    raise
+                raise CheckpointError(f"{self.label} cannot write: {_first_sentence(error)}.") from None
         ids = out[0].tolist()
         reason = "length" if len(ids) - length >= config.max_new_tokens and not self._is_end(ids[-1]) else "eos"
         return GeneratedText(tuple(ids[length:]), reason, self._decode(ids[length:]))
 
     @torch.inference_mode()
-    def score(self, parts: Parts, options: Sequence[str]) -> list[float]:
-        """The log-probability of each option as the answer; the prompt is read once."""
+    def score(
+        self, parts: Parts, options: Sequence[str], on_text: Callable[[str], object] | None = None
+    ) -> list[float]:
+        """The log-probability of each option as the answer; a prompt without images is read once.
+
+        Models that see place tokens by what they saw before, so theirs are read whole for each option.
+        """
         inputs = self.encode(parts)
-        first = self.model(**inputs, use_cache=True)
-        # transformers 5.24 renamed it.
-        cache_name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
-        cache, scores = getattr(first, cache_name), []
-        for option in options:
-            ids = self.tokenizer(option, add_special_tokens=False, return_tensors="pt")["input_ids"].to(self.device)
-            logits = first.logits[:, -1:]
-            if ids.shape[1] > 1:
-                after = self.model(input_ids=ids[:, :-1], **{cache_name: copy.deepcopy(cache)})
-                logits = torch.cat([logits, after.logits], dim=1)
-            log_probs = logits.float().log_softmax(-1).gather(2, ids[:, :, None])
-            scores.append(float(log_probs.sum()))
+        ids = [
+            self.tokenizer(option, add_special_tokens=False, return_tensors="pt")["input_ids"].to(self.device)
+            for option in options
+        ]
+        parameters = inspect.signature(self.model.forward).parameters
+        keeps_logits = "logits_to_keep" in parameters
+        cache_name = "cache" if "cache" in parameters else "past_key_values"  # transformers 5.24 renamed it
+        first, scores = None, []
+        if not self.sees_images:
+            first = self.model(**inputs, use_cache=True, **({"logits_to_keep": 1} if keeps_logits else {}))
+        for option, tokens in zip(options, ids):
+            if on_text is not None:
+                on_text(option)
+            count = tokens.shape[1]
+            if first is None:
+                logits = self._logits_whole(inputs, tokens, keeps_logits)
+            elif count == 1:
+                logits = first.logits[:, -1:]
+            else:
+                after = self.model(input_ids=tokens[:, :-1], **{cache_name: copy.deepcopy(getattr(first, cache_name))})
+                logits = torch.cat([first.logits[:, -1:], after.logits], dim=1)
+            scores.append(float(logits.float().log_softmax(-1).gather(2, tokens[:, :, None]).sum()))
         return scores
+
+    def _logits_whole(self, inputs: dict, tokens: torch.Tensor, keeps_logits: bool) -> torch.Tensor:
+        """The logits of an option's tokens after a prompt, both read together."""
+        count, whole = tokens.shape[1], dict(inputs)
+        whole["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
+        for name, fill in (("attention_mask", 1), ("token_type_ids", 0), ("mm_token_type_ids", 0)):
+            if name in inputs:
+                whole[name] = torch.cat([inputs[name], torch.full_like(tokens, fill)], dim=1)
+        kept = {"logits_to_keep": count + 1} if keeps_logits else {}
+        return self.model(**whole, use_cache=False, **kept).logits[:, -count - 1 : -1]
 
     def cache_bytes(self, num_tokens: int) -> int:
         """What keys and values of so many tokens take, and the logits of one."""
@@ -133,26 +170,12 @@ class LocalChat:
 
     def encode(self, parts: Parts, reserve_tokens: int = 0) -> dict:
         """Inputs of a prompt as the model's chat template lays it out; raises SettingError if it is too long."""
-        images = [self._image(part) for part in parts if isinstance(part, ImageSegment)]
-        template = getattr(self.processor, "chat_template", None)
-        if template:
-            content = [
-                {"type": "image"} if isinstance(part, ImageSegment) else {"type": "text", "text": part}
-                for part in parts
-            ]
-            message = {"role": "user", "content": content if self.sees_images else "".join(parts)}
-            thinking = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
-            text = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False, **thinking)
-            options = {"add_special_tokens": False}
-        elif images:
-            raise SettingError(f"{self.label} has no chat template, so it cannot be shown images.")
-        else:
-            text, options = "".join(parts) + "\n", {}
-        arguments = {"images": images} if images else {}
-        if self.sees_images:
-            inputs = self.processor(text=[text], **arguments, return_tensors="pt", **options)
-        else:
-            inputs = self.processor([text], return_tensors="pt", **options)
+        try:
+            inputs = self._encode(parts)
+        except SettingError:
+            raise
+        except Exception as error:  # templates and processors raise what they like
+            raise SettingError(f"{self.label} cannot read the prompt: {_first_sentence(error)}.") from None
         if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
             inputs.pop("token_type_ids", None)  # of tokenizers that serve several kinds of models
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -167,17 +190,42 @@ class LocalChat:
             for name, value in inputs.items()
         }
 
+    def _encode(self, parts: Parts):
+        images = [self._image(part) for part in parts if isinstance(part, ImageSegment)]
+        # Older exports have it with the tokenizer alone.
+        template = getattr(self.processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        if template:
+            content = [
+                {"type": "image"} if isinstance(part, ImageSegment) else {"type": "text", "text": part}
+                for part in parts
+            ]
+            message = {"role": "user", "content": content if self.sees_images else "".join(parts)}
+            thinking = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
+            text = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False, **thinking)
+            options = {"add_special_tokens": False}
+        elif images:
+            raise SettingError(f"{self.label} has no chat template, so it cannot be shown images.")
+        else:
+            text, options = "".join(parts) + "\n", {}
+        if not self.sees_images:
+            return self.processor([text], return_tensors="pt", **options)
+        return self.processor(text=[text], **({"images": images} if images else {}), return_tensors="pt", **options)
+
     def _image(self, segment: ImageSegment):
         image = to_pil(segment.pixels)
         image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
         return image
 
-    def _criterion(self, length: int, on_text):
-        """Called by transformers after every token."""
+    def _criterion(self, length: int, on_text, errors: list):
+        """Called by transformers after every token; `errors` gets what `on_text` raises."""
 
         def criterion(input_ids, scores, **_):
             if on_text is not None:
-                on_text(self._decode(input_ids[0, length:].tolist()))
+                try:
+                    on_text(self._decode(input_ids[0, length:].tolist()))
+                except BaseException as error:
+                    errors.append(error)
+                    raise
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
         return criterion

@@ -55,6 +55,8 @@ class ChatServer:
         self.options, self.timeout = options or {}, timeout
         self.label = f"The writer at {self.url}"
         self.parts = check_url(self.url, any_host)
+        if not os.environ.get(KEY_VARIABLE, "").strip().isascii():
+            raise SettingError(f"The environment variable {KEY_VARIABLE} holds no key: it has other signs than ASCII.")
 
     def chat(
         self,
@@ -135,6 +137,7 @@ class _Stream:
         connection = http.client.HTTPSConnection if https else http.client.HTTPConnection
         # The caller notices first that it is silent, and says what that means.
         self.connection = connection(url.hostname, url.port, timeout=timeout + 10)
+        self.socket: socket.socket | None = None  # http.client forgets its own when the server is to close it
         self.lines: queue.Queue = queue.Queue(maxsize=256)
         self.is_closed = threading.Event()
         self.thread = threading.Thread(target=self._read, name="mminterleaved-writer", daemon=True)
@@ -146,18 +149,19 @@ class _Stream:
     def __exit__(self, *exception) -> None:
         """Cuts the connection, which ends the server's work."""
         self.is_closed.set()
-        if self.connection.sock is not None:
+        if self.socket is not None:
             with contextlib.suppress(OSError):  # it is cut already
-                self.connection.sock.shutdown(socket.SHUT_RDWR)
+                self.socket.shutdown(socket.SHUT_RDWR)
 
     def _read(self) -> None:
         try:
             self.connection.connect()
+            self.socket = self.connection.sock
             if self.is_closed.is_set():  # while it was connecting
                 return
             headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-            if os.environ.get(KEY_VARIABLE):
-                headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
+            if key := os.environ.get(KEY_VARIABLE, "").strip():
+                headers["Authorization"] = f"Bearer {key}"
             self.connection.request("POST", f"{self.url.path}/chat/completions", self.body, headers)
             response = self.connection.getresponse()
             if response.status != 200:
@@ -167,6 +171,7 @@ class _Stream:
                 raise ServerError(f"{self.label} answers {response.status}: {_reason(response)}{hint}.")
             if response.headers.get_content_type() == "application/json":  # it does not stream
                 self._put(b"data: " + response.read(16 * MAX_LINE).replace(b"\n", b" "))
+                self._put(b"data: [DONE]")
             else:
                 while not self.is_closed.is_set() and (line := response.readline(MAX_LINE)):
                     self._put(line)
@@ -190,7 +195,9 @@ class _Stream:
             try:
                 item = self.lines.get(timeout=POLL_SECONDS)
             except queue.Empty:
-                if time.monotonic() > deadline:
+                item = None
+            if item is None or (isinstance(item, bytes) and item and not item.startswith(b"data:")):
+                if time.monotonic() > deadline:  # comments keep a connection open, but are no answer
                     raise ServerError(
                         f"{self.label} has been silent for {self.timeout:g} seconds; it may be loading its model, "
                         "raise the timeout or try again."
@@ -203,7 +210,7 @@ class _Stream:
                 raise ServerError(
                     f"{self.label} does not answer: {_why(item)}; start it, or correct its address."
                 ) from None
-            data = item[5:].strip() if item.startswith(b"data:") else b""
+            data = item[5:].strip()
             if data == b"[DONE]" or not item:
                 if not is_answer:
                     raise ServerError(f"{self.label} sends nothing that is a chat answer; its address may lack /v1.")
@@ -221,7 +228,8 @@ class _Stream:
             answer = json.loads(data)
             if answer.get("error"):
                 error = answer["error"]
-                raise ServerError(f"{self.label} fails: {error.get('message') if isinstance(error, dict) else error}.")
+                message = error.get("message") if isinstance(error, dict) else error
+                raise ServerError(f"{self.label} fails: {_shortened(str(message))}.")
             if not answer["choices"]:  # a last piece that only counts tokens
                 return "", ""
             choice = answer["choices"][0]
@@ -241,8 +249,12 @@ def _reason(response: http.client.HTTPResponse) -> str:
         text = error if isinstance(error, str) else error["message"]
     except (ValueError, KeyError, TypeError):
         pass
-    return " ".join(text.split())[:200].rstrip(".") or response.reason
+    return _shortened(text) or response.reason
 
 
 def _why(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return _shortened(str(error)) or type(error).__name__
+
+
+def _shortened(text: str) -> str:
+    return " ".join(text.split())[:200].rstrip(".")

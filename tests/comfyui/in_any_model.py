@@ -54,6 +54,31 @@ def same(one, other) -> bool:
     return equal(one, other)
 
 
+def controls_seen(patched, positive, negative) -> list[bool]:
+    """For each pass of the U-Net that draws, whether ControlNet's output is there; core's U-Net empties its lists."""
+    patched, seen = patched.clone(), []
+    model = patched.model.diffusion_model
+    forward = model._forward
+
+    def counted(x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **kwargs):
+        state = (transformer_options or {}).get("mm_interleaved_references")
+        if state is None or not state["is_recording"]:
+            seen.append(bool(control and control["output"]))
+        return forward(x, timesteps, context, y, control, transformer_options, **kwargs)
+
+    def with_control(apply_model, arguments):
+        control = {"output": [None, None], "middle": [], "input": []}
+        return apply_model(arguments["input"], arguments["timestep"], **{**arguments["c"], "control": control})
+
+    patched.set_model_unet_function_wrapper(with_control)
+    model._forward = counted
+    try:
+        sample(patched, positive, negative, 4)
+    finally:
+        del model._forward
+    return seen
+
+
 def checks():
     import torch
 
@@ -133,6 +158,8 @@ def checks():
             swapped = sample(both, negative, positive, 4, -2.0)  # the halves of guidance the other way round
             del patched.model.memory_required
             result[f"{name} swapped"] = float((swapped - together).abs().max())
+            seen = controls_seen(patched, positive, negative)
+            result[f"{name} control"] = [len(set(seen)), seen.count(True)]
             # The negative half alone (guidance 0) is the plain model's at fidelity 1, halfway at 0.5.
             halves = [apply(parts[name], megapixels=0.02, fidelity=f)[0] for f in (1.0, 0.5, 0.0)]
             alone = sample(model, positive, negative, 4, 0.0)

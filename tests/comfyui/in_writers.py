@@ -80,6 +80,21 @@ def checks():
             first, second = (patched.score(["Who? ", each], ["a fox"]) for each in (image, other))
             result["images count"] = abs(first[0] - second[0])
 
+    # One that scales what its embedding finds (Gemma), and weights that no layer casts.
+    from mmi.nodes.load_writer import uncast_tensors, use_comfy_layers
+
+    class Scaled(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 3
+
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(Scaled(5, 4), torch.nn.Linear(4, 4), torch.nn.RMSNorm(4))
+    ids = torch.arange(5)
+    before = module(ids)
+    use_comfy_layers(module)
+    result["scaled equal"] = torch.equal(module(ids), before) and hasattr(module[0], "comfy_cast_weights")
+    result["uncast"] = [tuple(tensor.shape) for tensor in uncast_tensors(module)]
+
     clip = CoreClip()
     writer = WriterFromClip.execute(clip, "story").result[0]
     result["clip text"] = writer.write(Story.of("Mia.", image), 7).text

@@ -47,6 +47,12 @@ def test_it_does_not_matter_how_guidance_is_computed(found, family):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_every_pass_has_controlnets_output(found, family):
+    """Two steps of three passes: the positive half, and the negative one with the references and without."""
+    assert found[f"{family} control"] == [1, 6]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_fidelity_keeps_references_from_the_negative_half(found, family):
     plain, between, attending = found[f"{family} negative"]
     assert plain < 1e-3 < between < attending

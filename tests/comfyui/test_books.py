@@ -63,6 +63,18 @@ def test_pages_and_books(comfyui):
     assert "prompt" in Image.open(newest / "01.png").info
 
 
+def test_a_story_is_saved_though_its_book_is_not(comfyui):
+    """The layout is of another story: it names a panel that this one lacks."""
+    nodes = prompt(3, order="3", save={"pdf": True, "layout": ["2", 1]})
+    nodes["6"] = node("MMInterleavedStoryText", text="Mia sleeps.")
+    nodes["4"]["inputs"]["story"] = ["6", 0]
+    nodes["4"]["inputs"]["filename_prefix"] = "books/safe"
+    with pytest.raises(Failed) as failed:
+        comfyui.run(nodes)
+    assert "The story is saved in books/safe_00001, but not as .pdf: order must be" in failed.value.sentence
+    assert (comfyui.folder / "output" / "books" / "safe_00001" / "story.json").is_file()
+
+
 def test_cells_and_fonts_of_ones_own(comfyui):
     info = comfyui.get("/object_info/MMInterleavedComposePages")["MMInterleavedComposePages"]["input"]["required"]
     fonts = info["font"][1].get("options") or info["font"][0]
