@@ -484,6 +484,13 @@ def test_a_template_that_refuses_the_prompt(folder):
         model.chat(["Go on."], SHORT)
 
 
+def test_a_template_that_is_with_the_tokenizer_alone(tmp_path):
+    model = load_chat_model(tiny_chat.save_tiny_llava(tmp_path / "m"))
+    expected = model.encode(["Who? ", image()])["input_ids"]
+    model.tokenizer.chat_template, model.processor.chat_template = model.processor.chat_template, None
+    assert torch.equal(model.encode(["Who? ", image()])["input_ids"], expected)
+
+
 def test_code_in_a_folder_is_not_run(folder, tmp_path):
     import shutil
 

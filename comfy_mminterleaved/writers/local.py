@@ -201,7 +201,9 @@ class LocalChat:
             ]
             message = {"role": "user", "content": content if self.sees_images else "".join(parts)}
             thinking = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
-            text = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False, **thinking)
+            text = self.processor.apply_chat_template(
+                [message], chat_template=template, add_generation_prompt=True, tokenize=False, **thinking
+            )
             options = {"add_special_tokens": False}
         elif images:
             raise SettingError(f"{self.label} has no chat template, so it cannot be shown images.")
