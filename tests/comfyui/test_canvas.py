@@ -62,7 +62,13 @@ RED = """() => window.app.graph.nodes
     .map(n => n.type)"""
 
 
-@pytest.mark.parametrize("path", [FULL_SIZE, *ANY_MODEL], ids=lambda path: path.stem)
+OPENED = [
+    FULL_SIZE,
+    *(path if n % 3 == 0 else pytest.param(path, marks=pytest.mark.long) for n, path in enumerate(ANY_MODEL)),
+]
+
+
+@pytest.mark.parametrize("path", OPENED, ids=lambda path: path.stem)
 def test_a_template_whose_weights_do_not_ship_opens(page, path):
     drop(page, path)
     titles = page.evaluate("window.app.graph.nodes.map(n => n.type)")

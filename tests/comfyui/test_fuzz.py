@@ -60,6 +60,7 @@ CAPPED = {
     "batch_size": (1, 2, 3),
     "width": SIZES,
     "height": SIZES,
+    "dpi": (40, 30, 0),
     "sampler_name": ("euler", "dpmpp_2m", "uni_pc", "lcm", "x"),  # a core may have one that it cannot run itself
 }
 
