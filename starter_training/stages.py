@@ -14,11 +14,13 @@ from comfy_mminterleaved.checkpoints.tensors import read_tensors
 from comfy_mminterleaved.config import Config
 from comfy_mminterleaved.files import atomic_path, atomic_write
 from comfy_mminterleaved.models.build import diffusers_model
+from comfy_mminterleaved.models.contrastive import ContrastiveConfig, ContrastiveModel
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
 from . import samples
 from .augmentation import augment, reconstruct_some
 from .batches import StoryBatches, TextBatch
+from .contrastive_training import ContrastiveBatches, ContrastiveObjective, cached_features
 from .dataset import StoryDataset, error_weights
 from .pretraining import EncoderObjective, UNetObjective, VAEDecoderObjective, VAEObjective
 from .run_dir import (
@@ -270,6 +272,27 @@ def story_stage(stage: Stage) -> TrainingSetup:
     return TrainingSetup(objective, saved, get_batch, validation, None if mmfs_only else sample)
 
 
+def contrastive_stage(stage: Stage) -> TrainingSetup:
+    tokenizer, encoder = run_tokenizer(stage.run_dir), stage.blocks["encoder"].eval()
+    encoder.to(memory_format=torch.channels_last)
+    model = ContrastiveModel(ContrastiveConfig())
+    vae = latest_slim_vae(stage.run_dir, stage.model_config).eval().requires_grad_(False)
+    latents, batches = stage.latents(), {}
+    for data in (stage.train_set, stage.held_out):
+        parts = [
+            cached_features(stage.run_dir, data, encoder, vae, latents[data], model.config.grid_size, is_changed)
+            for is_changed in (False, True)
+        ]
+        limit = model.config.max_position_embeddings
+        batches[data] = ContrastiveBatches(data, *parts, tokenizer, stage.config.batch, limit)
+    objective = ContrastiveObjective(model)
+
+    def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
+        return tuple(x.to(device_of(objective)) for x in batches[data].build(seed))
+
+    return TrainingSetup(objective, {"contrastive": model}, get_batch, held_out_batches(get_batch, stage))
+
+
 STAGE_FUNCTIONS = {
     "vae": vae_stage,
     "encoder": encoder_stage,
@@ -278,6 +301,7 @@ STAGE_FUNCTIONS = {
     "decoder": unet_stage,
     "look": story_stage,
     "joint": story_stage,
+    "contrastive": contrastive_stage,
 }
 
 

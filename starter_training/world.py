@@ -267,10 +267,11 @@ def introduction(cast: tuple[Hero, ...]) -> str:
     return " ".join(f"{hero.name} is {looks(hero)}." for hero in cast)
 
 
-def caption(scene: Scene) -> str:
+def caption(scene: Scene, template: str = TEMPLATES[0]) -> str:
     """Describes an image without names."""
     who = " and ".join(looks(hero) for hero in scene.heroes)
-    text = _sentence(TEMPLATES[0], who[0].upper() + who[1:], scene)
+    text = _sentence(template, who, scene)
+    text = text[0].upper() + text[1:]
     return f"{text} {SKIES[scene.sky]}".strip()
 
 

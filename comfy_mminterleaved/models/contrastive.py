@@ -1,0 +1,131 @@
+"""Images and texts in one space, by a contrastive loss (CLIP, 2103.00020), on top of the frozen visual tokenizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import CheckpointError
+from .visual_tokenizer import ImageFeatures
+
+MAX_LOGIT_SCALE = 100.0  # section 2.5 of the paper
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """Sizes of a ContrastiveModel.
+
+    Args:
+        projection_dim: Of the common space.
+        num_img_token, llm_hidden_size, num_channels, grid_size: Of the encoder's features: its visual tokens, and the
+            map that is used beside them.
+        image_hidden_size: Of the hidden layer that sees the tokens; what sees the map has two thirds of it.
+    """
+
+    projection_dim: int = 128
+    vocab_size: int = 770
+    hidden_size: int = 128
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+    max_position_embeddings: int = 96
+    num_img_token: int = 16
+    llm_hidden_size: int = 192
+    num_channels: int = 128
+    grid_size: int = 8
+    image_hidden_size: int = 384
+
+    @classmethod
+    def from_dict(cls, data: dict, label: str = "contrastive") -> ContrastiveConfig:
+        """Raises CheckpointError for keys that it does not have."""
+        unknown = sorted(set(data) - {field.name for field in fields(cls)})
+        if unknown:
+            raise CheckpointError(f"{label} has settings that this release does not know: {', '.join(unknown)}.")
+        return cls(**data)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class ContrastiveModel(nn.Module):
+    """Unit embeddings of images and texts, whose cosine says how well they fit.
+
+    The image tower is a head on features that an encoder has computed already, so scoring a drawn panel costs next to
+    nothing.
+    """
+
+    def __init__(self, c: ContrastiveConfig, operations=nn):
+        super().__init__()
+        self.config = c
+        width, map_width = c.hidden_size, c.image_hidden_size * 2 // 3
+        self.token_norm = operations.LayerNorm(c.llm_hidden_size)
+        self.token_proj = operations.Linear(c.num_img_token * c.llm_hidden_size, c.image_hidden_size)
+        self.map_conv = operations.Conv2d(c.num_channels, c.num_channels // 4, 1)
+        self.map_proj = operations.Linear(c.num_channels // 4 * c.grid_size**2, map_width)
+        self.visual_projection = operations.Linear(c.image_hidden_size + map_width, c.projection_dim)
+        self.embed_tokens = operations.Embedding(c.vocab_size, width)
+        self.embed_positions = operations.Embedding(c.max_position_embeddings, width)
+        self.layers = nn.ModuleList(TextLayer(c, operations) for _ in range(c.num_hidden_layers))
+        self.text_norm = operations.LayerNorm(width)
+        self.text_projection = operations.Linear(width, c.projection_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def encode_image(self, features: ImageFeatures) -> torch.Tensor:
+        """`(N, projection_dim)` of a batch of features."""
+        side = self.config.grid_size
+        feature_map = next(m for m in features.feature_maps if m.shape[-1] == side)
+        return self.embed_features(features.visual_tokens, feature_map)
+
+    def embed_features(self, visual_tokens: torch.Tensor, feature_map: torch.Tensor) -> torch.Tensor:
+        """`(N, projection_dim)` of visual tokens `(N, T, C)` and the map `(N, C, grid_size, grid_size)`."""
+        tokens = self.token_proj(self.token_norm(visual_tokens).flatten(1))
+        cells = self.map_proj(self.map_conv(feature_map).flatten(1))
+        return F.normalize(self.visual_projection(F.gelu(torch.cat([tokens, cells], dim=1))), dim=-1)
+
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """`(N, projection_dim)` of token ids `(N, L)` and which of them count."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden_states = self.embed_tokens(input_ids) + self.embed_positions(positions)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask)
+        weights = attention_mask.to(hidden_states)[..., None]
+        mean = (self.text_norm(hidden_states) * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return F.normalize(self.text_projection(mean), dim=-1)
+
+    def logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Scaled cosines `(N, M)`."""
+        return self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE) * image_embeds @ text_embeds.T
+
+
+class TextLayer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, c: ContrastiveConfig, operations=nn):
+        super().__init__()
+        self.num_heads = c.num_attention_heads
+        self.layer_norm1 = operations.LayerNorm(c.hidden_size)
+        self.qkv_proj = operations.Linear(c.hidden_size, 3 * c.hidden_size)
+        self.out_proj = operations.Linear(c.hidden_size, c.hidden_size)
+        self.layer_norm2 = operations.LayerNorm(c.hidden_size)
+        self.fc1 = operations.Linear(c.hidden_size, 4 * c.hidden_size)
+        self.fc2 = operations.Linear(4 * c.hidden_size, c.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """hidden_states `(N, L, C)`, attention_mask `(N, L)` of bools."""
+        heads = self.qkv_proj(self.layer_norm1(hidden_states)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attention_mask[:, None, None])
+        hidden_states = hidden_states + self.out_proj(out.transpose(1, 2).flatten(2))
+        return hidden_states + self.fc2(F.gelu(self.fc1(self.layer_norm2(hidden_states))))
+
+
+def pad_ids(rows: list[list[int]], limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask `(N, L)` of texts; longer ones are cut at the front, for a text ends with what it says."""
+    rows = [row[-limit:] or [0] for row in rows]
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
+    return ids, mask
