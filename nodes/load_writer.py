@@ -78,21 +78,12 @@ class PatchedChat(LocalChat):
     def device(self, device) -> None:
         pass  # ComfyUI's to say
 
-    def _load(self, parts, num_tokens: int) -> None:
-        num_tokens += self.encode(parts, num_tokens)["input_ids"].shape[1]
-        uncast = [tensor for tensor in uncast_tensors(self.model) if tensor.device != self.device]
-        needed = self.cache_bytes(num_tokens) + sum(tensor.nbytes for tensor in uncast)
+    def reserve(self, num_tokens: int) -> None:
+        """Has ComfyUI load the model, with memory for its keys and values."""
+        uncast = sum(tensor.nbytes for _, _, tensor in uncast_tensors(self.model) if tensor.device != self.device)
+        needed = self.cache_bytes(num_tokens) + uncast
         comfy.model_management.load_models_gpu([self.patcher], memory_required=needed)
-        for tensor in uncast_tensors(self.model):  # a partial load leaves some of them behind
-            tensor.data = tensor.data.to(self.device)
-
-    def chat(self, parts, config, on_text=None):
-        self._load(parts, config.max_new_tokens)
-        return super().chat(parts, config, on_text)
-
-    def score(self, parts, options, on_text=None):
-        self._load(parts, max(map(len, options)))
-        return super().score(parts, options, on_text)
+        move_uncast(self.model, self.device)  # a partial load leaves some of them behind
 
 
 LAYERS = ("Linear", "Embedding", "LayerNorm", "GroupNorm", "Conv1d", "Conv2d", "Conv3d")
@@ -110,12 +101,24 @@ def use_comfy_layers(model: torch.nn.Module) -> None:
             module.bias = None
 
 
-def uncast_tensors(model: torch.nn.Module):
-    """Parameters and buffers that no layer of `comfy.ops` casts: weights of norms, positions, classes."""
-    for module in model.modules():
-        if not hasattr(module, "comfy_cast_weights"):
-            yield from module.parameters(recurse=False)
-            yield from module.buffers(recurse=False)
+def uncast_tensors(model: torch.nn.Module) -> list[tuple[dict, str, torch.Tensor]]:
+    """What no layer of `comfy.ops` casts (weights of norms, positions, classes): where each is kept, its name, it."""
+    return [
+        (kept, name, tensor)
+        for module in model.modules()
+        if not hasattr(module, "comfy_cast_weights")
+        for kept in (module._parameters, module._buffers)
+        for name, tensor in kept.items()
+        if tensor is not None
+    ]
+
+
+def move_uncast(model: torch.nn.Module, device: torch.device) -> None:
+    for kept, name, tensor in uncast_tensors(model):
+        if tensor.device != device:
+            moved = tensor.detach().to(device)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            kept[name] = torch.nn.Parameter(moved, requires_grad=False) if is_parameter else moved
 
 
 def chat_dtype(device: torch.device) -> torch.dtype:

@@ -15,8 +15,6 @@ from ..models.visual_tokenizer import ImageFeatures
 from ..stories.story import ImageSegment, Story, TextSegment
 from ..tokenizer import Tokenizer
 
-CANDIDATE_STRIDE = 1_000_003  # between the seeds of a panel's candidates, so that no panel has another's noise
-
 
 @dataclass(frozen=True)
 class RankedImage:

@@ -26,6 +26,8 @@ PANELS_AT_ONCE = 16  # that a script is asked for: an answer must fit the model'
 class ChatModel(Protocol):
     """A language model that answers a prompt of texts and images.
 
+    One that also has `score`, as `local.LocalChat` does, ranks answers by their likelihood.
+
     Args:
         label: What messages call it.
         sees_images: Whether prompts may have images.
@@ -35,12 +37,6 @@ class ChatModel(Protocol):
     sees_images: bool
 
     def chat(self, parts: Parts, config: TextGenerationConfig, on_text: OnText | None = None) -> GeneratedText: ...
-
-
-class ScoringModel(ChatModel, Protocol):
-    """A chat model that also knows how likely a given answer is."""
-
-    def score(self, parts: Parts, options: Sequence[str], on_text: OnText | None = None) -> list[float]: ...
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ class LocalChat:
         """The model's answer; `on_text` is called after every token, and what it raises ends the answer."""
         inputs = self.encode(parts, config.max_new_tokens)
         length, errors = inputs["input_ids"].shape[1], []
+        self.reserve(length + config.max_new_tokens)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(config.seed)
@@ -129,6 +130,7 @@ class LocalChat:
             self.tokenizer(option, add_special_tokens=False, return_tensors="pt")["input_ids"].to(self.device)
             for option in options
         ]
+        self.reserve(inputs["input_ids"].shape[1] + max(tokens.shape[1] for tokens in ids))
         parameters = inspect.signature(self.model.forward).parameters
         keeps_logits = "logits_to_keep" in parameters
         cache_name = "cache" if "cache" in parameters else "past_key_values"  # transformers 5.24 renamed it
@@ -158,6 +160,9 @@ class LocalChat:
                 whole[name] = torch.cat([inputs[name], torch.full_like(tokens, fill)], dim=1)
         kept = {"logits_to_keep": count + 1} if keeps_logits else {}
         return self.model(**whole, use_cache=False, **kept).logits[:, -count - 1 : -1]
+
+    def reserve(self, num_tokens: int) -> None:
+        """Called before the model runs on so many tokens; whoever moves the model loads it here."""
 
     def cache_bytes(self, num_tokens: int) -> int:
         """What keys and values of so many tokens take, and the logits of one."""

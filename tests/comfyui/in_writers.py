@@ -81,7 +81,7 @@ def checks():
             result["images count"] = abs(first[0] - second[0])
 
     # One that scales what its embedding finds (Gemma), and weights that no layer casts.
-    from mmi.nodes.load_writer import uncast_tensors, use_comfy_layers
+    from mmi.nodes.load_writer import move_uncast, uncast_tensors, use_comfy_layers
 
     class Scaled(torch.nn.Embedding):
         def forward(self, ids):
@@ -93,7 +93,9 @@ def checks():
     before = module(ids)
     use_comfy_layers(module)
     result["scaled equal"] = torch.equal(module(ids), before) and hasattr(module[0], "comfy_cast_weights")
-    result["uncast"] = [tuple(tensor.shape) for tensor in uncast_tensors(module)]
+    result["uncast"] = [tuple(tensor.shape) for _, _, tensor in uncast_tensors(module)]
+    move_uncast(module, torch.device("meta"))  # in place of a card
+    result["moved"] = {name: parameter.device.type for name, parameter in module.named_parameters()}
 
     clip = CoreClip()
     writer = WriterFromClip.execute(clip, "story").result[0]

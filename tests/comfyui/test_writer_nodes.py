@@ -30,7 +30,9 @@ def test_a_folder_runs_in_comfyuis_layers(results):
         assert patched == plain > 10
         assert results[f"{name} held"] and results[f"{name} unloaded"]
     assert results["images count"] > 1e-5
-    assert results["scaled equal"] and results["uncast"] == [[4]], "norms are moved as a whole"
+    assert results["scaled equal"] and results["uncast"] == [[4]]
+    devices = results["moved"]
+    assert devices.pop("2.weight") == "meta" and set(devices.values()) == {"cpu"}, "norms are moved, layers are cast"
 
 
 def test_core_generates_where_it_can(results):
