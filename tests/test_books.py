@@ -329,6 +329,13 @@ def test_images_of_a_picture_book_stay_in_place():
     assert pages[0].images[0][1] == pages[1].images[0][1]
 
 
+def test_images_of_a_row_stand_level():
+    told = Story.of("Mia.", image(), "Mia runs through the deep forest. " * 3, image(), "Mia sleeps.", image())
+    (page,), _ = lay_out(told, PageConfig(layout="4 panels"))
+    first, second, third = (box for _, box in page.images)
+    assert (first.y, first.height) == (second.y, second.height) and third.y > first.y
+
+
 def test_alternative_texts_are_kept(tmp_path):
     told = Story.of("Mia runs.", image(alt="A red square"))
     save_story(tmp_path, told)

@@ -211,13 +211,14 @@ def lay_out(story: Story, config: PageConfig = PageConfig(), strict: bool = True
     if is_rtl:  # rows are read from the right, too
         cells = [Box(width - cell.x - cell.width, cell.y, cell.width, cell.height) for cell in cells]
     size = _font_size(config, len(cells))
-    reserve = _reserve(panels, texts, cells, face, size) if len(cells) == 1 and config.captions == BENEATH else 0.0
+    used = [(number, cells[place % len(cells)]) for place, number in enumerate(order) if number is not None]
+    reserves = _reserves([(panels[n], texts[n], cell) for n, cell in used], face, size, config)
     for start in range(0, len(order), len(cells)):
         images, captions = [], []
         for number, cell in zip(order[start : start + len(cells)], cells):
             if number is None:
                 continue
-            image, caption = _fill(cell, panels[number], texts[number], face, config, size, reserve)
+            image, caption = _fill(cell, panels[number], texts[number], face, config, size, reserves[cell.y])
             images += [image] if image else []
             captions += [caption] if caption else []
             if caption and caption.lines[-1].endswith(f" {CUT}") and not texts[number].endswith(CUT):
@@ -250,7 +251,7 @@ def _fill(cell: Box, panel: Panel, text: str, face: Face, config: PageConfig, si
 
     Args:
         size: Of the font, in pt.
-        reserve: Height to keep free beneath the image at least.
+        reserve: Height to keep free beneath the image, which its caption fits.
     """
     image, is_rtl = panel.image, is_right_to_left(text)
     if image is None:  # words alone: in the middle of the cell
@@ -270,21 +271,21 @@ def _fill(cell: Box, panel: Panel, text: str, face: Face, config: PageConfig, si
         return (image, place), Caption(box, lines, size, True, is_rtl)
     lines, size = _caption(text, face, size, cell.width, cell.height * 0.5)
     height = len(lines) * size * LINE
-    below = max(reserve, height + size * 0.6 if lines else 0)
-    room = Box(cell.x, cell.y, cell.width, cell.height - below)
+    room = Box(cell.x, cell.y, cell.width, cell.height - reserve)
     place = room if config.fit == "crop" else _inside(room, *image.size)
     box = Box(cell.x, place.y + place.height + size * 0.6, cell.width, height)
     return (image, place), Caption(box, lines, size, False, is_rtl) if lines else None
 
 
-def _reserve(panels, texts: list[str], cells: list[Box], face: Face, size: float) -> float:
-    """What the longest caption takes, so that the images of a picture book are at the same place on every page."""
-    heights = [0.0]
-    for panel, text in zip(panels, texts):
-        if panel.image is not None:
-            lines, own_size = _caption(text, face, size, cells[0].width, cells[0].height * 0.5)
-            heights.append(len(lines) * own_size * LINE + own_size * 0.6 if lines else 0.0)
-    return max(heights)
+def _reserves(used: list[tuple[Panel, str, Box]], face: Face, size: float, config: PageConfig) -> dict[float, float]:
+    """What the longest caption beneath takes, by the top of a row: images of a row, on every page, stand level."""
+    heights = {cell.y: 0.0 for _, _, cell in used}
+    for panel, text, cell in used:
+        if panel.image is not None and config.captions == BENEATH:
+            lines, own_size = _caption(text, face, size, cell.width, cell.height * 0.5)
+            below = len(lines) * own_size * LINE + own_size * 0.6 if lines else 0.0
+            heights[cell.y] = max(heights[cell.y], below)
+    return heights
 
 
 def _inside(room: Box, width: int, height: int) -> Box:
