@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,8 +20,10 @@ from .generation.config import (
     TextGenerationConfig,
     read_generation_config,
 )
+from .generation.embedders import FeatureEmbedder, load_contrastive, system_path
 from .generation.image import ImageGenerator
 from .generation.placement import Placement, Plan, choose_batch_size, make_plan, parse_bytes
+from .generation.ranking import RankedImage, check_rankable, rank_images
 from .generation.text import TextGenerator
 from .models.image_processor import preprocess_image
 from .models.mmfs import fuse_mmfs
@@ -53,6 +54,8 @@ class MMInterleavedPipeline:
         self.text = TextGenerator(self.llm, config, tokenizer, known_words, generation_config)
         self.image = ImageGenerator(config, self.synchronizer, self.unet, self.vae)
         self.placement: Placement | None = None
+        self.folder: Path | None = None
+        self._embedder: FeatureEmbedder | None = None
 
     @classmethod
     def load(
@@ -120,6 +123,7 @@ class MMInterleavedPipeline:
             config, modules = checkpoints.load_blocks(folder, dtype, **{"device": device, **placed})
             tokenizer, words = checkpoints.read_tokenizer(folder, config), checkpoints.known_words(folder)
             pipeline = cls(config, modules, tokenizer, words, read_generation_config(folder))
+            pipeline.folder = folder
             if plan is not None:
                 pipeline.placement = Placement(plan, modules, torch.device(device))
         pipeline.llm.cache_dtype = cache_dtype
@@ -137,6 +141,7 @@ class MMInterleavedPipeline:
             torch.nn.Module.to(module, device)
         tokenizer, words = checkpoints.read_tokenizer(folder, config), checkpoints.known_words(folder)
         pipeline = cls(config, modules, tokenizer, words, read_generation_config(folder))
+        pipeline.folder = folder
         pipeline.llm.cache_dtype = cache_dtype
         return pipeline
 
@@ -196,6 +201,24 @@ class MMInterleavedPipeline:
             return image.with_features(encoded[image.digest])
 
         return story.map_images(encode)
+
+    @property
+    def embedder(self) -> FeatureEmbedder:
+        """The model's own contrastive model, loaded when it is first used; raises CheckpointError if it has none."""
+        if self._embedder is None:
+            if self.folder is None:
+                raise CheckpointError("This model has no contrastive model to choose images by; omit best_of.")
+            path = system_path(self.folder, "contrastive")
+            special_tokens, dtype = self.config.llm.special_tokens, self.llm.soi_token.dtype
+            model, tokenizer = load_contrastive(path, special_tokens, dtype, self.device)
+            self._embedder = FeatureEmbedder(
+                model, tokenizer, lambda images: self.encode_images(Story.of(*images)).images
+            )
+        return self._embedder
+
+    def rank_images(self, story: Story, images: Sequence[ImageSegment]) -> list[RankedImage]:
+        """Candidates for the image that comes next in a story, the best first (`ranking.rank_images`)."""
+        return rank_images(self.embedder, story, self.encode_images(Story.of(*images)).images)
 
     def prefill(self, story: Story, on_progress: Callable[[int, int], object] | None = None) -> None:
         """Encodes a story and runs the LLM on it ahead of its use (`TextGenerator.prefill`)."""
@@ -272,7 +295,8 @@ class MMInterleavedPipeline:
         """Draws the image that comes next in a story.
 
         Args:
-            config: None for the model's own (`generation_config`).
+            config: None for the model's own (`generation_config`); with `best_of`, that many are drawn, and the best of
+                them is kept.
             init_image: An image to start from (image to image), with `config.denoise`.
             on_step: Called with the step (from 1), their number, and a function that returns a preview `(1, 3, h, w)`.
         """
@@ -296,13 +320,30 @@ class MMInterleavedPipeline:
         if seeds is not None and len(seeds) != len(stories):
             raise SettingError(f"Each of {len(stories)} stories needs a seed; there are {len(seeds)} seeds.")
         self.image.check(config)
+        whole, best_of = stories, config.best_of
+        if best_of > 1:
+            self.check_best_of(stories)
         stories = [self.text.truncate_to_context(story, 1, drop_oldest) for story in stories]
         stories = [self.encode_images(story) for story in stories]
         self._place("text")
         context = self.text.context_features(stories)
         self._place("draw")
         batch_size = 1 if self.placement is not None else batch_size
-        return self.image.generate(stories, context, config, num_outputs, init_images, on_step, batch_size, seeds)
+        drawn = self.image.generate(
+            stories, context, config, num_outputs * best_of, init_images, on_step, batch_size, seeds
+        )
+        if best_of == 1:
+            return drawn
+        return [
+            [self.rank_images(story, row[i : i + best_of])[0].image for i in range(0, len(row), best_of)]
+            for story, row in zip(whole, drawn)
+        ]
+
+    def check_best_of(self, stories: Sequence[Story]) -> None:
+        """Raises before anything is drawn if candidates could not be ranked."""
+        for story in stories:
+            check_rankable(story)
+        _ = self.embedder
 
     # ---- stories ----
 
@@ -429,6 +470,8 @@ class MMInterleavedPipeline:
         if seed + len(story) + len(plan) >= 2**63:
             raise SettingError(f"The seed {seed} is too large for {len(plan)} panels.")
         self.image.check(image_config)
+        if image_config.best_of > 1:
+            self.check_best_of([])
         self.text.check_context_length(story, plan, text_config, drop_oldest)
 
 
@@ -466,10 +509,11 @@ class _Author:
     def illustrate_all(self, stories: Sequence[Story], seeds: Sequence[int]) -> list[ImageSegment]:
         seeds = [(self.image_config.seed + seed) % 2**63 for seed in seeds]
         stories = [self.encode(story) for story in stories]
+        batch_size = len(stories) * min(8, self.image_config.best_of)
         images = self.pipeline.generate_images(
-            stories, self.image_config, 1, None, self.on_step, self.drop_oldest, len(stories), seeds
+            stories, self.image_config, 1, None, self.on_step, self.drop_oldest, batch_size, seeds
         )
-        return [replace(image, seed=seed) for (image,), seed in zip(images, seeds)]
+        return [image for (image,) in images]
 
 
 def _plan(config: Config, memory, device: str, dtype: torch.dtype, cache_dtype, image_size) -> Plan | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from comfy_mminterleaved.files import atomic_path
 from comfy_mminterleaved.generation.latents import decode_latents
-from comfy_mminterleaved.models.contrastive import ContrastiveModel, pad_ids
+from comfy_mminterleaved.models.contrastive import GAMMA3, ContrastiveModel, match_words, pad_ids
 
 from . import world
 from .augmentation import augment
@@ -21,31 +22,83 @@ from .dataset import StoryDataset
 # Shares of the texts: a caption with looks, a page's own text, the page's with who is who before it.
 CAPTION_PROB, PAGE_PROB = 0.35, 0.25
 CHANGED_PROB = 0.4  # of the images: tinted and blurred, redrawn by the VAE, or both
+NEIGHBOUR_PROB = 0.5  # of the texts: a second text differs in one fact, or has the looks of its two heroes swapped
+TWO_CHARACTER_PROB = 0.5  # of the images: drawn only from those with two heroes
+NUM_WORD_ROWS = 24  # of a batch: those whose words are matched with the regions of all of them
 REDRAW_NOISE = 0.5  # largest standard deviation of the noise on the latents of redrawn ones
 
 
 class ContrastiveObjective(nn.Module):
-    """Cross-entropy over the batch, of images among texts and of texts among images (CLIP, section 2.3)."""
+    """Cross-entropy over the batch, of images among texts and of texts among images (CLIP, section 2.3).
+
+    Neighbours are wrong texts that differ in one fact; they stand beside the batch's own. Words and regions have
+    AttnGAN's loss on the first rows (1711.10485, section 3.2).
+    """
 
     def __init__(self, model: ContrastiveModel):
         super().__init__()
         self.model = model
 
     def forward(self, visual_tokens, feature_map, input_ids, attention_mask) -> dict[str, torch.Tensor]:
+        """Rows of texts after the images' own are neighbours."""
+        count = len(visual_tokens)
         images = self.model.embed_features(visual_tokens, feature_map)
-        texts = self.model.encode_text(input_ids, attention_mask)
-        logits, target = self.model.logits(images, texts), torch.arange(len(images), device=images.device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        return {"loss": loss, "r1": (logits.T.argmax(1) == target).float().mean()}
+        hidden_states = self.model.text_hidden_states(input_ids, attention_mask)
+        texts = self.model.pool(hidden_states, attention_mask)
+        logits, target = self.model.logits(images, texts), torch.arange(count, device=images.device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
+        rows = slice(0, min(NUM_WORD_ROWS, count))
+        words, regions = self.model.encode_words(hidden_states[rows]), self.model.encode_regions(feature_map[rows])
+        matches = GAMMA3 * match_words(words, regions, attention_mask[rows])
+        word_loss = (F.cross_entropy(matches, target[rows]) + F.cross_entropy(matches.T, target[rows])) / 2
+        return {
+            "loss": loss + 0.1 * word_loss,
+            "words": word_loss,
+            "r1": (logits[:, :count].T.argmax(1) == target).float().mean(),
+            "hardest": (logits.argmax(1) == target).float().mean(),
+        }
 
 
-def text_of(panel: world.ScenePanel, rng: random.Random) -> str:
-    """One of the texts that an image has: its caption, its page's text, or that with who is who before it."""
-    kind = rng.random()
-    if kind < CAPTION_PROB:
-        return world.caption(panel.scene, rng.choice(world.TEMPLATES))
-    page = world.describe(panel.scene, rng)
-    return page if kind < CAPTION_PROB + PAGE_PROB else f"{world.introduction(panel.scene.heroes)} {page}"
+def texts_of(scene: world.Scene, rng: random.Random) -> tuple[str, str]:
+    """One of the texts that an image has, and its neighbour, which is wrong in one thing.
+
+    The text is a caption, a page's, or a page's with who is who before it.
+    """
+    kind, template = rng.random(), rng.choice(world.TEMPLATES)
+    has_looks = not CAPTION_PROB <= kind < CAPTION_PROB + PAGE_PROB
+
+    def text(scene: world.Scene) -> str:
+        if kind < CAPTION_PROB:
+            return world.caption(scene, template)
+        page = world.describe(scene, rng, template)
+        return f"{world.introduction(scene.heroes)} {page}" if has_looks else page
+
+    return text(scene), text(neighbour(scene, rng, has_looks))
+
+
+def neighbour(scene: world.Scene, rng: random.Random, has_looks: bool) -> world.Scene:
+    """A scene with one other fact, or with the looks of its two heroes swapped."""
+
+    def other(values, value):
+        return rng.choice([each for each in values if each != value])
+
+    fact = rng.choice(("looks", "looks", "looks", "scene") if has_looks else ("scene",))
+    if fact == "scene":
+        field, values = rng.choice((("action", world.ACTIONS), ("place", world.PLACES), ("prop", world.PROPS)))
+        return replace(scene, **{field: other(values, getattr(scene, field))})
+    heroes = list(scene.heroes)
+    if len(heroes) == 2 and rng.random() < 0.4:
+        parts = rng.choice((("species",), ("colour",), ("accessory",), ("species", "colour", "accessory")))
+        first, second = heroes
+        swapped = [
+            replace(a, **{part: getattr(b, part) for part in parts}) for a, b in ((first, second), (second, first))
+        ]
+        if [hero.look for hero in swapped] != [hero.look for hero in heroes]:
+            return replace(scene, heroes=tuple(swapped))
+    k = rng.randrange(len(heroes))
+    part, values = rng.choice((("species", world.SPECIES), ("colour", world.COLOURS), ("accessory", world.ACCESSORIES)))
+    heroes[k] = replace(heroes[k], **{part: other(values, getattr(heroes[k], part))})
+    return replace(scene, heroes=tuple(heroes))
 
 
 @torch.no_grad()
@@ -85,12 +138,14 @@ class ContrastiveBatches:
 
     def build(self, seed: int) -> tuple[torch.Tensor, ...]:
         rng = random.Random(f"contrastive {seed}")
-        indices = self.dataset.random_indices(self.batch_size, rng)
+        indices = self.dataset.random_indices(self.batch_size, rng, TWO_CHARACTER_PROB)
+        rng.shuffle(indices)
         sources = [self.changed if rng.random() < CHANGED_PROB else self.features for _ in indices]
         tokens, maps = (
             torch.from_numpy(np.stack([source[part][i] for source, i in zip(sources, indices)])).float()
             for part in (0, 1)
         )
-        texts = [text_of(self.dataset.panel(i), rng) for i in indices]
+        texts, neighbours = zip(*(texts_of(self.dataset.panel(i).scene, rng) for i in indices))
+        texts += neighbours[: round(NEIGHBOUR_PROB * len(indices))]
         ids, mask = pad_ids([self.tokenizer.encode(text) for text in texts], self.limit)
         return tokens, maps, ids, mask

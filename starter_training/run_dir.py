@@ -14,8 +14,10 @@ from comfy_mminterleaved.checkpoints.tensors import read_json, read_tensors
 from comfy_mminterleaved.config import Config
 from comfy_mminterleaved.errors import CheckpointError, SettingError
 from comfy_mminterleaved.files import atomic_path, ensure_writable_dir, write_json
+from comfy_mminterleaved.generation.embedders import SYSTEMS, system_metadata
 from comfy_mminterleaved.generation.latents import encode_latents
 from comfy_mminterleaved.models.build import check_shapes, diffusers_model, init_modules, param_shapes
+from comfy_mminterleaved.models.contrastive import ContrastiveConfig
 
 from . import world
 from .dataset import StoryDataset
@@ -152,9 +154,24 @@ def export_padded_vae(stage_dir: Path, config: Config) -> None:
 
 
 def export(run_dir: Path) -> Path:
-    """Writes the run's model as a float16 checkpoint in the native layout: `run_dir`/model."""
+    """Writes the run's model as a float16 checkpoint in the native layout, with its systems: `run_dir`/model."""
     config, blocks = load_run(run_dir, ("vae", "encoder", "llm", "synchronizer", "unet"))
     tensors = {name: block.state_dict() for name, block in blocks.items()}
     vocabulary = frozenset(world.words())
     native.save(run_dir / "model", config, tensors, run_tokenizer(run_dir), torch.float16, GENERATION, vocabulary)
+    export_contrastive(run_dir, run_dir / "model")
     return run_dir / "model"
+
+
+def export_contrastive(run_dir: Path, folder: Path) -> None:
+    """Writes the run's contrastive model, if it has one, into a checkpoint's folder, in float16."""
+    from safetensors.torch import save_file
+
+    path = run_dir / "contrastive" / "contrastive.safetensors"
+    if not path.exists():
+        return
+    tensors = {name: tensor.half().contiguous() for name, tensor in read_tensors(path).items()}
+    metadata = system_metadata(ContrastiveConfig().to_dict(), "contrastive", run_tokenizer(run_dir))
+    ensure_writable_dir(folder / SYSTEMS)
+    with atomic_path(folder / SYSTEMS / "contrastive.safetensors") as temp_path:
+        save_file(tensors, temp_path, metadata)

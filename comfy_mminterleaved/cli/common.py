@@ -34,6 +34,7 @@ IMAGE_FLAGS = {
     "mmfs_scale": "mmfs_scale",
     "mmfs_start": "mmfs_start",
     "mmfs_end": "mmfs_end",
+    "best_of": "best_of",
 }
 
 

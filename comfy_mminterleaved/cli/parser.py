@@ -102,6 +102,12 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
         )
         _add(group, "--mmfs-start", "--start", type=float, help="when MMFS starts, as a fraction of the steps")
         _add(group, "--mmfs-end", "--end", type=float, help="when MMFS ends, as a fraction of the steps")
+        group.add_argument(
+            "--best-of",
+            type=int,
+            metavar="N",
+            help="draw N candidates for each image and keep the one that fits text and heroes best",
+        )
 
     def run_options(p, default=""):
         p.add_argument(

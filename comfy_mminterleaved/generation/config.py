@@ -73,6 +73,8 @@ class ImageGenerationConfig:
         num_context_images: How many of the previous images the U-Net attends to; None for the model's own number.
         mmfs_scale: Scale of the U-Net's MMFS residuals, between the steps `mmfs_start` and `mmfs_end` (fractions).
         denoise: With an initial image, the fraction of the noise schedule that is run; at 1 it hardly counts.
+        best_of: How many candidates are drawn for each image; the model's contrastive model keeps the one that fits
+            best (`ranking.rank_images`).
     """
 
     num_inference_steps: int = 30
@@ -85,6 +87,7 @@ class ImageGenerationConfig:
     mmfs_start: float = 0.0
     mmfs_end: float = 1.0
     denoise: float = 1.0
+    best_of: int = 1
 
     def __post_init__(self):
         for name, low, high in (
@@ -95,6 +98,7 @@ class ImageGenerationConfig:
             ("mmfs_scale", -10.0, 10.0),
             ("mmfs_start", 0.0, 1.0),
             ("mmfs_end", 0.0, 1.0),
+            ("best_of", 1, 64),
         ):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low, high)

@@ -105,7 +105,7 @@ class ImageGenerator:
                 [init_images[i].pixels for i in rows] if init_images else None,
                 on_step,
             )
-            images += [ImageSegment(image.cpu()) for image in pixels]
+            images += [ImageSegment(image.cpu(), seed=seed % 2**63) for image, seed in zip(pixels, row_seeds)]
         return [images[i : i + num_outputs] for i in range(0, len(images), num_outputs)]
 
 

@@ -1,19 +1,15 @@
-"""Ranks candidate images for a story: re-ranking by a contrastive model (DALL-E, 2102.12092, section 2.6)."""
+"""Scores, finds and ranks images by an `Embedder`: CLIP score, retrieval, DALL-E's re-ranking (2102.12092)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
 
 from ..errors import SettingError, StoryError
-from ..models.contrastive import ContrastiveModel, pad_ids
-from ..models.visual_tokenizer import ImageFeatures
 from ..stories.story import ImageSegment, Story, TextSegment
-from ..tokenizer import Tokenizer
+from .embedders import Embedder, cosines
 
 
 @dataclass(frozen=True)
@@ -25,70 +21,68 @@ class RankedImage:
     score: float
 
 
-class ImageScorer(Protocol):
-    """Rates how well images fit a text."""
-
-    def score_images(self, text: str, images: Sequence[ImageSegment]) -> list[float]: ...
-
-
-class ContrastiveScorer:
-    """An `ImageScorer` that compares the embeddings of a ContrastiveModel.
-
-    Args:
-        encode: Gives images features of the encoder that the model was trained with.
-    """
-
-    def __init__(
-        self,
-        model: ContrastiveModel,
-        tokenizer: Tokenizer,
-        encode: Callable[[Sequence[ImageSegment]], Sequence[ImageSegment]],
-    ):
-        self.model, self.tokenizer, self.encode = model, tokenizer, encode
-
-    @torch.no_grad()
-    def image_embeds(self, images: Sequence[ImageSegment]) -> torch.Tensor:
-        """`(N, projection_dim)`, of unit length; raises StoryError for features of another width."""
-        features = [image.features for image in self.encode(images)]
-        c = self.model.config
-        for each in features:
-            width = each.visual_tokens.shape[-1]
-            if width != c.llm_hidden_size:
-                raise StoryError(
-                    f"The images have features of width {width}, but the contrastive model takes {c.llm_hidden_size}; "
-                    "use the encoder that it was trained with."
-                )
-        dtype, device = self.model.logit_scale.dtype, self.model.logit_scale.device
-        batch = ImageFeatures(
-            torch.stack([each.visual_tokens for each in features]).to(device, dtype),
-            tuple(torch.stack(maps).to(device, dtype) for maps in zip(*(each.feature_maps for each in features))),
-        )
-        return self.model.encode_image(batch)
-
-    @torch.no_grad()
-    def text_embeds(self, texts: Sequence[str]) -> torch.Tensor:
-        """`(N, projection_dim)`, of unit length."""
-        ids, mask = pad_ids([self.tokenizer.encode(text) for text in texts], self.model.config.max_position_embeddings)
-        device = self.model.logit_scale.device
-        return self.model.encode_text(ids.to(device), mask.to(device))
-
-    def score_images(self, text: str, images: Sequence[ImageSegment]) -> list[float]:
-        """The cosine of each image with a text."""
-        return (self.image_embeds(images) @ self.text_embeds([text])[0]).tolist()
-
-
-def rank_images(scorer: ImageScorer, story: Story, images: Sequence[ImageSegment]) -> list[RankedImage]:
-    """Candidates for the panel whose text a story ends with, the best first.
+def score_images(embedder: Embedder, query: str | ImageSegment, images: Sequence[ImageSegment]) -> list[float]:
+    """The cosine of each image with a text or with another image, in [-1, 1].
 
     Raises:
-        StoryError: For a story that does not end with a text.
-        SettingError: For no candidates.
+        SettingError: For no images, an empty text, and embeddings that are not numbers.
     """
     if not images:
         raise SettingError("There are no images to rank; give at least one.")
-    scores = scorer.score_images(ranking_text(story), images)
-    order = sorted(range(len(images)), key=lambda i: -scores[i])
+    if isinstance(query, str) and not query.strip():
+        raise SettingError("The text to compare images with is empty; write one.")
+    target = embedder.text_embeds([query]) if isinstance(query, str) else embedder.image_embeds([query])
+    return cosines(embedder.image_embeds(images), target)[:, 0].tolist()
+
+
+def find_images(embedder: Embedder, query: str | ImageSegment, images: Sequence[ImageSegment]) -> list[RankedImage]:
+    """Images by how well they fit a text or another image, the best first (`score_images`)."""
+    return _sorted(images, score_images(embedder, query, images))
+
+
+def rank_images(
+    embedder: Embedder, story: Story, images: Sequence[ImageSegment], reference_weight: float = 0.0
+) -> list[RankedImage]:
+    """Candidates for the panel whose text a story ends with, the best first.
+
+    A story that ends with an image has no text for the next one; then likeness to its images decides.
+
+    Args:
+        reference_weight: How much the likeness to the story's earlier images counts beside the text's: for models that
+            do not know from an introduction how the heroes look. Both are standardized over the candidates.
+
+    Raises:
+        StoryError: For a story without text and images.
+        SettingError: For no candidates.
+    """
+    check_rankable(story)
+    if not images:
+        raise SettingError("There are no images to rank; give at least one.")
+    has_text = not isinstance(story.segments[-1], ImageSegment)
+    scores = score_images(embedder, ranking_text(story), images) if has_text else [0.0] * len(images)
+    if has_text and not (reference_weight and story.images and len(images) > 1):
+        return _sorted(images, scores)
+    references = cosines(embedder.image_embeds(images), embedder.image_embeds(story.images)).mean(1).tolist()
+    if not has_text:
+        return _sorted(images, references)
+    total = [a + reference_weight * b for a, b in zip(_standardized(scores), _standardized(references))]
+    order = sorted(range(len(images)), key=lambda i: -total[i])
     return [RankedImage(images[i], i, scores[i]) for i in order]
+
+
+def check_rankable(story: Story) -> None:
+    """Raises StoryError for a story that says nothing of its next image."""
+    if not story.segments:
+        raise StoryError("The story is empty, so there is nothing to choose an image by; add the panel's text.")
+
+
+def _sorted(images: Sequence[ImageSegment], scores: list[float]) -> list[RankedImage]:
+    return [RankedImage(images[i], i, scores[i]) for i in sorted(range(len(images)), key=lambda i: -scores[i])]
+
+
+def _standardized(values: list[float]) -> list[float]:
+    deviation = max(statistics.pstdev(values), 1e-6)
+    return [(value - statistics.fmean(values)) / deviation for value in values]
 
 
 def ranking_text(story: Story) -> str:

@@ -26,7 +26,7 @@ class ContrastiveConfig:
         image_hidden_size: Of the hidden layer that sees the tokens; what sees the map has two thirds of it.
     """
 
-    projection_dim: int = 128
+    projection_dim: int = 256
     vocab_size: int = 770
     hidden_size: int = 128
     num_hidden_layers: int = 3
@@ -71,6 +71,8 @@ class ContrastiveModel(nn.Module):
         self.layers = nn.ModuleList(TextLayer(c, operations) for _ in range(c.num_hidden_layers))
         self.text_norm = operations.LayerNorm(width)
         self.text_projection = operations.Linear(width, c.projection_dim)
+        self.word_projection = operations.Linear(width, c.projection_dim)
+        self.region_projection = operations.Linear(c.num_channels, c.projection_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, features: ImageFeatures) -> torch.Tensor:
@@ -87,17 +89,62 @@ class ContrastiveModel(nn.Module):
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """`(N, projection_dim)` of token ids `(N, L)` and which of them count."""
+        return self.pool(self.text_hidden_states(input_ids, attention_mask), attention_mask)
+
+    def text_hidden_states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """`(N, L, hidden_size)`, normed."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         hidden_states = self.embed_tokens(input_ids) + self.embed_positions(positions)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask)
+        return self.text_norm(hidden_states)
+
+    def pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """`(N, projection_dim)`, the mean of `text_hidden_states` in the common space."""
         weights = attention_mask.to(hidden_states)[..., None]
-        mean = (self.text_norm(hidden_states) * weights).sum(1) / weights.sum(1).clamp(min=1)
+        mean = (hidden_states * weights).sum(1) / weights.sum(1).clamp(min=1)
         return F.normalize(self.text_projection(mean), dim=-1)
+
+    def encode_words(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(N, L, projection_dim)` of `text_hidden_states`, of unit length: AttnGAN's words."""
+        return F.normalize(self.word_projection(hidden_states), dim=-1)
+
+    def encode_regions(self, feature_map: torch.Tensor) -> torch.Tensor:
+        """`(N, grid_size^2, projection_dim)` of the map, of unit length: AttnGAN's regions."""
+        return F.normalize(self.region_projection(feature_map.flatten(2).transpose(1, 2)), dim=-1)
 
     def logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """Scaled cosines `(N, M)`."""
         return self.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE) * image_embeds @ text_embeds.T
+
+
+# AttnGAN's sharpness of the attention, weight of the best word, and scale of the batch's logits (1711.10485, section
+# 3.2). Words and regions are of unit length here, so their products are scaled before the softmax over words.
+GAMMA1, GAMMA2, GAMMA3, WORD_SCALE = 4.0, 5.0, 10.0, 4.0
+
+
+def word_attention(words: torch.Tensor, regions: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Which regions each word attends to, `(N, L, S)` (AttnGAN, equations 8 and 9).
+
+    Args:
+        words: `(N, L, D)`, from `encode_words`.
+        regions: `(N, S, D)`, from `encode_regions`.
+        attention_mask: bool `(N, L)`.
+    """
+    products = WORD_SCALE * words @ regions.transpose(-1, -2)
+    over_words = products.masked_fill(~attention_mask[..., None], -torch.inf).softmax(-2)
+    return (GAMMA1 * over_words).softmax(-1)
+
+
+def match_words(words: torch.Tensor, regions: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """How well the words of N texts match the regions of M images, `(M, N)` (AttnGAN, equation 10)."""
+    scores = []
+    for image in regions:
+        attention = word_attention(words, image.expand(len(words), -1, -1), attention_mask)
+        cosines = F.cosine_similarity(attention @ image, words, dim=-1)
+        weighted = (GAMMA2 * cosines).masked_fill(~attention_mask, -torch.inf)
+        scores.append(weighted.logsumexp(-1) / GAMMA2)
+    return torch.stack(scores)
 
 
 class TextLayer(nn.Module):
