@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension
 from .ask import AskAboutStory, CaptionImage, RankAnswers
 from .compose import ComposePages
 from .context_images import SelectContextImages
+from .contrastive import BestPanel, CLIPScore, ContrastiveFromClip, FindImage, LoadContrastive
 from .edit import EditPanels, SetPanel, StoryPanel
 from .example import ExampleImage
 from .inputs import check_inputs
@@ -20,6 +21,7 @@ from .storyboard import LoadStoryboard
 from .synchronize import ApplySynchronizer
 from .tell import TellStory
 from .tell_any import TellStoryAnyModel
+from .word_mask import WordMask
 from .write import WriteStoryText
 from .write_script import ScriptPanel, WriteScript
 from .writer_from_clip import WriterFromClip
@@ -43,6 +45,12 @@ NODES = [
     ApplyStoryReferences,
     SelectContextImages,
     PickImage,
+    LoadContrastive,
+    ContrastiveFromClip,
+    CLIPScore,
+    BestPanel,
+    FindImage,
+    WordMask,
     TellStoryAnyModel,
     LoadWriter,
     WriterFromClip,

@@ -17,6 +17,7 @@ from .types import (
     DEFAULTS,
     HEIGHT,
     WIDTH,
+    ContrastiveSocket,
     EncoderSocket,
     LLMSocket,
     PlanSocket,
@@ -142,6 +143,20 @@ class TellStory(io.ComfyNode):
                 model_default_input(WIDTH, "image_width", 8, 4096, 8),
                 model_default_input(HEIGHT, "image_height", 8, 4096, 8),
                 model_default_input(CONTEXT_IMAGES, "context_images", 0, 64),
+                *advanced(
+                    io.Int.Input(
+                        "best_of",
+                        default=1,
+                        min=1,
+                        max=16,
+                        optional=True,
+                        tooltip="How many drawings are made of each panel; the contrastive model keeps the one that fits "
+                        "text and heroes best.",
+                    )
+                ),
+                ContrastiveSocket.Input(
+                    "contrastive", optional=True, tooltip="Chooses among the drawings; needed if best_of is over 1."
+                ),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story"),
@@ -178,10 +193,14 @@ class TellStory(io.ComfyNode):
         image_width=None,
         image_height=None,
         context_images=None,
+        best_of=1,
+        contrastive=None,
         **settings,
     ) -> io.NodeOutput:
         if plan is None and panels < 1:
             raise SettingError(f"The number of panels must be at least 1, not {panels}.")
+        if best_of > 1 and contrastive is None:
+            raise SettingError(f"best_of is {best_of}, but nothing chooses; connect Load Contrastive Model.")
         check_blocks(llm, synchronizer, model)
         opening_story = (story or Story()).add(TextSegment(opening.strip()))
         if story is not None:
@@ -194,6 +213,8 @@ class TellStory(io.ComfyNode):
         llm.generator.check_context_length(
             opening_story, panel_steps, text_config_from_inputs(seed, **settings), drop_oldest
         )
+        if best_of > 1 and not opening_story.segments and panel_steps and panel_steps[0][0] is Step.IMAGE:
+            raise SettingError("With best_of the first image needs a text or an image before it; give an opening.")
         seeds = chosen_seeds(seed, seeds, panel_seeds(opening_story, panel_steps))
         size = synchronizer.config.synchronizer.image_size
 
@@ -211,7 +232,7 @@ class TellStory(io.ComfyNode):
             "latent",
             width=links.get("image_width", width or size),
             height=links.get("image_height", height or size),
-            batch_size=1,
+            batch_size=best_of,
         )
         for number, (seed, panel) in enumerate(zip(seeds, panel_steps), 1):
             for step in panel:
@@ -248,6 +269,15 @@ class TellStory(io.ComfyNode):
                 )
                 sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
                 image = draw_panel(graph, number, conditioned, latent, links["vae"], seed=seed, **sampling)
+                if best_of > 1:
+                    image = graph.node(
+                        "MMInterleavedBestPanel",
+                        f"best {number}",
+                        contrastive=links["contrastive"],
+                        story=story,
+                        images=image.out(0),
+                        references=0.0,
+                    )
                 story = graph.node(
                     "MMInterleavedStoryPicture",
                     f"add {number}",

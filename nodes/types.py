@@ -16,6 +16,7 @@ SynchronizerSocket = io.Custom("MMI_SYNCHRONIZER")
 PlanSocket = io.Custom("STORY_PLAN")
 PagesSocket = io.Custom("STORY_PAGES")
 WriterSocket = io.Custom("STORY_WRITER")
+ContrastiveSocket = io.Custom("MMI_CONTRASTIVE")
 
 
 def search_aliases(*names: str) -> dict[str, list[str]]:

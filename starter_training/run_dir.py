@@ -24,7 +24,7 @@ from .dataset import StoryDataset
 from .slim_vae import crop_to_slim, pad_to_stock, slim_autoencoder
 from .starter_config import GENERATION, TEXT_VOCAB_SIZE, make_tokenizer, starter_config
 
-STAGES = ("vae", "encoder", "detail", "language", "decoder", "look", "joint", "contrastive")
+STAGES = ("vae", "encoder", "detail", "language", "decoder", "look", "joint", "contrastive", "drawn", "drawn-both")
 # The stage folder in which `begin` puts each block.
 TRAINED_BY = {"vae": "vae", "encoder": "encoder", "llm": "language", "synchronizer": "look", "unet": "decoder"}
 

@@ -22,6 +22,8 @@ from .augmentation import augment, reconstruct_some
 from .batches import StoryBatches, TextBatch
 from .contrastive_training import ContrastiveBatches, ContrastiveObjective, cached_features
 from .dataset import StoryDataset, error_weights
+from .drawn_images import drawn_images
+from .drawn_training import LAYERS, DrawnObjective, with_lora
 from .pretraining import EncoderObjective, UNetObjective, VAEDecoderObjective, VAEObjective
 from .run_dir import (
     cached_latents,
@@ -37,6 +39,7 @@ from .trainer import StageConfig, device_of, train
 
 HELD_OUT_STORIES = 200
 VALIDATION_BATCHES = 8
+NUM_DRAWN, NUM_DRAWN_HELD_OUT = 6144, 256  # images that the stage `drawn` draws again
 TWO_CHARACTER_PROB = 0.3  # of the stories of `look` and `joint`: drawn only from those with two heroes
 COREF_TWO_CHARACTER_PROB = 0.6  # the same, of the stories of `language`
 
@@ -293,6 +296,32 @@ def contrastive_stage(stage: Stage) -> TrainingSetup:
     return TrainingSetup(objective, {"contrastive": model}, get_batch, held_out_batches(get_batch, stage))
 
 
+def drawn_stage(stage: Stage) -> TrainingSetup:
+    """The stages `drawn` and `drawn-both`."""
+    encoder, config = stage.blocks["encoder"].eval(), stage.model_config
+    contrastive = ContrastiveModel(ContrastiveConfig())
+    contrastive.load_state_dict(read_tensors(stage.run_dir / "contrastive" / "contrastive.safetensors"))
+    vae = latest_slim_vae(stage.run_dir, config).eval().requires_grad_(False)
+    latents, drawn = stage.latents(), {}
+    for data, count in ((stage.train_set, NUM_DRAWN), (stage.held_out, NUM_DRAWN_HELD_OUT)):
+        indices = random.Random("drawn").sample(range(len(data)), min(count, len(data)))
+        images = drawn_images(stage.run_dir, data, latents[data], stage.blocks, vae, config, indices)
+        drawn[data] = indices, images
+    lora = with_lora(encoder, LAYERS)
+    encoder.to(memory_format=torch.channels_last)
+    objective = DrawnObjective(encoder, lora, contrastive, stage.config.name == "drawn-both")
+
+    def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
+        rng, (indices, images) = random.Random(f"drawn {seed}"), drawn[data]
+        rows = sorted(rng.sample(range(len(indices)), min(stage.config.batch, len(indices))))
+        pixels = torch.from_numpy(images[rows]).permute(0, 3, 1, 2).float() / 255
+        painted = data.images([indices[row] for row in rows])
+        pair = (x.contiguous(memory_format=torch.channels_last) for x in (pixels, painted))
+        return tuple(x.to(device_of(objective)) for x in pair)
+
+    return TrainingSetup(objective, {"lora": lora}, get_batch, held_out_batches(get_batch, stage))
+
+
 STAGE_FUNCTIONS = {
     "vae": vae_stage,
     "encoder": encoder_stage,
@@ -302,6 +331,8 @@ STAGE_FUNCTIONS = {
     "look": story_stage,
     "joint": story_stage,
     "contrastive": contrastive_stage,
+    "drawn": drawn_stage,
+    "drawn-both": drawn_stage,
 }
 
 

@@ -46,6 +46,14 @@ class FeatureEmbedder:
     ):
         self.model, self.tokenizer, self.encode = model, tokenizer, encode
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.logit_scale.dtype
+
     @torch.no_grad()
     def image_embeds(self, images: Sequence[ImageSegment]) -> torch.Tensor:
         """`(N, projection_dim)`, of unit length; raises StoryError for features of another width."""
@@ -66,10 +74,10 @@ class FeatureEmbedder:
                     f"The images have features of width {width}, but the contrastive model takes {c.llm_hidden_size}; "
                     "use the encoder that it was trained with."
                 )
-        dtype, device = self.model.logit_scale.dtype, self.model.logit_scale.device
+        tokens = torch.stack([each.visual_tokens for each in features])
+        maps = (torch.stack(level) for level in zip(*(each.feature_maps for each in features)))
         return ImageFeatures(
-            torch.stack([each.visual_tokens for each in features]).to(device, dtype),
-            tuple(torch.stack(maps).to(device, dtype) for maps in zip(*(each.feature_maps for each in features))),
+            tokens.to(self.device, self.dtype), tuple(level.to(self.device, self.dtype) for level in maps)
         )
 
     @torch.no_grad()
@@ -80,8 +88,7 @@ class FeatureEmbedder:
 
     def _token_ids(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = pad_ids([self.tokenizer.encode(text) for text in texts], self.model.config.max_position_embeddings)
-        device = self.model.logit_scale.device
-        return ids.to(device), mask.to(device)
+        return ids.to(self.device), mask.to(self.device)
 
     @torch.no_grad()
     def word_maps(self, text: str, image: ImageSegment) -> torch.Tensor:
