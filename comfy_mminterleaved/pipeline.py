@@ -20,12 +20,14 @@ from .generation.config import (
     TextGenerationConfig,
     read_generation_config,
 )
-from .generation.embedders import FeatureEmbedder, load_contrastive, system_path
+from .generation.embedders import FeatureEmbedder, load_contrastive, load_lora, system_path
 from .generation.image import ImageGenerator
 from .generation.placement import Placement, Plan, choose_batch_size, make_plan, parse_bytes
 from .generation.ranking import RankedImage, check_rankable, rank_images
 from .generation.text import TextGenerator
+from .models.gmail_adapter import encode_image, features_id
 from .models.image_processor import preprocess_image
+from .models.lora import LoRA
 from .models.mmfs import fuse_mmfs
 from .models.quantization import quantize_with_torchao
 from .models.visual_tokenizer import ImageFeatures
@@ -55,6 +57,7 @@ class MMInterleavedPipeline:
         self.image = ImageGenerator(config, self.synchronizer, self.unet, self.vae)
         self.placement: Placement | None = None
         self.folder: Path | None = None
+        self.drawn_adapter: LoRA | None = None
         self._embedder: FeatureEmbedder | None = None
 
     @classmethod
@@ -182,25 +185,41 @@ class MMInterleavedPipeline:
     # ---- encoding ----
 
     @torch.no_grad()
-    def encode_images(self, story: Story, encoded: dict[str, ImageFeatures] | None = None) -> Story:
+    def encode_images(self, story: Story, encoded: dict[tuple[str, str], ImageFeatures] | None = None) -> Story:
         """Returns the story with this encoder's features on every image; features that it already has are kept.
 
         Args:
-            encoded: Features by image digest, to look up and to fill.
+            encoded: Features by the images' `features_key`, to look up and to fill.
         """
         encoder_id, size = self.encoder.encoder_id, self.config.encoder.image_size
         encoded = {} if encoded is None else encoded
 
         def encode(image: ImageSegment) -> ImageSegment:
-            if image.features is not None and image.features.encoder_id == encoder_id:
+            expected = features_id(encoder_id, image.origin, self.drawn_adapter)
+            if image.features is not None and image.features.encoder_id == expected:
                 return image
-            if image.digest not in encoded:  # one at a time, so memory and result depend on it alone
+            key = image.features_key
+            if key not in encoded:  # one at a time, so memory and result depend on it alone
                 self._place("encode")
                 pixels = preprocess_image(image.pixels, size).unsqueeze(0).to(self.device, self.llm.soi_token.dtype)
-                encoded[image.digest] = self.encoder(pixels)[0]
-            return image.with_features(encoded[image.digest])
+                encoded[key] = encode_image(self.encoder, pixels, image.origin, self.drawn_adapter)
+            return image.with_features(encoded[key])
 
         return story.map_images(encode)
+
+    def adapt_to_drawings(self, is_on: bool = True) -> None:
+        """Has drawn images go through the encoder with the model's adapter for them (GMAIL), or no longer.
+
+        Raises:
+            CheckpointError: If the model has none, or one of another encoder.
+        """
+        self.drawn_adapter = None
+        if is_on:
+            if self.folder is None:
+                raise CheckpointError("This model has no adapter for drawn images.")
+            adapter = load_lora(system_path(self.folder, "drawn"), "drawn")
+            adapter.check(self.encoder, "The adapter for drawn images")
+            self.drawn_adapter = adapter.to(self.device, self.llm.soi_token.dtype)
 
     @property
     def embedder(self) -> FeatureEmbedder:
@@ -483,7 +502,7 @@ class _Author:
         self.pipeline = pipeline
         self.text_config, self.image_config = text_config or defaults.text, image_config or defaults.image
         self.on_token, self.on_step, self.drop_oldest = on_token, on_step, drop_oldest
-        self.encoded: dict[str, ImageFeatures] = {}
+        self.encoded: dict[tuple[str, str], ImageFeatures] = {}
 
     def encode(self, story: Story) -> Story:
         return self.pipeline.encode_images(story, self.encoded)
@@ -491,7 +510,9 @@ class _Author:
     def attach_features(self, story: Story) -> Story:
         """Returns the story with the features computed so far."""
         features = self.encoded
-        return story.map_images(lambda i: i.with_features(features[i.digest]) if i.digest in features else i)
+        return story.map_images(
+            lambda i: i.with_features(features[i.features_key]) if i.features_key in features else i
+        )
 
     def write(self, story: Story, seed: int) -> TextSegment:
         return self.write_all([story], [seed])[0]

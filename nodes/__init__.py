@@ -12,8 +12,10 @@ from .inputs import check_inputs
 from .load import LoadEncoder, LoadMMInterleaved, LoadStoryLLM, LoadSynchronizer
 from .load_story import LoadStory
 from .load_writer import LoadWriter
+from .look_inside import InspectInside, LookInside, VariantInside
 from .panels import PanelsInside, PanelsToStory, StoryToPanels
 from .pick import PickImage
+from .reconstruct import DescribedInside, DescribeForRedrawing, RoundTrip, RoundTripInside
 from .references import ApplyStoryReferences
 from .save import SaveStory
 from .segments import AddStoryImage, AddStoryText, IntroduceCharacter
@@ -51,6 +53,13 @@ NODES = [
     BestPanel,
     FindImage,
     WordMask,
+    DescribeForRedrawing,
+    DescribedInside,
+    RoundTrip,
+    RoundTripInside,
+    LookInside,
+    VariantInside,
+    InspectInside,
     TellStoryAnyModel,
     LoadWriter,
     WriterFromClip,

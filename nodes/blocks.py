@@ -27,7 +27,9 @@ from ..comfy_mminterleaved.generation.memory import (
 from ..comfy_mminterleaved.generation.text import TextGenerator
 from ..comfy_mminterleaved.models.attention import causal_lower_right
 from ..comfy_mminterleaved.models.build import build, check_shapes, param_shapes
+from ..comfy_mminterleaved.models.gmail_adapter import encode_image, features_id
 from ..comfy_mminterleaved.models.image_processor import preprocess_image
+from ..comfy_mminterleaved.models.lora import LoRA
 from ..comfy_mminterleaved.models.mmfs import fuse_mmfs
 from ..comfy_mminterleaved.models.visual_tokenizer import ImageFeatures
 from ..comfy_mminterleaved.stories.story import ImageSegment, Story
@@ -137,13 +139,14 @@ class PatchedBlock:
 
 class PatchedEncoder(PatchedBlock):
     name = "encoder"
+    drawn_adapter: LoRA | None = None  # for drawn images
 
     def encode(self, image: ImageSegment) -> ImageSegment:
         """Returns the image with this encoder's features, on ComfyUI's intermediate device."""
         size = self.config.encoder.image_size
         self.load(encoding_bytes(self.config.encoder, self.itemsize))
         pixels = preprocess_image(image.pixels, size).unsqueeze(0).to(self.device, self.dtype)
-        features = self.module(pixels)[0]
+        features = encode_image(self.module, pixels, image.origin, self.drawn_adapter)
         device = comfy.model_management.intermediate_device()
         maps = tuple(m.to(device) for m in features.feature_maps)
         return image.with_features(ImageFeatures(features.visual_tokens.to(device), maps, features.encoder_id))
@@ -156,7 +159,8 @@ class PatchedEncoder(PatchedBlock):
         def encode(image: ImageSegment) -> ImageSegment:
             nonlocal count
             count += 1
-            if image.features is None or image.features.encoder_id != encoder_id:
+            expected = features_id(encoder_id, image.origin, self.drawn_adapter)
+            if image.features is None or image.features.encoder_id != expected:
                 image = self.encode(image)
             if on_image is not None:
                 on_image(count, total)

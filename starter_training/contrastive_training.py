@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,13 @@ from comfy_mminterleaved.models.contrastive import GAMMA3, ContrastiveModel, mat
 from . import world
 from .augmentation import augment
 from .dataset import StoryDataset
+from .drawn_images import neighbour, neighbour_of
 
 # Shares of the texts: a caption with looks, a page's own text, the page's with who is who before it.
 CAPTION_PROB, PAGE_PROB = 0.35, 0.25
 CHANGED_PROB = 0.4  # of the images: tinted and blurred, redrawn by the VAE, or both
-NEIGHBOUR_PROB = 0.5  # of the texts: a second text differs in one fact, or has the looks of its two heroes swapped
+DRAWN_PROB = 0.6  # of the images beside their neighbours: both drawn by the model
+NEIGHBOUR_PROB = 0.5  # of the other texts: a second text differs in one fact
 TWO_CHARACTER_PROB = 0.5  # of the images: drawn only from those with two heroes
 NUM_WORD_ROWS = 24  # of a batch: those whose words are matched with the regions of all of them
 REDRAW_NOISE = 0.5  # largest standard deviation of the noise on the latents of redrawn ones
@@ -59,13 +61,18 @@ class ContrastiveObjective(nn.Module):
         }
 
 
-def texts_of(scene: world.Scene, rng: random.Random) -> tuple[str, str]:
-    """One of the texts that an image has, and its neighbour, which is wrong in one thing.
+def texts_of(scene: world.Scene, rng: random.Random, other: world.Scene | None = None) -> tuple[str, str]:
+    """One of the texts that an image has, and the same one of a neighbour, which is wrong in one thing.
 
     The text is a caption, a page's, or a page's with who is who before it.
+
+    Args:
+        other: The neighbour, whose looks may be other ones; None takes one that the text can tell apart.
     """
     kind, template = rng.random(), rng.choice(world.TEMPLATES)
     has_looks = not CAPTION_PROB <= kind < CAPTION_PROB + PAGE_PROB
+    if other is not None and not has_looks:
+        kind, has_looks = 1.0, True
 
     def text(scene: world.Scene) -> str:
         if kind < CAPTION_PROB:
@@ -73,32 +80,7 @@ def texts_of(scene: world.Scene, rng: random.Random) -> tuple[str, str]:
         page = world.describe(scene, rng, template)
         return f"{world.introduction(scene.heroes)} {page}" if has_looks else page
 
-    return text(scene), text(neighbour(scene, rng, has_looks))
-
-
-def neighbour(scene: world.Scene, rng: random.Random, has_looks: bool) -> world.Scene:
-    """A scene with one other fact, or with the looks of its two heroes swapped."""
-
-    def other(values, value):
-        return rng.choice([each for each in values if each != value])
-
-    fact = rng.choice(("looks", "looks", "looks", "scene") if has_looks else ("scene",))
-    if fact == "scene":
-        field, values = rng.choice((("action", world.ACTIONS), ("place", world.PLACES), ("prop", world.PROPS)))
-        return replace(scene, **{field: other(values, getattr(scene, field))})
-    heroes = list(scene.heroes)
-    if len(heroes) == 2 and rng.random() < 0.4:
-        parts = rng.choice((("species",), ("colour",), ("accessory",), ("species", "colour", "accessory")))
-        first, second = heroes
-        swapped = [
-            replace(a, **{part: getattr(b, part) for part in parts}) for a, b in ((first, second), (second, first))
-        ]
-        if [hero.look for hero in swapped] != [hero.look for hero in heroes]:
-            return replace(scene, heroes=tuple(swapped))
-    k = rng.randrange(len(heroes))
-    part, values = rng.choice((("species", world.SPECIES), ("colour", world.COLOURS), ("accessory", world.ACCESSORIES)))
-    heroes[k] = replace(heroes[k], **{part: other(values, getattr(heroes[k], part))})
-    return replace(scene, heroes=tuple(heroes))
+    return text(scene), text(other or neighbour(scene, rng, has_looks))
 
 
 @torch.no_grad()
@@ -129,23 +111,77 @@ def cached_features(
     return tuple(np.load(path, mmap_mode="r") for path in paths)
 
 
-class ContrastiveBatches:
-    """Features of images and token ids of texts about them, by seed."""
+@torch.no_grad()
+def features_of(path: Path, pixels: np.ndarray, encoder, grid_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Visual tokens and the map of `grid_size`, float16, of uint8 images `(N, side, side, 3)`; computed once.
 
-    def __init__(self, dataset: StoryDataset, features, changed, tokenizer, batch_size: int, limit: int):
-        self.dataset, self.features, self.changed = dataset, features, changed
+    Args:
+        path: Of the two files, without what tells them apart.
+    """
+    paths = [path.with_name(f"{part}-{path.name}.npy") for part in ("tokens", "maps")]
+    if not all(each.exists() for each in paths):
+        tokens, maps = [], []
+        for start in range(0, len(pixels), 64):
+            images = torch.from_numpy(pixels[start : start + 64]).permute(0, 3, 1, 2).float() / 255
+            features = encoder(images.contiguous(memory_format=torch.channels_last))
+            tokens.append(features.visual_tokens.half().numpy())
+            feature_map = next(m for m in features.feature_maps if m.shape[-1] == grid_size)
+            maps.append(feature_map.half().contiguous().numpy())
+        for each, parts in zip(paths, (tokens, maps)):
+            with atomic_path(each) as temp_path, open(temp_path, "wb") as file:
+                np.save(file, np.concatenate(parts))
+    return tuple(np.load(each, mmap_mode="r") for each in paths)
+
+
+@dataclass(frozen=True)
+class ContrastiveSources:
+    """Features of a dataset's images in several forms, each visual tokens and maps.
+
+    Args:
+        painted, changed: Of all images.
+        drawn: Of the images at `indices`.
+        neighbours: Of the neighbours of the first of them, painted and drawn.
+    """
+
+    painted: tuple[np.ndarray, np.ndarray]
+    changed: tuple[np.ndarray, np.ndarray]
+    indices: list[int]
+    drawn: tuple[np.ndarray, np.ndarray]
+    neighbours: dict[bool, tuple[np.ndarray, np.ndarray]]
+
+
+class ContrastiveBatches:
+    """Features of images and token ids of texts about them, by seed.
+
+    Half of the rows are images beside their neighbours, which differ in one fact, half are any images; some of their
+    texts have a neighbour that is no image's.
+    """
+
+    def __init__(self, dataset: StoryDataset, sources: ContrastiveSources, tokenizer, batch_size: int, limit: int):
+        self.dataset, self.sources = dataset, sources
         self.tokenizer, self.batch_size, self.limit = tokenizer, batch_size, limit
 
     def build(self, seed: int) -> tuple[torch.Tensor, ...]:
-        rng = random.Random(f"contrastive {seed}")
-        indices = self.dataset.random_indices(self.batch_size, rng, TWO_CHARACTER_PROB)
-        rng.shuffle(indices)
-        sources = [self.changed if rng.random() < CHANGED_PROB else self.features for _ in indices]
-        tokens, maps = (
-            torch.from_numpy(np.stack([source[part][i] for source, i in zip(sources, indices)])).float()
-            for part in (0, 1)
-        )
-        texts, neighbours = zip(*(texts_of(self.dataset.panel(i).scene, rng) for i in indices))
-        texts += neighbours[: round(NEIGHBOUR_PROB * len(indices))]
+        rng, s = random.Random(f"contrastive {seed}"), self.sources
+        rows: list[tuple[tuple[np.ndarray, np.ndarray], int]] = []
+        texts: list[str] = []
+        num_pairs = min(self.batch_size // 4, len(s.neighbours[True][0]))
+        for k in rng.sample(range(len(s.neighbours[True][0])), num_pairs):
+            index = s.indices[k]
+            is_drawn = rng.random() < DRAWN_PROB
+            rows += [(s.drawn, k) if is_drawn else (s.painted, index), (s.neighbours[is_drawn], k)]
+            texts += texts_of(self.dataset.panel(index).scene, rng, neighbour_of(self.dataset, index))
+        wrong = []
+        indices = self.dataset.random_indices(self.batch_size - len(rows), rng, TWO_CHARACTER_PROB)
+        for index in indices:
+            rows.append((s.changed if rng.random() < CHANGED_PROB else s.painted, index))
+            text, other = texts_of(self.dataset.panel(index).scene, rng)
+            texts.append(text)
+            wrong.append(other)
+        rng.shuffle(wrong)
+        order = rng.sample(range(len(rows)), len(rows))
+        rows, texts = [rows[i] for i in order], [texts[i] for i in order]
+        texts += wrong[: round(NEIGHBOUR_PROB * len(wrong))]
+        tokens, maps = (torch.from_numpy(np.stack([source[part][i] for source, i in rows])).float() for part in (0, 1))
         ids, mask = pad_ids([self.tokenizer.encode(text) for text in texts], self.limit)
         return tokens, maps, ids, mask

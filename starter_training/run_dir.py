@@ -159,19 +159,22 @@ def export(run_dir: Path) -> Path:
     tensors = {name: block.state_dict() for name, block in blocks.items()}
     vocabulary = frozenset(world.words())
     native.save(run_dir / "model", config, tensors, run_tokenizer(run_dir), torch.float16, GENERATION, vocabulary)
-    export_contrastive(run_dir, run_dir / "model")
+    export_systems(run_dir, run_dir / "model")
     return run_dir / "model"
 
 
-def export_contrastive(run_dir: Path, folder: Path) -> None:
-    """Writes the run's contrastive model, if it has one, into a checkpoint's folder, in float16."""
+def export_systems(run_dir: Path, folder: Path) -> None:
+    """Writes what the run has beside the model into a checkpoint's folder, in float16."""
     from safetensors.torch import save_file
 
-    path = run_dir / "contrastive" / "contrastive.safetensors"
-    if not path.exists():
-        return
-    tensors = {name: tensor.half().contiguous() for name, tensor in read_tensors(path).items()}
-    metadata = system_metadata(ContrastiveConfig().to_dict(), "contrastive", run_tokenizer(run_dir))
-    ensure_writable_dir(folder / SYSTEMS)
-    with atomic_path(folder / SYSTEMS / "contrastive.safetensors") as temp_path:
-        save_file(tensors, temp_path, metadata)
+    systems = {
+        "contrastive": (run_dir / "contrastive" / "contrastive.safetensors", ContrastiveConfig().to_dict()),
+        "drawn": (run_dir / "drawn" / "lora.safetensors", {}),
+    }
+    for name, (path, config) in systems.items():
+        if path.exists():
+            tensors = {key: tensor.half().contiguous() for key, tensor in read_tensors(path).items()}
+            tokenizer = run_tokenizer(run_dir) if name == "contrastive" else None
+            ensure_writable_dir(folder / SYSTEMS)
+            with atomic_path(folder / SYSTEMS / f"{name}.safetensors") as temp_path:
+                save_file(tensors, temp_path, system_metadata(config, name, tokenizer))

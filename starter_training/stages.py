@@ -20,9 +20,15 @@ from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 from . import samples
 from .augmentation import augment, reconstruct_some
 from .batches import StoryBatches, TextBatch
-from .contrastive_training import ContrastiveBatches, ContrastiveObjective, cached_features
+from .contrastive_training import (
+    ContrastiveBatches,
+    ContrastiveObjective,
+    ContrastiveSources,
+    cached_features,
+    features_of,
+)
 from .dataset import StoryDataset, error_weights
-from .drawn_images import drawn_images
+from .drawn_images import drawn_images, neighbour_images
 from .drawn_training import LAYERS, DrawnObjective, with_lora
 from .pretraining import EncoderObjective, UNetObjective, VAEDecoderObjective, VAEObjective
 from .run_dir import (
@@ -281,19 +287,40 @@ def contrastive_stage(stage: Stage) -> TrainingSetup:
     model = ContrastiveModel(ContrastiveConfig())
     vae = latest_slim_vae(stage.run_dir, stage.model_config).eval().requires_grad_(False)
     latents, batches = stage.latents(), {}
-    for data in (stage.train_set, stage.held_out):
-        parts = [
-            cached_features(stage.run_dir, data, encoder, vae, latents[data], model.config.grid_size, is_changed)
+    side, limit = model.config.grid_size, model.config.max_position_embeddings
+    for data, count in ((stage.train_set, NUM_DRAWN), (stage.held_out, NUM_DRAWN_HELD_OUT)):
+        indices = drawn_indices(data, count)
+        pairs = indices[: max(1, len(indices) // 2)]
+        rest = stage.blocks, vae, stage.model_config
+        forms = {
+            "drawn": drawn_images(stage.run_dir, data, latents[data], *rest, indices),
+            **{
+                f"neighbours{'-drawn' * is_drawn}": neighbour_images(stage.run_dir, data, *rest, pairs, is_drawn)
+                for is_drawn in (False, True)
+            },
+        }
+        features = {
+            form: features_of(stage.run_dir / f"{form}-{data.name}", pixels, encoder, side)
+            for form, pixels in forms.items()
+        }
+        painted, changed = (
+            cached_features(stage.run_dir, data, encoder, vae, latents[data], side, is_changed)
             for is_changed in (False, True)
-        ]
-        limit = model.config.max_position_embeddings
-        batches[data] = ContrastiveBatches(data, *parts, tokenizer, stage.config.batch, limit)
+        )
+        neighbours = {False: features["neighbours"], True: features["neighbours-drawn"]}
+        sources = ContrastiveSources(painted, changed, indices, features["drawn"], neighbours)
+        batches[data] = ContrastiveBatches(data, sources, tokenizer, stage.config.batch, limit)
     objective = ContrastiveObjective(model)
 
     def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
         return tuple(x.to(device_of(objective)) for x in batches[data].build(seed))
 
     return TrainingSetup(objective, {"contrastive": model}, get_batch, held_out_batches(get_batch, stage))
+
+
+def drawn_indices(data: StoryDataset, count: int) -> list[int]:
+    """The images that are drawn again."""
+    return random.Random("drawn").sample(range(len(data)), min(count, len(data)))
 
 
 def drawn_stage(stage: Stage) -> TrainingSetup:
@@ -304,7 +331,7 @@ def drawn_stage(stage: Stage) -> TrainingSetup:
     vae = latest_slim_vae(stage.run_dir, config).eval().requires_grad_(False)
     latents, drawn = stage.latents(), {}
     for data, count in ((stage.train_set, NUM_DRAWN), (stage.held_out, NUM_DRAWN_HELD_OUT)):
-        indices = random.Random("drawn").sample(range(len(data)), min(count, len(data)))
+        indices = drawn_indices(data, count)
         images = drawn_images(stage.run_dir, data, latents[data], stage.blocks, vae, config, indices)
         drawn[data] = indices, images
     lora = with_lora(encoder, LAYERS)

@@ -95,7 +95,10 @@ GENERATION = GenerationConfig(
     ImageGenerationConfig(num_inference_steps=20, guidance_scale=3.0, scheduler="dpm++"),
     image_first=False,
     introduction=Introduction(
-        "{name} is", tuple(f"{{name}} {does}" for does, _ in world.ACTIONS.values()), tuple(world.NAMES)
+        "{name} is",
+        tuple(f"{{name}} {does}" for does, _ in world.ACTIONS.values()),
+        tuple(world.NAMES),
+        r"\b[Aa]n? \w+ in an? \w+ coat with (?:an? )?\w+",
     ),
 )
 

@@ -150,11 +150,14 @@ class Introduction:
         prompt: The start of the sentence that tells how `{name}` looks.
         scene_prompts: Starts of the sentence that tells what the image shows; the likeliest is completed.
         names: Names that the model knows; the first is used where the story has none.
+        subject: Regular expression of who a caption is about, "a fox in a red coat with a hat", by which a caption is
+            told as a story (`reconstruction.retell`); None where captions are no stories.
     """
 
     prompt: str
     scene_prompts: tuple[str, ...]
     names: tuple[str, ...]
+    subject: str | None = None
 
 
 @dataclass(frozen=True)

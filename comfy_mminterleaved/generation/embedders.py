@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ..checkpoints.tensors import read_json, read_tensors
 from ..errors import CheckpointError, SettingError, StoryError
 from ..models.contrastive import ContrastiveConfig, ContrastiveModel, pad_ids, word_attention
+from ..models.lora import LoRA
 from ..models.visual_tokenizer import ImageFeatures
 from ..stories.images import to_pil
 from ..stories.story import ImageSegment
@@ -224,6 +225,15 @@ def build_contrastive(tensors: dict[str, torch.Tensor], metadata, label: str, sp
     model.load_state_dict(tensors, assign=True)
     tokenizer = Tokenizer.of_text(about["tokenizer"], special_tokens, config.vocab_size, label)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def load_lora(path: Path, name: str) -> LoRA:
+    """LoRA of a system's file; raises CheckpointError."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        parse_system_metadata(file.metadata(), name, repr(path.name))
+    return LoRA(read_tensors(path), repr(path.name))
 
 
 def load_contrastive(path: Path, special_tokens, dtype=torch.float32, device="cpu"):

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 
 from ..config import Config
 from ..errors import SettingError
+from ..models.gmail_adapter import DRAWN
 from ..models.unet_synchronizer import UNetImageValues, UNetSynchronizer
 from ..stories.images import to_pil, to_tensor
 from ..stories.story import ImageSegment, Story
@@ -105,7 +106,9 @@ class ImageGenerator:
                 [init_images[i].pixels for i in rows] if init_images else None,
                 on_step,
             )
-            images += [ImageSegment(image.cpu(), seed=seed % 2**63) for image, seed in zip(pixels, row_seeds)]
+            images += [
+                ImageSegment(image.cpu(), seed=seed % 2**63, origin=DRAWN) for image, seed in zip(pixels, row_seeds)
+            ]
         return [images[i : i + num_outputs] for i in range(0, len(images), num_outputs)]
 
 

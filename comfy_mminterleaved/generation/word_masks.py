@@ -72,21 +72,20 @@ def _starts(side: int) -> list[int]:
 
 
 def pixel_map(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """`(height, width)` of an occlusion map: at each pixel the mean of the windows that cover it, from 0 to 1.
+    """`(height, width)` of an occlusion map: at each pixel the sum of the windows that cover it, from 0 to 1.
+
+    A mean would favour the edges of the image, which few windows cover.
 
     Args:
         size: `(width, height)` of the image.
     """
     grid, cells = round(1 / STRIDE), round(WINDOW / STRIDE)
-    total, count = torch.zeros(grid, grid), torch.zeros(grid, grid)
+    total = torch.zeros(grid, grid)
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             total[row : row + cells, column : column + cells] += value
-            count[row : row + cells, column : column + cells] += 1
-    mean = (total / count)[None, None]
-    out = F.interpolate(mean, size=(size[1], size[0]), mode="bilinear", align_corners=False)[0, 0]
-    low, high = out.min().clamp(min=0), out.max()
-    return ((out - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) if high > 0 else torch.zeros_like(out)
+    out = F.interpolate(total[None, None], size=(size[1], size[0]), mode="bilinear", align_corners=False)[0, 0]
+    return (out / out.max()).clamp(min=0) if out.max() > 0 else torch.zeros_like(out)
 
 
 def word_mask(

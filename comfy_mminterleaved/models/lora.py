@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 
 import torch
@@ -39,7 +40,7 @@ class LoRA(nn.Module):
             for part in ("A", "B")
         )
 
-    @property
+    @functools.cached_property
     def lora_id(self) -> str:
         """Digest of the weights."""
         data = b"".join(up.detach().float().cpu().numpy().tobytes() for up in self.up)

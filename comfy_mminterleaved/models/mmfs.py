@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .deform_attn import mmfs_attention, pad_levels
+from .deform_attn.locations import locations_and_weights
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,16 @@ class MMFS(nn.Module):
         ignore_token = self.ignore_token.to(query).view(self.n_heads, -1)
         if not values.num_images:  # the ignore token has all the weight
             return self.output_proj(ignore_token.flatten()).expand(n, q, -1)
+        geometry = self._sampling(query, values, image_mask, reference_points)
+        return self.output_proj(mmfs_attention(values.value, *geometry, ignore_token)).view(n, q, -1)
+
+    def locations_and_weights(self, query, values: MMFSValues, image_mask, reference_points):
+        """Where `forward` samples and with which weights (`deform_attn.locations`)."""
+        return locations_and_weights(*self._sampling(query, values, image_mask, reference_points), self.n_heads)
+
+    def _sampling(self, query, values: MMFSValues, image_mask, reference_points) -> tuple:
+        """The arguments of `mmfs_attention` between the values and the ignore token."""
+        n, q, _ = query.shape
         if self.is_fused:
             query_terms, relpos_table = self.fused_query_proj(query), self.relpos_table.to(query)
         else:
@@ -162,17 +173,14 @@ class MMFS(nn.Module):
             reference_points = reference_points.expand(q, -1).repeat(n, 1)
         mask = image_mask.long()
         image_relpos = (mask.sum(-1, keepdim=True) + 1 - mask.cumsum(-1)) * mask  # 1 is the newest, 0 not visible
-        out = mmfs_attention(
-            values.value,
+        return (
             values.spatial_shapes,
             self.scale_ratios,
             query_terms,
             relpos_table,
             image_relpos,
             reference_points,
-            ignore_token,
         )
-        return self.output_proj(out).view(n, q, -1)
 
 
 def fuse_mmfs(block: nn.Module) -> nn.Module:

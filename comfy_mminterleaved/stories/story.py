@@ -41,7 +41,8 @@ class ImageSegment:
 
     `ImageSegment.of` takes PIL images, numpy arrays, tensors and paths. `file` keeps the bytes of an image read from
     disk, so that saving writes them unchanged. `seed` is the one that the image was drawn with, None for any other.
-    `alt` says what it shows, for those who do not see it; None where its panel's text does.
+    `alt` says what it shows, for those who do not see it; None where its panel's text does. `origin` is "drawn" for an
+    image that the model drew, "own" for any other; an encoder can have an adapter for drawn ones.
     """
 
     pixels: torch.Tensor = field(repr=False)
@@ -49,6 +50,7 @@ class ImageSegment:
     file: ImageFile | None = field(default=None, repr=False)
     seed: int | None = None
     alt: str | None = None
+    origin: str = "own"
 
     @classmethod
     def of(cls, source) -> ImageSegment:
@@ -68,9 +70,14 @@ class ImageSegment:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the pixels: images with the same digest have the same features."""
+        """Digest of the pixels."""
         data = to_bytes(self.pixels)
         return hashlib.blake2b(data.tobytes() + repr(data.shape).encode(), digest_size=16).hexdigest()
+
+    @property
+    def features_key(self) -> tuple[str, str]:
+        """Images with the same key have the same features."""
+        return self.digest, self.origin
 
     @cached_property
     def page_url(self) -> str:
@@ -246,7 +253,8 @@ class Story:
         for segment in self.segments:
             if isinstance(segment, ImageSegment):
                 name = next(names) if image_names else encode_data_url(segment.pixels)
-                about = {"seed": segment.seed, "alt": segment.alt}
+                origin = segment.origin if segment.origin != "own" else None
+                about = {"seed": segment.seed, "alt": segment.alt, "origin": origin}
                 segments.append({"image": name, **{k: v for k, v in about.items() if v is not None}})
             elif segment.token_ids is None:
                 segments.append({"text": segment.text})
@@ -273,6 +281,7 @@ class Story:
                 story = story.add(TextSegment(segment["text"], _token_ids(segment.get("token_ids"), i + 1)))
             elif isinstance(name, str):
                 about = {"seed": _seed(segment.get("seed"), i + 1), "alt": _alt(segment.get("alt"), i + 1)}
+                about["origin"] = _origin(segment.get("origin", "own"), i + 1)
                 story = story.add(replace(open_named_image(name, folder), **about))
             else:
                 raise StoryError(f"Segment {i + 1} of the story file must be a text or an image, not {segment!r:.60}.")
@@ -290,6 +299,12 @@ def _token_ids(value, number: int) -> tuple[int, ...] | None:
 def _seed(value, number: int) -> int | None:
     if value is not None and (type(value) is not int or not 0 <= value < 2**64):
         raise StoryError(f"Segment {number} of the story file: seed must be a whole number, not {value!r:.60}.")
+    return value
+
+
+def _origin(value, number: int) -> str:
+    if value not in ("own", "drawn"):
+        raise StoryError(f"Segment {number} of the story file: origin must be 'own' or 'drawn', not {value!r:.60}.")
     return value
 
 

@@ -190,7 +190,7 @@ def words_in_boxes(scene: world.Scene) -> list[tuple[str, str, tuple, tuple[floa
 
 def word_masks(pipeline: MMInterleavedPipeline, seed: int, count: int) -> dict:
     """Where the map of a word has its peak, and how much of the box its mask covers (intersection over union)."""
-    embedder, words = pipeline.embedder, sorted(pipeline.known_words or ())
+    embedder = pipeline.embedder
     values: dict[str, dict[str, list]] = {}
     for number, scene in scenes_of(seed, count):
         (image,) = pipeline.encode_images(Story.of(ImageSegment(render_scene(scene)))).images
@@ -199,7 +199,7 @@ def word_masks(pipeline: MMInterleavedPipeline, seed: int, count: int) -> dict:
             row = values.setdefault(kind, {})
             inside = _inside(box, image.size)
             row.setdefault("share of the area", []).append((number, float(inside.mean())))
-            ways = {"left out": (), "same kind": same_kind, "all words": words}
+            ways = {"left out": (), "same kind": same_kind}
             for name, rivals in ways.items():
                 pixels = pixel_map(occlusion_map(embedder, image, caption, word, rivals), image.size)
                 _add_place(row, name, number, pixels, inside)

@@ -1,0 +1,296 @@
+"""Describe for Redrawing, Round Trip: what the model understood of an image is what it can draw again."""
+
+from __future__ import annotations
+
+import json
+
+import comfy.samplers
+from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import GraphBuilder
+
+from ..comfy_mminterleaved.errors import SettingError, StoryError
+from ..comfy_mminterleaved.generation.reconstruction import GREEDY, SAMPLED, retell, token_similarity
+from ..comfy_mminterleaved.stories.story import ImageSegment, Story
+from .blocks import PatchedLLM, progress
+from .preview import is_inside, panels_ui
+from .segments import encode_story, images_from_batch
+from .synchronize import check_blocks
+from .tell import draw_panel
+from .types import (
+    CATEGORY,
+    DEFAULTS,
+    EncoderSocket,
+    LLMSocket,
+    StorySocket,
+    SynchronizerSocket,
+    advanced,
+    seed_input,
+)
+
+BLOCKS = ("llm", "synchronizer", "model")
+
+
+def drawing_inputs(steps: int):
+    """The model's blocks, and how images are drawn."""
+    return [
+        EncoderSocket.Input("encoder", tooltip="Compares the drawings with the image."),
+        LLMSocket.Input("llm", tooltip="Writes the captions."),
+        SynchronizerSocket.Input("synchronizer", tooltip="Lets the U-Net attend to the earlier images."),
+        io.Model.Input("model", tooltip="The U-Net, with LoRAs if you like."),
+        io.Vae.Input("vae", tooltip="Decodes the images."),
+        seed_input("captions and drawings"),
+        io.Int.Input("steps", default=steps, min=1, max=1000, tooltip="Sampling steps per drawing."),
+        io.Float.Input(
+            "cfg",
+            default=DEFAULTS.image.guidance_scale,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            tooltip="How strictly the drawings follow the caption.",
+        ),
+        *advanced(
+            io.Combo.Input(
+                "sampler_name",
+                options=comfy.samplers.KSampler.SAMPLERS,
+                default="dpmpp_2m",
+                tooltip="Any of ComfyUI's samplers.",
+            ),
+            io.Combo.Input(
+                "scheduler",
+                options=comfy.samplers.KSampler.SCHEDULERS,
+                default="karras",
+                tooltip="Any of ComfyUI's schedules.",
+            ),
+        ),
+    ]
+
+
+def captions_of(llm: PatchedLLM, image: ImageSegment, count: int, seed: int) -> list[str]:
+    """The likeliest caption of an encoded image, and sampled ones, each once."""
+    generator = llm.generator
+    story = llm.prepare(generator.caption_story(Story.of(image)), GREEDY.max_new_tokens, count)
+    texts = [text.text for text in generator.generate([story], GREEDY, drop_oldest=None)[0]]
+    if count > 1:
+        sampled = SAMPLED.with_seed_offset(seed % 2**62)
+        texts += [text.text for text in generator.generate([story], sampled, count - 1, drop_oldest=None)[0]]
+    texts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    if not texts:
+        raise StoryError("The model writes nothing about this image.")
+    return texts
+
+
+def draw_from(graph: GraphBuilder, links: dict, number: int, story, latent, **sampling):
+    """The image of a panel that follows a story: Apply Synchronizer, KSampler, VAE Decode."""
+    conditioned = graph.node(
+        "MMInterleavedSynchronize",
+        f"synchronize {number}",
+        **{name: links[name] for name in BLOCKS},
+        story=story,
+        strength=1.0,
+        start=0.0,
+        end=1.0,
+        pictures=-1,
+    )
+    return draw_panel(graph, number, conditioned, latent, links["vae"], **sampling)
+
+
+class DescribeForRedrawing(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedDescribe",
+            display_name="Describe for Redrawing",
+            category=CATEGORY,
+            description="Writes several captions of an image, draws each, and keeps the caption whose drawing is most alike to the "
+            "image. Where all captions agree, one is drawn.",
+            enable_expand=True,
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("image", tooltip="The image to describe; of a batch, the first."),
+                io.Int.Input(
+                    "captions",
+                    default=7,
+                    min=1,
+                    max=32,
+                    tooltip="How many are written: the likeliest, and others by chance. Each that differs is drawn.",
+                ),
+                *drawing_inputs(8),
+            ],
+            outputs=[
+                io.String.Output("text_out", display_name="text", tooltip="The caption that redraws the image best."),
+                io.Image.Output("redrawn_out", display_name="redrawn", tooltip="The drawing from that caption."),
+                io.String.Output(
+                    "story_out", display_name="story text", tooltip="The caption told as a story's opening."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+        )
+
+    @classmethod
+    def execute(
+        cls, image, captions, encoder, llm, synchronizer, model, vae, seed, steps, cfg, sampler_name, scheduler
+    ) -> io.NodeOutput:
+        check_blocks(llm, synchronizer, model)
+        original = encode_story(encoder, Story.of(images_from_batch(image)[0])).images[0]
+        texts = captions_of(llm, original, captions, seed)
+        openings = [retell([text], llm.generator.generation_config.introduction)[0] for text in texts]
+        links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
+        graph, size = GraphBuilder(), synchronizer.config.synchronizer.image_size
+        latent = graph.node("EmptyLatentImage", "latent", width=size, height=size, batch_size=1)
+        sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler, "seed": seed}
+        batch = None
+        for number, opening in enumerate(openings, 1):
+            story = graph.node("MMInterleavedStoryText", f"text {number}", text=opening).out(0)
+            drawn = draw_from(graph, links, number, story, latent, **sampling).out(0)
+            batch = (
+                drawn
+                if batch is None
+                else graph.node("ImageBatch", f"batch {number}", image1=batch, image2=drawn).out(0)
+            )
+        chosen = graph.node(
+            "MMInterleavedDescribedInside",
+            "described",
+            image=links["image"],
+            drawn=batch,
+            encoder=links["encoder"],
+            texts=json.dumps([texts, openings]),
+        )
+        return io.NodeOutput(chosen.out(0), chosen.out(1), chosen.out(2), expand=graph.finalize())
+
+
+class DescribedInside(io.ComfyNode):
+    """Last node of Describe for Redrawing's expansion."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedDescribedInside",
+            display_name="Described (inside Describe for Redrawing)",
+            category=f"{CATEGORY}/internal",
+            description="A part of Describe for Redrawing.",
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("image", tooltip="The image that was described."),
+                io.Image.Input("drawn", tooltip="A drawing of each caption."),
+                EncoderSocket.Input("encoder", tooltip="Compares them."),
+                io.String.Input("texts", default="", dynamic_prompts=False, tooltip="The captions."),
+            ],
+            outputs=[
+                io.String.Output("text_out", display_name="text"),
+                io.Image.Output("redrawn_out", display_name="redrawn"),
+                io.String.Output("story_out", display_name="story text"),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+        )
+
+    @classmethod
+    def execute(cls, image, drawn, encoder, texts) -> io.NodeOutput:
+        if not is_inside(cls.hidden):
+            raise StoryError("This node is a part of Describe for Redrawing; use that instead.")
+        captions, openings = json.loads(texts)
+        original, *others = encode_story(
+            encoder, Story.of(images_from_batch(image)[0], *images_from_batch(drawn))
+        ).images
+        scores = [token_similarity(original.features, other.features) for other in others]
+        order = sorted(range(len(scores)), key=lambda n: -scores[n])
+        best = order[0]
+        lines = "\n".join(f"{scores[n]:6.3f}  {captions[n]}" for n in order)
+        return io.NodeOutput(captions[best], drawn[best : best + 1], openings[best], ui=ui.PreviewText(lines))
+
+
+class RoundTrip(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedRoundTrip",
+            display_name="Round Trip",
+            category=CATEGORY,
+            description="Tells a story again from its images alone: each is captioned, the captions become a story, and that is "
+            "drawn. What is lost was not understood.",
+            enable_expand=True,
+            is_output_node=True,
+            inputs=[
+                StorySocket.Input("story", tooltip="A story with images."),
+                *drawing_inputs(DEFAULTS.image.num_inference_steps),
+            ],
+            outputs=[
+                StorySocket.Output("story_out", display_name="story", tooltip="The story told again."),
+                io.Float.Output(
+                    "mean_out",
+                    display_name="mean similarity",
+                    tooltip="Of the drawings to the images that they stand for; 1 for the same image.",
+                ),
+                io.String.Output("report_out", display_name="report", tooltip="A line for each panel."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+        )
+
+    @classmethod
+    def execute(
+        cls, story, encoder, llm, synchronizer, model, vae, seed, steps, cfg, sampler_name, scheduler
+    ) -> io.NodeOutput:
+        check_blocks(llm, synchronizer, model)
+        if not story.images:
+            raise SettingError("The story has no images to tell again; add one.")
+        images = encode_story(encoder, story).images
+        on_progress, captions = progress(len(images)), []
+        for number, image in enumerate(images):
+            captions.append(captions_of(llm, image, 1, seed)[0])
+            on_progress(number + 1, len(images))
+        links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
+        graph, size = GraphBuilder(), synchronizer.config.synchronizer.image_size
+        latent = graph.node("EmptyLatentImage", "latent", width=size, height=size, batch_size=1)
+        sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
+        again = {}
+        for number, text in enumerate(retell(captions, llm.generator.generation_config.introduction), 1):
+            begun = graph.node("MMInterleavedStoryText", f"text {number}", text=text, **again).out(0)
+            panel_seed = (seed + number - 1) % 2**63
+            image = draw_from(graph, links, number, begun, latent, seed=panel_seed, **sampling).out(0)
+            added = graph.node(
+                "MMInterleavedStoryPicture",
+                f"add {number}",
+                story=begun,
+                encoder=links["encoder"],
+                image=image,
+                seed=panel_seed,
+            )
+            again = {"story": added.out(0)}
+        compared = graph.node(
+            "MMInterleavedRoundTripInside", "compared", first=links["story"], encoder=links["encoder"], **again
+        )
+        return io.NodeOutput(compared.out(0), compared.out(1), compared.out(2), expand=graph.finalize())
+
+
+class RoundTripInside(io.ComfyNode):
+    """Last node of Round Trip's expansion."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedRoundTripInside",
+            display_name="Compared (inside Round Trip)",
+            category=f"{CATEGORY}/internal",
+            description="A part of Round Trip.",
+            is_output_node=True,
+            inputs=[
+                StorySocket.Input("first", tooltip="The story as it was."),
+                StorySocket.Input("story", tooltip="The story told again."),
+                EncoderSocket.Input("encoder", tooltip="Compares their images."),
+            ],
+            outputs=[
+                StorySocket.Output("story_out", display_name="story"),
+                io.Float.Output("mean_out", display_name="mean similarity"),
+                io.String.Output("report_out", display_name="report"),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+        )
+
+    @classmethod
+    def execute(cls, first, story, encoder) -> io.NodeOutput:
+        if not is_inside(cls.hidden):
+            raise StoryError("This node is a part of Round Trip; use that instead.")
+        pairs = zip(encode_story(encoder, first).images, encode_story(encoder, story).images)
+        scores = [token_similarity(a.features, b.features) for a, b in pairs]
+        panels = [panel for panel in story.panels() if panel.image is not None]
+        report = "\n".join(f"{score:6.3f}  {panel.text}" for score, panel in zip(scores, panels))
+        return io.NodeOutput(story, sum(scores) / len(scores), report, ui=panels_ui(story))
