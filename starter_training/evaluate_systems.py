@@ -17,7 +17,7 @@ from comfy_mminterleaved.errors import MMInterleavedError
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
 from .classifier import SHIPPED, load
-from .systems import contrastive, reconstruction
+from .systems import contrastive, insight, reconstruction
 
 FIRST_SEED = 20  # of stories; those before chose weights and settings
 PARTS = {
@@ -27,6 +27,8 @@ PARTS = {
         pipeline, judge, args.seed + 1, args.cases * 2 // 3, args.cache, 2
     ),
     "words": lambda pipeline, judge, args: contrastive.word_masks(pipeline, args.seed, args.cases * 2 // 3),
+    "sources": lambda pipeline, judge, args: insight.sources(pipeline, judge, args.seed, args.cases // 3),
+    "spread": lambda pipeline, judge, args: insight.spread(pipeline, judge, args.seed, args.cases // 5),
     "descriptions": lambda pipeline, judge, args: reconstruction.descriptions(
         pipeline, judge, args.seed, args.cases, args.cache
     ),

@@ -30,7 +30,9 @@ pytest.importorskip("resvg_py")
 from starter_training import world
 from starter_training.__main__ import main
 from starter_training.classifier import AttributeClassifier
-from starter_training.contrastive_training import ContrastiveObjective, neighbour, texts_of
+from starter_training.contrastive_training import ContrastiveObjective, texts_of
+from starter_training.drawn_images import neighbour
+from starter_training.run_dir import export_systems
 from starter_training.systems import contrastive as measured
 from starter_training.systems.statistics import bootstrap_by_story, paired_difference
 
@@ -354,7 +356,7 @@ def test_the_stage_trains_on_cached_features_and_goes_on(tmp_path):
     assert main(command) == 0
     weights = read_tensors(run / "contrastive" / "contrastive.safetensors")
     records = [json.loads(line) for line in (run / "contrastive" / "log.jsonl").read_text().splitlines()]
-    assert records[-1]["step"] == 2 and len(list(run.glob("tokens-*.npy"))) == 4
+    assert records[-1]["step"] == 2 and len(list(run.glob("tokens-*.npy"))) == 10
     assert main(["export", "--out", str(run)]) == 0
     pipeline = MMInterleavedPipeline.load(run / "model")
     for name, tensor in pipeline.embedder.model.state_dict().items():
@@ -368,6 +370,10 @@ def test_the_stage_trains_on_cached_features_and_goes_on(tmp_path):
     assert measured.word_masks(pipeline, 20, 1)["prop"]["peak inside, left out"]["cases"] == 1
     figures = measured.best_of(pipeline, AttributeClassifier(), 20, 1, tmp_path / "cache", num_candidates=2)
     assert figures["heroes"]["ranked"]["cases"] == 1 and len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    assert main(["drawn", "--out", str(run), "--stories", "3", "--batch", "4", "--steps", "1"]) == 0
+    export_systems(run, run / "model")
+    pipeline.adapt_to_drawings()
+    assert len(pipeline.drawn_adapter.names) > 20
     with pytest.raises(CheckpointError, match="holds 'contrastive', not 'prior'"):
         path = run / "model" / "systems" / "contrastive.safetensors"
         parse_system_metadata(safe_open(path, "pt").metadata(), "prior", path.name)
