@@ -15,6 +15,7 @@ from .load_writer import LoadWriter
 from .look_inside import InspectInside, LookInside, VariantInside
 from .panels import PanelsInside, PanelsToStory, StoryToPanels
 from .pick import PickImage
+from .probe_story import ChangedInside, ProbedInside, ProbeStory
 from .reconstruct import DescribedInside, DescribeForRedrawing, RoundTrip, RoundTripInside
 from .references import ApplyStoryReferences
 from .save import SaveStory
@@ -60,6 +61,9 @@ NODES = [
     LookInside,
     VariantInside,
     InspectInside,
+    ProbeStory,
+    ChangedInside,
+    ProbedInside,
     TellStoryAnyModel,
     LoadWriter,
     WriterFromClip,

@@ -13,11 +13,13 @@ import json
 import sys
 from pathlib import Path
 
+from comfy_mminterleaved.checkpoints.tensors import read_tensors
 from comfy_mminterleaved.errors import MMInterleavedError
+from comfy_mminterleaved.models.lora import LoRA
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
 from .classifier import SHIPPED, load
-from .systems import contrastive, insight, reconstruction
+from .systems import contrastive, drawn, insight, reconstruction
 
 FIRST_SEED = 20  # of stories; those before chose weights and settings
 PARTS = {
@@ -27,12 +29,28 @@ PARTS = {
         pipeline, judge, args.seed + 1, args.cases * 2 // 3, args.cache, 2
     ),
     "words": lambda pipeline, judge, args: contrastive.word_masks(pipeline, args.seed, args.cases * 2 // 3),
+    "drawn": lambda pipeline, judge, args: drawn.wrong_facts(
+        pipeline, judge, args.seed, args.cases, args.cache, adapters(pipeline, args)
+    ),
+    "heroes": lambda pipeline, judge, args: drawn.told_heroes(
+        pipeline, judge, range(args.seed, args.seed + 4), args.cases // 6, adapters(pipeline, args)
+    ),
     "sources": lambda pipeline, judge, args: insight.sources(pipeline, judge, args.seed, args.cases // 3),
     "spread": lambda pipeline, judge, args: insight.spread(pipeline, judge, args.seed, args.cases // 5),
     "descriptions": lambda pipeline, judge, args: reconstruction.descriptions(
         pipeline, judge, args.seed, args.cases, args.cache
     ),
 }
+
+
+def adapters(pipeline: MMInterleavedPipeline, args) -> dict:
+    """Adapters for drawn images by name, and whether each is on for all images."""
+    pipeline.adapt_to_drawings()
+    made = {"none": (None, False), "adapter": (pipeline.drawn_adapter, False)}
+    pipeline.adapt_to_drawings(False)
+    if args.both is not None:
+        made["one encoder tuned on both"] = LoRA(read_tensors(args.both)), True
+    return made
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=FIRST_SEED)
     parser.add_argument("--cases", type=int, default=300, help="panels; the parts take their shares (default: 300)")
     parser.add_argument("--cache", type=Path, default=Path("runs/systems"), help="folder of the drawings that are kept")
+    parser.add_argument(
+        "--both", type=Path, metavar="FILE", help="the LoRA of the stage drawn-both, to compare the adapter with"
+    )
     args = parser.parse_args(argv)
     try:
         pipeline, judge = MMInterleavedPipeline.load(args.model), load(SHIPPED)

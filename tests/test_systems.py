@@ -21,6 +21,7 @@ from comfy_mminterleaved.generation.insight import (
     variants,
     without_images,
 )
+from comfy_mminterleaved.generation.probes import CHANGES, bias, changed_story, measure_bias, mutual_information, probe
 from comfy_mminterleaved.generation.reconstruction import (
     caption_candidates,
     describe,
@@ -204,6 +205,54 @@ def test_attention_and_gradients_are_recorded(pipeline, fox, count):
     assert not mmfs._forward_pre_hooks and not mmfs.mmfs._forward_pre_hooks
     with pytest.raises(StoryError, match="attends to no image"):
         attended(pipeline, Story.of("Mia runs."), FAST)
+
+
+# ---- probes ----
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_stories_are_changed_in_one_way(fox, change):
+    story = Story.of("Mia waves.", fox, "Mia jumps on the beach.")
+    changed = changed_story(story, change)
+    (image,) = changed.images
+    assert image.size == fox.size and 0 <= float(image.pixels.min()) <= float(image.pixels.max()) <= 1
+    is_text = "text" in change
+    assert image.pixels.equal(fox.pixels) is is_text
+    assert changed.segments[0].text == "Mia waves." and (changed.segments[2].text != story.segments[2].text) is is_text
+    assert changed.segments[2].text.endswith(".")
+
+
+def test_changes_that_cannot_be_made(fox):
+    with pytest.raises(SettingError, match="'upside down' is not known"):
+        changed_story(Story.of(fox), "upside down")
+    with pytest.raises(SettingError, match="no text to change"):
+        changed_story(Story.of(fox), "a typo in the text")
+
+
+def test_a_panel_is_probed(pipeline, fox):
+    story = Story.of("Mia waves.", fox, "Mia jumps on the beach with a kite.")
+    (probed,) = probe(pipeline, [story], "images darkened", ["Who is it?", "Where is it?"], FAST)
+    assert len(probed.answers) == len(probed.kept) == 2 and -1 <= probed.similarity <= 1
+    assert probed.to_text().count("\n") == 2
+    with pytest.raises(SettingError, match="no questions"):
+        probe(pipeline, [story], "images darkened", [""], FAST)
+
+
+def test_bias_is_told_from_chance():
+    even = [(name, answer) for name in ("Mia", "Otto") for answer in ("fox", "bear") for _ in range(8)]
+    told = [("Mia", "fox"), ("Otto", "bear")] * 16
+    assert mutual_information(even) == pytest.approx(0) and mutual_information(told) == pytest.approx(1)
+    assert measure_bias(told).is_biased and not measure_bias(even).is_biased
+    assert "tells no more than chance" in measure_bias(even).to_text()
+
+
+def test_a_template_is_drawn_and_asked_about(pipeline):
+    lists = {"name": ["Mia", "Otto"], "place": ["on the beach", "in the city"]}
+    result = bias(pipeline, "{name} waves {place} with a kite.", lists, "Who is it?", 2, FAST)
+    assert sum(result.counts.values()) == 4 and {value for value, _ in result.counts} == {"Mia", "Otto"}
+    for template, values in (("Mia waves.", lists), ("{name} waves.", {"name": ["Mia"]})):
+        with pytest.raises(SettingError, match="must have a {blank}"):
+            bias(pipeline, template, values, "Who is it?")
 
 
 # ---- LoRA and drawn images ----

@@ -89,3 +89,17 @@ def test_a_panel_is_looked_inside_of(comfyui, method, images):
                 {**prompt, "k": node("MMInterleavedLookInside", **{"story": [f"t{images}", 0], **look, **changes})}
             )
         assert message in failed.value.sentence
+
+
+@pytest.mark.parametrize("change", ["images blurred", "a typo in the text"])
+def test_a_story_is_probed(comfyui, change):
+    prompt = {
+        **nodes(1),
+        "k": node(
+            "MMInterleavedProbeStory", story=["t1", 0], change=change, questions="Who is it?", **BLOCKS, **DRAWING
+        ),
+        "r": node("PreviewAny", source=["k", 1]),
+        "o": node("SaveImage", images=["k", 0], filename_prefix="probe"),
+    }
+    done = comfyui.run(prompt)
+    assert done["outputs"]["r"]["text"][0].startswith("Who is it? ") and len(done["outputs"]["o"]["images"]) == 2
