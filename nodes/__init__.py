@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
+from .adapt import AdaptEncoder
 from .ask import AskAboutStory, CaptionImage, RankAnswers
 from .compose import ComposePages
 from .context_images import SelectContextImages
@@ -48,6 +49,7 @@ NODES = [
     ApplyStoryReferences,
     SelectContextImages,
     PickImage,
+    AdaptEncoder,
     LoadContrastive,
     ContrastiveFromClip,
     CLIPScore,

@@ -253,6 +253,7 @@ class RoundTrip(io.ComfyNode):
                 encoder=links["encoder"],
                 image=image,
                 seed=panel_seed,
+                origin="drawn",
             )
             again = {"story": added.out(0)}
         compared = graph.node(

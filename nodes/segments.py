@@ -11,7 +11,7 @@ from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
 from .blocks import PatchedEncoder, PatchedLLM
 from .preview import panels_ui, shows_panels, text_or_panels
-from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket, search_aliases
+from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket, advanced, search_aliases
 
 
 def images_from_batch(image) -> list[ImageSegment]:
@@ -91,14 +91,24 @@ class AddStoryImage(io.ComfyNode):
                     force_input=True,
                     tooltip="What the image shows, for those who do not see it; unconnected, the panel's text says so.",
                 ),
+                *advanced(
+                    io.Combo.Input(
+                        "origin",
+                        options=["own", "drawn"],
+                        default="own",
+                        optional=True,
+                        tooltip="'drawn' for an image that the model drew: Adapt Encoder to Drawings encodes it with an "
+                        "adapter.",
+                    )
+                ),
             ],
             outputs=[StorySocket.Output("story_out", display_name="story")],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
-    def execute(cls, image, encoder=None, story=None, seed=None, alt=None) -> io.NodeOutput:
-        images = images_from_batch(image)
+    def execute(cls, image, encoder=None, story=None, seed=None, alt=None, origin="own") -> io.NodeOutput:
+        images = [replace(each, origin=origin) for each in images_from_batch(image)]
         if len(images) == 1:
             images = [replace(images[0], seed=seed, alt=(alt or "").strip() or None)]
         story = (story or Story()).add(*images)

@@ -284,6 +284,7 @@ class TellStory(io.ComfyNode):
                     encoder=links["encoder"],
                     image=image.out(0),
                     seed=seed,
+                    origin="drawn",
                     **_optional(story=story),
                 ).out(0)
         split = graph.node("MMInterleavedPanelsInside", "panels", story=story)

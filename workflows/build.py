@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import any_model
+import systems
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from prompt import to_prompt
 
@@ -562,6 +563,7 @@ TEMPLATES = {
     "7 Draw a panel anew": reroll,
     "8 The full-size model": full_size,
     **any_model.TEMPLATES,
+    **systems.TEMPLATES,
 }
 
 
@@ -599,6 +601,8 @@ def photograph(server: str, prompt: dict, outputs: dict) -> Image.Image:
             if prompt[n]["class_type"] in asked
         ]
     side, margin, line = 320, 16, 22
+    if len(pictures) == 1 and pictures[0].width != pictures[0].height:  # a sheet of several
+        return ImageOps.expand(ImageOps.contain(pictures[0], (680, 680), Image.Resampling.LANCZOS), margin, "white")
     columns = len(pictures)
     rows = [textwrap.wrap(text, 34) for text in texts]
     below = [sum((*rows, []), [])] if len(pictures) == 1 else rows

@@ -1,0 +1,185 @@
+"""The templates of what stands beside the story model: scoring, masks of words, looking inside, reconstruction."""
+
+from __future__ import annotations
+
+BLUE, GREEN, PURPLE, BROWN = "#3f789e", "#8A8", "#a1309b", "#b58b2a"
+TELL, TELL_ROOM = (400, 480), 1350
+PAIR = (
+    "Mia is a fox in a red coat with a crown. Otto is a bear in a blue coat with a scarf. "
+    "Mia and Otto jump on the beach with a ball."
+)
+BLOCKS = ("encoder", "llm", "synchronizer", "model", "vae")
+CAPTION = "A fox in a green coat with a scarf waves in the village with an umbrella. It rains."
+
+
+def load(w):
+    return w.add("MMInterleavedLoad", 0, 0, (300, 170))
+
+
+def compare(w, model, x: int = 0, y: int = 290):
+    return w.add("MMInterleavedLoadContrastive", x, y, (300, 110), model="starter", encoder=model[0])
+
+
+def blocks(model) -> dict:
+    return {name: model[output] for output, name in enumerate(BLOCKS)}
+
+
+def tell(w, model, x: int, **inputs):
+    return w.add("MMInterleavedTellStory", x, 0, TELL, room=TELL_ROOM, **blocks(model), **inputs)
+
+
+def save(w, story, x: int, **inputs):
+    node = w.add("MMInterleavedSaveStory", x, 0, (420, 760), story=story, **inputs)
+    node.is_collapsed = True
+    return node
+
+
+def best_of_four(w) -> None:
+    w.note(0, -380, (760, 240), "Best of four")
+    model = load(w)
+    scorer = compare(w, model)
+    told = tell(w, model, 420, opening=PAIR, panels=4, seed=5, best_of=4, contrastive=scorer[0])
+    pages = save(w, told[0], 920, title="Mia and Otto")
+    w.bend_below(scorer, "encoder", model)
+    w.group("1. Model, and what compares", BLUE, model, scorer)
+    w.group("2. The story, each panel four times", PURPLE, told)
+    w.group("3. Its pages", GREEN, pages)
+
+
+def find_an_image(w) -> None:
+    w.note(0, -380, (760, 240), "Find an image")
+    model = load(w)
+    scorer = compare(w, model)
+    told = tell(
+        w,
+        model,
+        420,
+        opening="Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball.",
+        panels=6,
+        seed=3,
+    )
+    result = w.add(
+        "MMInterleavedFindImage",
+        920,
+        0,
+        (360, 260),
+        contrastive=scorer[0],
+        story=told[0],
+        text="Mia is a fox in a red coat with a crown. Mia dances.",
+        count=2,
+    )
+    saved = w.add("SaveImage", 1380, 0, (360, 420), images=result[0], filename_prefix="stories/result")
+    w.bend_below(scorer, "encoder", model)
+    w.group("1. Model, and what compares", BLUE, model, scorer)
+    w.group("2. A story to look through", PURPLE, told)
+    w.group("3. What to look for", BROWN, result)
+    w.group("4. The two that fit best", GREEN, saved)
+
+
+def redraw_one_thing(w) -> None:
+    w.note(0, -400, (820, 260), "Redraw one thing")
+    model = load(w)
+    scorer = compare(w, model)
+    image = w.add("MMInterleavedExampleImage", 0, 520, (300, 360))
+    mask = w.add(
+        "MMInterleavedWordMask",
+        420,
+        0,
+        (360, 560),
+        contrastive=scorer[0],
+        image=image[0],
+        text=CAPTION,
+        word="umbrella",
+        grow=6,
+    )
+    story = w.add(
+        "MMInterleavedStoryText",
+        420,
+        680,
+        (360, 180),
+        text="Mia is a fox in a green coat with a scarf. Mia waves in the village with a guitar. It rains.",
+    )
+    ready = w.add(
+        "MMInterleavedSynchronize",
+        880,
+        0,
+        (320, 320),
+        llm=model[1],
+        synchronizer=model[2],
+        model=model[3],
+        story=story[0],
+    )
+    latent = w.add("VAEEncode", 880, 440, (320, 80), pixels=image[0], vae=model[4])
+    masked = w.add("SetLatentNoiseMask", 880, 620, (320, 80), samples=latent[0], mask=mask[0])
+    drawn = w.add(
+        "KSampler",
+        1300,
+        0,
+        (320, 540),
+        model=ready[0],
+        positive=ready[1],
+        negative=ready[2],
+        latent_image=masked[0],
+        seed=1,
+        steps=20,
+        cfg=4.0,
+        sampler_name="dpmpp_2m",
+        scheduler="karras",
+    )
+    decoded = w.add("VAEDecode", 1300, 640, (320, 80), samples=drawn[0], vae=model[4])
+    saved = w.add("SaveImage", 1720, 0, (380, 460), images=decoded[0], filename_prefix="stories/redrawn")
+    w.bend_below(scorer, "encoder", model)
+    w.group("1. Model and picture", BLUE, model, scorer, image)
+    w.group("2. Where the umbrella is", BROWN, mask)
+    w.group("3. What is to be there", PURPLE, story)
+    w.group("4. Draw only that", PURPLE, ready, latent, masked, drawn, decoded)
+    w.group("5. The picture", GREEN, saved)
+
+
+def look_inside(w) -> None:
+    w.note(0, -400, (820, 260), "Look inside")
+    model = load(w)
+    image = w.add("MMInterleavedExampleImage", 0, 290, (300, 360))
+    told = w.add(
+        "MMInterleavedStoryText", 420, 0, (340, 160), text="Mia waves in the village with an umbrella. It rains."
+    )
+    shown = w.add("MMInterleavedStoryPicture", 420, 290, (340, 110), story=told[0], encoder=model[0], image=image[0])
+    panel = w.add(
+        "MMInterleavedStoryText", 420, 520, (340, 160), story=shown[0], text="Mia sits by the lake with a kite."
+    )
+    seen = w.add("MMInterleavedLookInside", 880, 0, (400, 620), room=900, story=panel[0], **blocks(model), seed=2)
+    saved = w.add("SaveImage", 1380, 0, (460, 560), images=seen[0], filename_prefix="stories/inside")
+    w.bend_below(shown, "story", told)
+    w.bend_below(panel, "story", shown)
+    w.group("1. Model and picture", BLUE, model, image)
+    w.group("2. The story, up to a panel's text", BROWN, told, shown, panel)
+    w.group("3. Look inside of that panel", PURPLE, seen)
+    w.group("4. With and without the picture", GREEN, saved)
+
+
+def round_trip(w) -> None:
+    w.note(0, -380, (760, 240), "Round trip")
+    model = load(w)
+    told = tell(
+        w,
+        model,
+        420,
+        opening="Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball.",
+        panels=4,
+        seed=3,
+    )
+    again = w.add("MMInterleavedRoundTrip", 920, 0, (400, 420), room=1100, story=told[0], **blocks(model), seed=9)
+    pages = save(w, again[0], 1420, title="Mia, told from her pictures")
+    w.group("1. Model", BLUE, model)
+    w.group("2. The story", PURPLE, told)
+    w.group("3. Told again from its pictures", BROWN, again)
+    w.group("4. Its pages", GREEN, pages)
+
+
+TEMPLATES = {
+    "Best of four": best_of_four,
+    "Find an image": find_an_image,
+    "Look inside": look_inside,
+    "Redraw one thing": redraw_one_thing,
+    "Round trip": round_trip,
+}
