@@ -1,18 +1,15 @@
 """The contrastive model, ranking by it, and its training and evaluation on the picture-book world."""
 
-import json
 import random
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
 from tiny_clip import make_clip
 
-from comfy_mminterleaved.checkpoints.tensors import read_tensors
 from comfy_mminterleaved.errors import CheckpointError, SettingError, StoryError
 from comfy_mminterleaved.generation.config import ImageGenerationConfig
-from comfy_mminterleaved.generation.embedders import CLIPEmbedder, FeatureEmbedder, cosines, parse_system_metadata
+from comfy_mminterleaved.generation.embedders import CLIPEmbedder, FeatureEmbedder, cosines
 from comfy_mminterleaved.generation.ranking import find_images, rank_images, ranking_text, score_images
 from comfy_mminterleaved.generation.word_masks import grow_mask, occlusion_map, rival_texts, word_mask
 from comfy_mminterleaved.models.contrastive import (
@@ -28,11 +25,8 @@ from comfy_mminterleaved.stories.story import ImageSegment, Story
 
 pytest.importorskip("resvg_py")
 from starter_training import world
-from starter_training.__main__ import main
-from starter_training.classifier import AttributeClassifier
 from starter_training.contrastive_training import ContrastiveObjective, texts_of
 from starter_training.drawn_images import neighbour
-from starter_training.run_dir import export_systems
 from starter_training.systems import contrastive as measured
 from starter_training.systems.statistics import bootstrap_by_story, paired_difference
 
@@ -346,37 +340,6 @@ def test_paired_differences():
     assert better["mean"] == pytest.approx(1 / 3) and better["cases"] == 3
     with pytest.raises(ValueError):
         paired_difference([(0, 1)], [])
-
-
-def test_the_stage_trains_on_cached_features_and_goes_on(tmp_path):
-    run = tmp_path / "run"
-    assert main(["begin", "--out", str(run)]) == 0
-    command = ["contrastive", "--out", str(run), "--stories", "3", "--batch", "8", "--steps", "2"]
-    assert main([*command, "--minutes", "0"]) == 0
-    assert main(command) == 0
-    weights = read_tensors(run / "contrastive" / "contrastive.safetensors")
-    records = [json.loads(line) for line in (run / "contrastive" / "log.jsonl").read_text().splitlines()]
-    assert records[-1]["step"] == 2 and len(list(run.glob("tokens-*.npy"))) == 10
-    assert main(["export", "--out", str(run)]) == 0
-    pipeline = MMInterleavedPipeline.load(run / "model")
-    for name, tensor in pipeline.embedder.model.state_dict().items():
-        assert torch.allclose(tensor, weights[name], atol=1e-2), name
-    config = ImageGenerationConfig(num_inference_steps=1, best_of=2, guidance_scale=1.0)
-    story = Story.of("Mia is a fox in a red coat with a hat. Mia waves by the lake with a kite.")
-    drawn = pipeline.generate_images([story], replace(config, best_of=1), 2)[0]
-    best = pipeline.generate_image(story, config)
-    ranked = pipeline.rank_images(story, drawn)
-    assert best.pixels.equal(ranked[0].image.pixels) and best.seed == ranked[0].index
-    assert measured.word_masks(pipeline, 20, 1)["prop"]["peak inside, left out"]["cases"] == 1
-    figures = measured.best_of(pipeline, AttributeClassifier(), 20, 1, tmp_path / "cache", num_candidates=2)
-    assert figures["heroes"]["ranked"]["cases"] == 1 and len(list((tmp_path / "cache").glob("*.npy"))) == 1
-    assert main(["drawn", "--out", str(run), "--stories", "3", "--batch", "4", "--steps", "1"]) == 0
-    export_systems(run, run / "model")
-    pipeline.adapt_to_drawings()
-    assert len(pipeline.drawn_adapter.names) > 20
-    with pytest.raises(CheckpointError, match="holds 'contrastive', not 'prior'"):
-        path = run / "model" / "systems" / "contrastive.safetensors"
-        parse_system_metadata(safe_open(path, "pt").metadata(), "prior", path.name)
 
 
 def test_a_model_without_a_contrastive_model_says_so():

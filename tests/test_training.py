@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("resvg_py")
 pytest.importorskip("accelerate")
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from comfy_mminterleaved.checkpoints.load import read_state_dicts
@@ -19,20 +20,28 @@ from comfy_mminterleaved.checkpoints.native import save
 from comfy_mminterleaved.checkpoints.tensors import read_tensors
 from comfy_mminterleaved.config import BLOCKS
 from comfy_mminterleaved.errors import CheckpointError, SettingError
+from comfy_mminterleaved.generation.config import ImageGenerationConfig
+from comfy_mminterleaved.generation.embedders import parse_system_metadata
 from comfy_mminterleaved.generation.latents import encode_latents
 from comfy_mminterleaved.generation.schedulers import make_scheduler
 from comfy_mminterleaved.models.build import init_modules
+from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 from comfy_mminterleaved.presets import STARTER_DIR, tiny_config
+from comfy_mminterleaved.stories.story import Story
 from comfy_mminterleaved.tokenizer import Tokenizer, byte_level
 from starter_training import starter_config, trainer, world
 from starter_training.__main__ import STAGE_DIR, main
 from starter_training.augmentation import augment, reconstruct_some
 from starter_training.batches import StoryBatch, StoryBatches, TextBatch
+from starter_training.classifier import AttributeClassifier
+from starter_training.classifier import load as load_classifier
 from starter_training.dataset import StoryDataset, error_weights
 from starter_training.muon import Muon, is_matrix, orthogonalized
 from starter_training.pretraining import OracleMMFS, UNetObjective, VAEDecoderObjective, VAEObjective, diffusion_loss
-from starter_training.run_dir import STAGES, begin, export, latest_slim_vae, load_run
+from starter_training.run_dir import STAGES, begin, export, export_systems, latest_slim_vae, load_run
 from starter_training.story_training import MMFS_TARGET_SCALE, MMFSObjective, StoryObjective, previous_images
+from starter_training.systems import contrastive as contrastive_figures
+from starter_training.systems import insight, reconstruction
 from starter_training.targets import (
     APPEARANCE_HEADS,
     ATTRIBUTES,
@@ -789,3 +798,44 @@ def test_questions_are_answered_by_the_scene():
         asked = dict(world.questions(scene))
         assert asked["Where is it?"].rstrip(".").lower() == world.PLACES[scene.place]
         assert all(hero.species in asked["Who is it?"] for hero in scene.heroes)
+
+
+# ---- systems beside the model ----
+
+
+def test_the_systems_are_trained_exported_and_measured(tmp_path):
+    run = tmp_path / "run"
+    assert main(["begin", "--out", str(run)]) == 0
+    command = ["contrastive", "--out", str(run), "--stories", "3", "--batch", "8", "--steps", "2"]
+    assert main([*command, "--minutes", "0"]) == 0
+    assert main(command) == 0
+    weights = read_tensors(run / "contrastive" / "contrastive.safetensors")
+    records = [json.loads(line) for line in (run / "contrastive" / "log.jsonl").read_text().splitlines()]
+    assert records[-1]["step"] == 2 and len(list(run.glob("tokens-*.npy"))) == 10
+    assert main(["export", "--out", str(run)]) == 0
+    pipeline = MMInterleavedPipeline.load(run / "model")
+    for name, tensor in pipeline.embedder.model.state_dict().items():
+        assert torch.allclose(tensor, weights[name], atol=1e-2), name
+    config = ImageGenerationConfig(num_inference_steps=1, best_of=2, guidance_scale=1.0)
+    story = Story.of("Mia is a fox in a red coat with a hat. Mia waves by the lake with a kite.")
+    candidates = pipeline.generate_images([story], replace(config, best_of=1), 2)[0]
+    best = pipeline.generate_image(story, config)
+    ranked = pipeline.rank_images(story, candidates)
+    assert best.pixels.equal(ranked[0].image.pixels) and best.seed == ranked[0].index
+    assert contrastive_figures.word_masks(pipeline, 20, 1)["prop"]["peak inside, left out"]["cases"] == 1
+    figures = contrastive_figures.best_of(pipeline, AttributeClassifier(), 20, 1, tmp_path / "cache", num_candidates=2)
+    assert figures["heroes"]["ranked"]["cases"] == 1 and len(list((tmp_path / "cache").glob("*.npy"))) == 1
+    assert main(["drawn", "--out", str(run), "--stories", "3", "--batch", "4", "--steps", "1"]) == 0
+    export_systems(run, run / "model")
+    pipeline.adapt_to_drawings()
+    assert len(pipeline.drawn_adapter.names) > 20
+    cache, adapters = tmp_path / "cache", {"none": (None, False), "both": (pipeline.drawn_adapter, True)}
+    judge = AttributeClassifier()
+    assert set(drawn.wrong_facts(pipeline, judge, 20, 1, cache, adapters)) == set(adapters)
+    assert drawn.told_heroes(pipeline, judge, range(20, 21), 1, adapters)["both"]["against none"]["cases"] >= 2
+    assert insight.spread(pipeline, judge, 20, 1)["whole"]["cases"] == 1
+    assert "image" in insight.sources(pipeline, load_classifier(), 20, 1)
+    assert set(reconstruction.descriptions(pipeline, load_classifier(), 20, 1, cache, 2)) >= {"painted", "softened"}
+    with pytest.raises(CheckpointError, match="holds 'contrastive', not 'prior'"):
+        path = run / "model" / "systems" / "contrastive.safetensors"
+        parse_system_metadata(safe_open(path, "pt").metadata(), "prior", path.name)
