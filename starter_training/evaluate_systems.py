@@ -36,6 +36,8 @@ PARTS = {
         pipeline, judge, range(args.seed, args.seed + 4), args.cases // 6, adapters(pipeline, args)
     ),
     "sources": lambda pipeline, judge, args: insight.sources(pipeline, judge, args.seed, args.cases // 3),
+    "robustness": lambda pipeline, judge, args: insight.robustness(pipeline, judge, args.seed, args.cases // 5),
+    "bias": lambda pipeline, judge, args: insight.name_bias(pipeline, judge, args.seed, max(1, args.cases // 50)),
     "spread": lambda pipeline, judge, args: insight.spread(pipeline, judge, args.seed, args.cases // 5),
     "descriptions": lambda pipeline, judge, args: reconstruction.descriptions(
         pipeline, judge, args.seed, args.cases, args.cache

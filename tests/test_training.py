@@ -41,7 +41,7 @@ from starter_training.pretraining import OracleMMFS, UNetObjective, VAEDecoderOb
 from starter_training.run_dir import STAGES, begin, export, export_systems, latest_slim_vae, load_run
 from starter_training.story_training import MMFS_TARGET_SCALE, MMFSObjective, StoryObjective, previous_images
 from starter_training.systems import contrastive as contrastive_figures
-from starter_training.systems import insight, reconstruction
+from starter_training.systems import drawn, insight, reconstruction
 from starter_training.targets import (
     APPEARANCE_HEADS,
     ATTRIBUTES,
@@ -832,7 +832,6 @@ def test_the_systems_are_trained_exported_and_measured(tmp_path):
     cache, adapters = tmp_path / "cache", {"none": (None, False), "both": (pipeline.drawn_adapter, True)}
     judge = AttributeClassifier()
     assert set(drawn.wrong_facts(pipeline, judge, 20, 1, cache, adapters)) == set(adapters)
-    assert drawn.told_heroes(pipeline, judge, range(20, 21), 1, adapters)["both"]["against none"]["cases"] >= 2
     assert insight.spread(pipeline, judge, 20, 1)["whole"]["cases"] == 1
     assert "image" in insight.sources(pipeline, load_classifier(), 20, 1)
     assert set(reconstruction.descriptions(pipeline, load_classifier(), 20, 1, cache, 2)) >= {"painted", "softened"}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections import Counter
 from dataclasses import replace
 
 import torch
 
 from comfy_mminterleaved.generation.config import ImageGenerationConfig
 from comfy_mminterleaved.generation.insight import attended, inspect
+from comfy_mminterleaved.generation.probes import CHANGES, changed_story, measure_bias
 from comfy_mminterleaved.models.visual_tokenizer import ImageFeatures
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 from comfy_mminterleaved.stories.story import ImageSegment, Story
@@ -17,7 +19,7 @@ from comfy_mminterleaved.stories.story import ImageSegment, Story
 from .. import renderer, world
 from ..classifier import AttributeClassifier, Prediction
 from ..evaluate import render_scene
-from .statistics import bootstrap_by_story
+from .statistics import bootstrap_by_story, paired_difference
 
 QUESTIONS = {
     "species": "Who is it?",
@@ -157,3 +159,53 @@ def maps_replaced(pipeline: MMInterleavedPipeline, features: ImageFeatures):
         yield
     finally:
         del image.context_feature_maps
+
+
+def robustness(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: int, count: int) -> dict:
+    """How often hero, and place and prop, are right in a panel after one changed image, or from a changed text."""
+    values: dict[str, dict[str, list]] = {}
+    for number, panels in stories_of_one_hero(seed, count, panels=3):
+        story = Story.of(panels[0].text, ImageSegment(render_scene(panels[0].scene)), panels[1].text)
+        scene, config = panels[1].scene, CONFIG.with_seed_offset(number)
+        for change in ("nothing", *CHANGES):
+            changed = story if change == "nothing" else changed_story(story, change)
+            (seen,) = judge.predict(pipeline.generate_image(changed, config).pixels[None])
+            row = values.setdefault(change, {"hero": [], "place and prop": []})
+            row["hero"].append((number, seen.looks == (scene.heroes[0].look,)))
+            row["place and prop"].append((number, (seen.place, seen.prop) == (scene.place, scene.prop)))
+        pipeline.clear_cache()
+    return {
+        change: {
+            fact: {
+                **bootstrap_by_story(cases),
+                "against nothing": paired_difference(cases, values["nothing"][fact]),
+            }
+            for fact, cases in row.items()
+        }
+        for change, row in values.items()
+    }
+
+
+def name_bias(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: int, count: int) -> dict:
+    """Whether a name alone, with looks unsaid and no image, goes with a species, a coat or an accessory."""
+    pairs: dict[str, list[tuple[str, str]]] = {"species": [], "coat": [], "accessory": []}
+    rng = random.Random(seed)
+    for number, name in enumerate(world.NAMES):
+        for k in range(count):
+            scene = world.make_scene(rng, (world.Hero("fox", "red", "hat", name),), True)
+            text = world.describe(scene, rng)
+            image = pipeline.generate_image(Story.of(text), CONFIG.with_seed_offset(1000 * number + k))
+            facts = facts_of(judge.predict(image.pixels[None])[0])
+            for part, row in pairs.items():
+                row.append((name, facts[part]))
+            pipeline.clear_cache()
+    result = {}
+    for part, row in pairs.items():
+        measured = measure_bias(row)
+        counts = Counter(answer for _, answer in row)
+        result[part] = {
+            "bits": measured.information,
+            "95% of shuffles below": measured.threshold,
+            "drawn": dict(counts.most_common()),
+        }
+    return result
