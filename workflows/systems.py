@@ -65,7 +65,7 @@ def find_an_image(w) -> None:
         (360, 260),
         contrastive=scorer[0],
         story=told[0],
-        text="Mia is a fox in a red coat with a crown. Mia dances.",
+        text="A fox in a red coat with a crown waves in the meadow with a ball.",
         count=2,
     )
     saved = w.add("SaveImage", 1380, 0, (360, 420), images=result[0], filename_prefix="stories/result")
@@ -80,7 +80,10 @@ def redraw_one_thing(w) -> None:
     w.note(0, -400, (820, 260), "Redraw one thing")
     model = load(w)
     scorer = compare(w, model)
-    image = w.add("MMInterleavedExampleImage", 0, 520, (300, 360))
+    picture = w.add("MMInterleavedExampleImage", 0, 520, (300, 360))
+    image = w.add(
+        "ImageScale", 0, 970, (300, 170), image=picture[0], upscale_method="area", width=128, height=128, crop="center"
+    )
     mask = w.add(
         "MMInterleavedWordMask",
         420,
@@ -90,7 +93,7 @@ def redraw_one_thing(w) -> None:
         image=image[0],
         text=CAPTION,
         word="umbrella",
-        grow=6,
+        grow=4,
     )
     story = w.add(
         "MMInterleavedStoryText",
@@ -129,7 +132,8 @@ def redraw_one_thing(w) -> None:
     decoded = w.add("VAEDecode", 1300, 640, (320, 80), samples=drawn[0], vae=model[4])
     saved = w.add("SaveImage", 1720, 0, (380, 460), images=decoded[0], filename_prefix="stories/redrawn")
     w.bend_below(scorer, "encoder", model)
-    w.group("1. Model and picture", BLUE, model, scorer, image)
+    w.bend_below(image, "image", picture)
+    w.group("1. Model and picture", BLUE, model, scorer, picture, image)
     w.group("2. Where the umbrella is", BROWN, mask)
     w.group("3. What is to be there", PURPLE, story)
     w.group("4. Draw only that", PURPLE, ready, latent, masked, drawn, decoded)

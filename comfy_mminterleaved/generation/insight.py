@@ -7,6 +7,7 @@ knows what its image shows, so weights say little (`attention_maps`).
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -250,7 +251,7 @@ def contact_sheet(story: Story, inspection: Inspection, side: int = 192):
     """A PIL image: the drawing, and for each earlier image a row of it, the drawing without it, and with it alone."""
     from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-    font, line = ImageFont.load_default(size=13), 22
+    font, line = ImageFont.load_default(size=13), 56  # three lines
     rows = [[(inspection.drawn, "the drawing")]]
     for each, image in zip(inspection.influences, story.images):
         changed = ", ".join(inspection.questions[k].rstrip("?") for k in each.changed) or "nothing"
@@ -262,7 +263,6 @@ def contact_sheet(story: Story, inspection: Inspection, side: int = 192):
         for x, (image, caption) in enumerate(row):
             left, top = gap + x * (side + gap), gap + y * (side + line + gap)
             sheet.paste(ImageOps.fit(to_pil(image.pixels), (side, side)), (left, top))
-            while caption and font.getlength(caption) > side:
-                caption = caption[:-2] + "…"
-            canvas.text((left, top + side + 3), caption, fill="#333", font=font)
+            lines = textwrap.wrap(caption, side // 7)[:3]
+            canvas.multiline_text((left, top + side + 3), "\n".join(lines), fill="#333", font=font)
     return sheet
