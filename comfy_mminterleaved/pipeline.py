@@ -35,6 +35,8 @@ from .stories.story import ImageSegment, Story, TextSegment
 from .stories.storyboard import panel_seeds, plan_panels
 from .storyteller import run_plan, run_plans
 
+CANDIDATE_STEP = 2**32  # between the seeds of an image's candidates; panels have consecutive ones
+
 
 class MMInterleavedPipeline:
     """A whole model: `load` one, then `generate_story`, `generate_text`, `generate_image`, `answer`, `caption`, `rank`.
@@ -174,6 +176,11 @@ class MMInterleavedPipeline:
         if self.placement is not None:
             self.placement.place(phase)
 
+    def placed_text_generator(self) -> TextGenerator:
+        """`text`, with the LLM where it computes."""
+        self._place("text")
+        return self.text
+
     def clear_cache(self) -> None:
         """Frees the LLM's cache of the most recent story."""
         self.text.clear_cache()
@@ -217,7 +224,7 @@ class MMInterleavedPipeline:
         if is_on:
             if self.folder is None:
                 raise CheckpointError("This model has no adapter for drawn images.")
-            adapter = load_lora(system_path(self.folder, "drawn"), "drawn")
+            adapter = load_lora(system_path(self.folder, "drawn"), "drawn", self.encoder.encoder_id)
             adapter.check(self.encoder, "The adapter for drawn images")
             self.drawn_adapter = adapter.to(self.device, self.llm.soi_token.dtype)
 
@@ -229,9 +236,8 @@ class MMInterleavedPipeline:
                 raise CheckpointError("This model has no contrastive model to choose images by; omit best_of.")
             path = system_path(self.folder, "contrastive")
             special_tokens, dtype = self.config.llm.special_tokens, self.llm.soi_token.dtype
-            model, tokenizer = load_contrastive(path, special_tokens, dtype, self.device)
-            self._embedder = FeatureEmbedder(
-                model, tokenizer, lambda images: self.encode_images(Story.of(*images)).images
+            self._embedder = load_contrastive(
+                path, special_tokens, lambda images: self.encode_images(Story.of(*images)).images, dtype, self.device
             )
         return self._embedder
 
@@ -339,23 +345,36 @@ class MMInterleavedPipeline:
         if seeds is not None and len(seeds) != len(stories):
             raise SettingError(f"Each of {len(stories)} stories needs a seed; there are {len(seeds)} seeds.")
         self.image.check(config)
-        whole, best_of = stories, config.best_of
-        if best_of > 1:
+        if config.best_of > 1:
             self.check_best_of(stories)
+        full = stories
         stories = [self.text.truncate_to_context(story, 1, drop_oldest) for story in stories]
         stories = [self.encode_images(story) for story in stories]
         self._place("text")
         context = self.text.context_features(stories)
         self._place("draw")
         batch_size = 1 if self.placement is not None else batch_size
+        if config.best_of == 1:
+            return self.image.generate(stories, context, config, num_outputs, init_images, on_step, batch_size, seeds)
+        # The first candidate has the noise of a single drawing; the others' is none that a panel uses.
+        seeds = [config.seed] * len(stories) if seeds is None else seeds
+        jobs = [(i, k, n) for i in range(len(stories)) for k in range(num_outputs) for n in range(config.best_of)]
         drawn = self.image.generate(
-            stories, context, config, num_outputs * best_of, init_images, on_step, batch_size, seeds
+            [stories[i] for i, _, _ in jobs],
+            [context[i] for i, _, _ in jobs],
+            config,
+            1,
+            [init_images[i] for i, _, _ in jobs] if init_images else None,
+            on_step,
+            batch_size,
+            [(seeds[i] + k + n * CANDIDATE_STEP) % 2**63 for i, k, n in jobs],
         )
-        if best_of == 1:
-            return drawn
+        candidates: dict[tuple[int, int], list[ImageSegment]] = {}
+        for (i, k, _), (image,) in zip(jobs, drawn):
+            candidates.setdefault((i, k), []).append(image)
         return [
-            [self.rank_images(story, row[i : i + best_of])[0].image for i in range(0, len(row), best_of)]
-            for story, row in zip(whole, drawn)
+            [self.rank_images(story, candidates[i, k])[0].image for k in range(num_outputs)]
+            for i, story in enumerate(full)
         ]
 
     def check_best_of(self, stories: Sequence[Story]) -> None:
@@ -530,7 +549,9 @@ class _Author:
     def illustrate_all(self, stories: Sequence[Story], seeds: Sequence[int]) -> list[ImageSegment]:
         seeds = [(self.image_config.seed + seed) % 2**63 for seed in seeds]
         stories = [self.encode(story) for story in stories]
-        batch_size = len(stories) * min(8, self.image_config.best_of)
+        batch_size, best_of = len(stories), self.image_config.best_of
+        if best_of > 1:
+            batch_size = max(batch_size, min(best_of, self.pipeline.choose_batch_size(self.image_config)))
         images = self.pipeline.generate_images(
             stories, self.image_config, 1, None, self.on_step, self.drop_oldest, batch_size, seeds
         )

@@ -7,13 +7,13 @@ import copy
 from comfy_api.latest import io
 
 from ..comfy_mminterleaved.generation.embedders import load_lora, system_path
-from .load import _sentence, model_folder, models
+from .load import model_folder, models, sentence
 from .types import CATEGORY, EncoderSocket
 
 
 def adapted_models() -> list[str]:
     """Models that have an adapter for drawn images."""
-    return [name for name in models() if _sentence(lambda name=name: _path(name)) is True]
+    return [name for name in models() if sentence(lambda name=name: _path(name)) is True]
 
 
 def _path(name: str):
@@ -38,11 +38,11 @@ class AdaptEncoder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model):
-        return model is None or _sentence(lambda: _path(model))
+        return model is None or sentence(lambda: _path(model))
 
     @classmethod
     def execute(cls, encoder, model) -> io.NodeOutput:
-        adapter = load_lora(_path(model), "drawn")
+        adapter = load_lora(_path(model), "drawn", encoder.module.encoder_id)
         adapter.check(encoder.module, "The adapter for drawn images")
         adapted = copy.copy(encoder)  # the same weights, in the same patcher
         adapted.drawn_adapter = adapter.to(encoder.device, encoder.dtype)

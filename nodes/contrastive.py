@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import comfy.model_management
@@ -11,7 +12,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..comfy_mminterleaved.checkpoints.load import known_words, read_config
+from ..comfy_mminterleaved.checkpoints.load import read_config
 from ..comfy_mminterleaved.checkpoints.native import block_file
 from ..comfy_mminterleaved.errors import CheckpointError, SettingError
 from ..comfy_mminterleaved.generation.embedders import (
@@ -19,14 +20,16 @@ from ..comfy_mminterleaved.generation.embedders import (
     Embedder,
     FeatureEmbedder,
     build_contrastive,
+    parse_system_metadata,
     system_path,
 )
 from ..comfy_mminterleaved.generation.ranking import RankedImage, find_images, rank_images
+from ..comfy_mminterleaved.models.gmail_adapter import DRAWN
 from ..comfy_mminterleaved.models.visual_tokenizer import ImageFeatures
 from ..comfy_mminterleaved.stories.story import ImageSegment, Story
 from .blocks import PatchedEncoder, block_patcher, progress
 from .context_images import embed_images
-from .load import _sentence, load_block, model_folder, models, read
+from .load import load_block, model_folder, models, read, sentence
 from .segments import images_from_batch
 from .types import CATEGORY, ContrastiveSocket, EncoderSocket, StorySocket, advanced
 
@@ -41,12 +44,12 @@ class PatchedContrastive(FeatureEmbedder):
         self.encoder = encoder or load_block(PatchedEncoder, folder / block_file(read_config(folder), "encoder"))
         load_device = management.text_encoder_device()
         tensors, metadata = read(path)
+        about = parse_system_metadata(metadata, "contrastive", repr(path.name))
         tensors = {name: tensor.to(self.encoder.dtype) for name, tensor in tensors.items()}
         special_tokens = self.encoder.config.llm.special_tokens
-        model, tokenizer = build_contrastive(tensors, metadata, path.name, special_tokens, comfy.ops.manual_cast)
+        model, tokenizer = build_contrastive(tensors, about, path.name, special_tokens, comfy.ops.manual_cast)
         self.patcher = block_patcher(model, load_device, management.text_encoder_offload_device())
-        self.known_words = known_words(folder)
-        super().__init__(model, tokenizer, self._encode)
+        super().__init__(model, tokenizer, self._encode, about.get("encoder_id"))
 
     def _encode(self, images):
         return self.encoder.encode_images(Story(tuple(images))).images
@@ -65,8 +68,28 @@ class PatchedContrastive(FeatureEmbedder):
         return super().text_embeds(texts)
 
 
+class PatchedCLIP(CLIPEmbedder):
+    """A CLIP of transformers that ComfyUI loads and unloads."""
+
+    def __init__(self, model, processor):
+        super().__init__(model, processor)
+        management = comfy.model_management
+        devices = management.text_encoder_device(), management.text_encoder_offload_device()
+        self.patcher = block_patcher(torch.nn.ModuleList([model]), *devices)  # a model of transformers has a fixed `device`
+
+    def image_embeds(self, images) -> torch.Tensor:
+        comfy.model_management.load_models_gpu([self.patcher])
+        return super().image_embeds(images).cpu()
+
+    def text_embeds(self, texts) -> torch.Tensor:
+        comfy.model_management.load_models_gpu([self.patcher])
+        return super().text_embeds(texts).cpu()
+
+
 class ClipVisionEmbedder:
     """An `Embedder` of ComfyUI's CLIP vision, and for texts of its CLIP."""
+
+    truncates_end = True
 
     def __init__(self, clip_vision, clip=None):
         self.clip_vision, self.clip = clip_vision, clip
@@ -77,7 +100,8 @@ class ClipVisionEmbedder:
     def text_embeds(self, texts) -> torch.Tensor:
         if self.clip is None:
             raise SettingError("This contrastive model has no texts; connect the CLIP that belongs to its CLIP vision.")
-        pooled = [self.clip.encode_from_tokens(self.clip.tokenize(text), return_pooled=True)[1] for text in texts]
+        plain = [re.sub(r"([()])", r"\\\1", text) for text in texts]  # no weights: it is a story's text
+        pooled = [self.clip.encode_from_tokens(self.clip.tokenize(text), return_pooled=True)[1] for text in plain]
         if any(each is None for each in pooled):
             raise SettingError("This CLIP gives no pooled output to compare with images; use the text half of a CLIP.")
         embeds = torch.cat([each.reshape(1, -1) for each in pooled]).float().cpu()
@@ -158,7 +182,7 @@ class LoadContrastive(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model):
-        return model is None or _sentence(lambda: _check(model))
+        return model is None or sentence(lambda: _check(model))
 
     @classmethod
     def execute(cls, model, encoder=None) -> io.NodeOutput:
@@ -167,7 +191,7 @@ class LoadContrastive(io.ComfyNode):
             return io.NodeOutput(PatchedContrastive(model_folder(model), encoder))
         device = comfy.model_management.text_encoder_device()
         dtype = torch.float32 if comfy.model_management.is_device_cpu(device) else torch.float16
-        return io.NodeOutput(CLIPEmbedder.load(folder, device, dtype))
+        return io.NodeOutput(PatchedCLIP.load(folder, comfy.model_management.text_encoder_offload_device(), dtype))
 
 
 class ContrastiveFromClip(io.ComfyNode):
@@ -234,7 +258,8 @@ class CLIPScore(io.ComfyNode):
 
     @classmethod
     def execute(cls, contrastive: Embedder, images, text) -> io.NodeOutput:
-        ranked = find_images(contrastive, text, images_from_batch(images))
+        segments = images_from_batch(images)
+        ranked = find_images(contrastive, text, segments, progress(len(segments)))
         order = [each.index for each in ranked]
         scores = [each.score for each in sorted(ranked, key=lambda each: each.index)]
         return io.NodeOutput(images[order[:1]], images[order], scores, ui=ui.PreviewText(table(ranked)))
@@ -277,7 +302,7 @@ class BestPanel(io.ComfyNode):
 
     @classmethod
     def execute(cls, contrastive: Embedder, story: Story, images, references) -> io.NodeOutput:
-        ranked = rank_images(contrastive, story, images_from_batch(images), references)
+        ranked = rank_images(contrastive, story, images_from_batch(images, DRAWN), references)
         index = ranked[0].index
         scores = [each.score for each in sorted(ranked, key=lambda each: each.index)]
         return io.NodeOutput(images[index : index + 1], index, scores)
@@ -333,9 +358,8 @@ class FindImage(io.ComfyNode):
         if query is None and not target_text:
             raise SettingError("There is nothing to look for; write a text, or connect an image.")
         target = images_from_batch(query[0])[0] if query is not None else target_text
-        on_progress = progress(1)
-        ranked = find_images(contrastive[0], target, [image for image, _ in candidates])[: count[0]]
-        on_progress(1, 1)
+        segments = [image for image, _ in candidates]
+        ranked = find_images(contrastive[0], target, segments, progress(len(segments)))[: count[0]]
         texts = [candidates[each.index][1] for each in ranked]
         scores = [each.score for each in ranked]
         return io.NodeOutput(as_list(ranked), scores, texts, ui=ui.PreviewText(table(ranked, texts)))

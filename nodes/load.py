@@ -105,7 +105,7 @@ def check_files(folder: Path) -> None:
         )
 
 
-def _sentence(check) -> bool | str:
+def sentence(check) -> bool | str:
     try:
         check()
     except CheckpointError as error:
@@ -146,7 +146,7 @@ class LoadMMInterleaved(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, model):
         """Core marks the node and shows the sentence before anything runs."""
-        return model is None or _sentence(lambda: check_files(model_folder(model)))  # None comes from a link
+        return model is None or sentence(lambda: check_files(model_folder(model)))  # None comes from a link
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
@@ -186,7 +186,7 @@ def _one_block(node_id, title, kind, category, socket, output, label):
 
         @classmethod
         def validate_inputs(cls, file):
-            return file is None or _sentence(lambda: native_path(category, file))
+            return file is None or sentence(lambda: native_path(category, file))
 
         @classmethod
         def execute(cls, file) -> io.NodeOutput:

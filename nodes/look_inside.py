@@ -15,8 +15,10 @@ from comfy_execution.graph_utils import GraphBuilder
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.generation.attention_maps import gradient_maps, record_attention, record_calls
 from ..comfy_mminterleaved.generation.insight import CAVEAT, check_inspectable, compare, contact_sheet, variants
+from ..comfy_mminterleaved.models.gmail_adapter import DRAWN
 from ..comfy_mminterleaved.stories.images import to_tensor
 from ..comfy_mminterleaved.stories.story import Story
+from .blocks import progress
 from .preview import is_inside
 from .reconstruct import draw_from, drawing_inputs
 from .segments import encode_story, images_from_batch
@@ -97,7 +99,13 @@ class LookInside(io.ComfyNode):
         latent = graph.node("EmptyLatentImage", "latent", width=size, height=size, batch_size=1)
         batch = None
         for number, _ in enumerate(variants(story)):
-            given = graph.node("MMInterleavedVariantInside", f"story {number}", story=links["story"], number=number)
+            given = graph.node(
+                "MMInterleavedVariantInside",
+                f"story {number}",
+                story=links["story"],
+                encoder=links["encoder"],
+                number=number,
+            )
             drawn = draw_from(graph, links, number, given.out(0), latent, **sampling).out(0)
             batch = (
                 drawn
@@ -125,7 +133,11 @@ class LookInside(io.ComfyNode):
         factor = 2 ** (len(synchronizer.config.vae.get("block_out_channels", [1] * 4)) - 1)
         channels = model.get_model_object("latent_format").latent_channels
         latent = torch.zeros(1, channels, c.image_size // factor, c.image_size // factor)
-        net = synchronizer.module.mmfs_module
+        net, on_progress = synchronizer.module.mmfs_module, progress(steps)
+
+        def callback(step, *_):
+            on_progress(step + 1, steps)
+
         with record_attention(net) as attention, record_calls(net) as calls:
             comfy.sample.sample(
                 patched,
@@ -137,6 +149,7 @@ class LookInside(io.ComfyNode):
                 positive,
                 negative,
                 latent,
+                callback=callback,
                 seed=seed,
             )
         images = story.images[-c.num_context_images :]
@@ -189,6 +202,7 @@ class VariantInside(io.ComfyNode):
             description="A part of Look Inside.",
             inputs=[
                 StorySocket.Input("story", tooltip="The whole story."),
+                EncoderSocket.Input("encoder", tooltip="Encodes its images."),
                 io.Int.Input("number", default=0, min=0, max=1000, tooltip="Which variant of it."),
             ],
             outputs=[StorySocket.Output("story_out", display_name="story")],
@@ -196,10 +210,10 @@ class VariantInside(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, story, number) -> io.NodeOutput:
+    def execute(cls, story, encoder, number) -> io.NodeOutput:
         if not is_inside(cls.hidden):
             raise StoryError("This node is a part of Look Inside; use that instead.")
-        return io.NodeOutput(variants(story)[number])
+        return io.NodeOutput(variants(encode_story(encoder, story))[number])
 
 
 class InspectInside(io.ComfyNode):
@@ -228,7 +242,7 @@ class InspectInside(io.ComfyNode):
     def execute(cls, story, drawn, encoder, llm, questions) -> io.NodeOutput:
         if not is_inside(cls.hidden):
             raise StoryError("This node is a part of Look Inside; use that instead.")
-        images = encode_story(encoder, Story.of(*images_from_batch(drawn))).images
+        images = encode_story(encoder, Story.of(*images_from_batch(drawn, DRAWN))).images
         lines = [line for line in questions.splitlines() if line.strip()]
         llm.load(llm.generator.question_story(Story.of(images[0]), max(lines, key=len)), 40)
         inspection = compare(llm.generator, images, lines)

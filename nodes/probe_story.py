@@ -7,7 +7,8 @@ from comfy_execution.graph_utils import GraphBuilder
 
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.generation.insight import check_inspectable
-from ..comfy_mminterleaved.generation.probes import CHANGES, TEXT_CHANGES, changed_story, compare_drawings
+from ..comfy_mminterleaved.generation.probes import CHANGES, changed_story, compare_drawings
+from ..comfy_mminterleaved.models.gmail_adapter import DRAWN
 from ..comfy_mminterleaved.stories.story import Story
 from .look_inside import QUESTIONS
 from .preview import is_inside
@@ -72,6 +73,7 @@ class ProbeStory(io.ComfyNode):
     ) -> io.NodeOutput:
         check_blocks(llm, synchronizer, model)
         check_inspectable(story, questions.splitlines())
+        changed_story(story, change)
         sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler, "seed": seed}
         links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
         graph, size = GraphBuilder(), synchronizer.config.synchronizer.image_size
@@ -79,7 +81,10 @@ class ProbeStory(io.ComfyNode):
         given = graph.node(
             "MMInterleavedChangedInside", "changed", story=links["story"], encoder=links["encoder"], change=change
         )
-        pair = [draw_from(graph, links, n, s, latent, **sampling) for n, s in enumerate((links["story"], given.out(0)))]
+        plain = graph.node(
+            "MMInterleavedVariantInside", "story", story=links["story"], encoder=links["encoder"], number=0
+        )
+        pair = [draw_from(graph, links, n, s.out(0), latent, **sampling) for n, s in enumerate((plain, given))]
         batch = graph.node("ImageBatch", "batch", image1=pair[0].out(0), image2=pair[1].out(0))
         compared = graph.node(
             "MMInterleavedProbedInside",
@@ -115,8 +120,7 @@ class ChangedInside(io.ComfyNode):
     def execute(cls, story, encoder, change) -> io.NodeOutput:
         if not is_inside(cls.hidden):
             raise StoryError("This node is a part of Probe Story; use that instead.")
-        story = changed_story(story, change)
-        return io.NodeOutput(story if change in TEXT_CHANGES else encode_story(encoder, story))
+        return io.NodeOutput(encode_story(encoder, changed_story(story, change)))
 
 
 class ProbedInside(io.ComfyNode):
@@ -144,7 +148,7 @@ class ProbedInside(io.ComfyNode):
     def execute(cls, drawn, encoder, llm, questions) -> io.NodeOutput:
         if not is_inside(cls.hidden):
             raise StoryError("This node is a part of Probe Story; use that instead.")
-        first, second = encode_story(encoder, Story.of(*images_from_batch(drawn))).images
+        first, second = encode_story(encoder, Story.of(*images_from_batch(drawn, DRAWN))).images
         lines = [line for line in questions.splitlines() if line.strip()]
         llm.load(llm.generator.question_story(Story.of(first), max(lines, key=len)), 40)
         report = compare_drawings(llm.generator, first, second, lines).to_text()

@@ -9,8 +9,16 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import GraphBuilder
 
 from ..comfy_mminterleaved.errors import SettingError, StoryError
-from ..comfy_mminterleaved.generation.reconstruction import GREEDY, SAMPLED, retell, token_similarity
-from ..comfy_mminterleaved.stories.story import ImageSegment, Story
+from ..comfy_mminterleaved.generation.reconstruction import (
+    GREEDY,
+    SAMPLED,
+    distinct_captions,
+    retell,
+    token_similarity,
+)
+from ..comfy_mminterleaved.models.gmail_adapter import DRAWN
+from ..comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
+from ..comfy_mminterleaved.stories.storyboard import Step
 from .blocks import PatchedLLM, progress
 from .preview import is_inside, panels_ui
 from .segments import encode_story, images_from_batch
@@ -73,10 +81,7 @@ def captions_of(llm: PatchedLLM, image: ImageSegment, count: int, seed: int) -> 
     if count > 1:
         sampled = SAMPLED.with_seed_offset(seed % 2**62)
         texts += [text.text for text in generator.generate([story], sampled, count - 1, drop_oldest=None)[0]]
-    texts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
-    if not texts:
-        raise StoryError("The model writes nothing about this image.")
-    return texts
+    return distinct_captions(texts)
 
 
 def draw_from(graph: GraphBuilder, links: dict, number: int, story, latent, **sampling):
@@ -188,9 +193,8 @@ class DescribedInside(io.ComfyNode):
         if not is_inside(cls.hidden):
             raise StoryError("This node is a part of Describe for Redrawing; use that instead.")
         captions, openings = json.loads(texts)
-        original, *others = encode_story(
-            encoder, Story.of(images_from_batch(image)[0], *images_from_batch(drawn))
-        ).images
+        drawings = images_from_batch(drawn, DRAWN)
+        original, *others = encode_story(encoder, Story.of(images_from_batch(image)[0], *drawings)).images
         scores = [token_similarity(original.features, other.features) for other in others]
         order = sorted(range(len(scores)), key=lambda n: -scores[n])
         best = order[0]
@@ -241,8 +245,9 @@ class RoundTrip(io.ComfyNode):
         graph, size = GraphBuilder(), synchronizer.config.synchronizer.image_size
         latent = graph.node("EmptyLatentImage", "latent", width=size, height=size, batch_size=1)
         sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
-        again = {}
-        for number, text in enumerate(retell(captions, llm.generator.generation_config.introduction), 1):
+        again, texts = {}, retell(captions, llm.generator.generation_config.introduction)
+        llm.generator.check_context_length(Story(), [[TextSegment(text), Step.IMAGE] for text in texts])
+        for number, text in enumerate(texts, 1):
             begun = graph.node("MMInterleavedStoryText", f"text {number}", text=text, **again).out(0)
             panel_seed = (seed + number - 1) % 2**63
             image = draw_from(graph, links, number, begun, latent, seed=panel_seed, **sampling).out(0)

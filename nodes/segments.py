@@ -14,9 +14,10 @@ from .preview import panels_ui, shows_panels, text_or_panels
 from .types import CATEGORY, EncoderSocket, LLMSocket, StorySocket, advanced, search_aliases
 
 
-def images_from_batch(image) -> list[ImageSegment]:
-    """A ComfyUI IMAGE (B, H, W, 3 or more channels) in [0, 1] as images."""
-    return [ImageSegment.of(pixels.movedim(-1, 0)[:3].float().clamp(0, 1).cpu()) for pixels in image]
+def images_from_batch(image, origin: str = "own") -> list[ImageSegment]:
+    """A ComfyUI IMAGE (B, H, W, 3 or more channels) in [0, 1] as images of this origin."""
+    batch = (pixels.movedim(-1, 0)[:3].float().clamp(0, 1).cpu() for pixels in image)
+    return [replace(ImageSegment.of(pixels), origin=origin) for pixels in batch]
 
 
 def encode_story(encoder: PatchedEncoder | None, story: Story) -> Story:
@@ -108,7 +109,7 @@ class AddStoryImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, encoder=None, story=None, seed=None, alt=None, origin="own") -> io.NodeOutput:
-        images = [replace(each, origin=origin) for each in images_from_batch(image)]
+        images = images_from_batch(image, origin)
         if len(images) == 1:
             images = [replace(images[0], seed=seed, alt=(alt or "").strip() or None)]
         story = (story or Story()).add(*images)

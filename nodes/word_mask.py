@@ -72,10 +72,9 @@ class WordMask(io.ComfyNode):
             raise SettingError("The text is empty; write what the image shows, with the word in it.")
         names = [name.strip() for name in re.split(r"[,\n]", rivals) if name.strip()]
         segments = images_from_batch(image)
-        on_progress, masks = progress(len(segments)), []
-        for number, segment in enumerate(segments):
-            masks.append(word_mask(contrastive, segment, text, word, names, threshold, grow))
-            on_progress(number + 1, len(segments))
+        masks = [
+            word_mask(contrastive, segment, text, word, names, threshold, grow, progress(100)) for segment in segments
+        ]
         mask = torch.stack(masks)
         preview = overlay(image[..., :3].float().cpu(), mask)
         return io.NodeOutput(mask, preview, ui=ui.PreviewImage(preview, cls=cls))

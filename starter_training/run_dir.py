@@ -171,10 +171,11 @@ def export_systems(run_dir: Path, folder: Path) -> None:
         "contrastive": (run_dir / "contrastive" / "contrastive.safetensors", ContrastiveConfig().to_dict()),
         "drawn": (run_dir / "drawn" / "lora.safetensors", {}),
     }
+    encoder = load_run(run_dir)[1]["encoder"].half().float()  # as the checkpoint has it
     for name, (path, config) in systems.items():
         if path.exists():
             tensors = {key: tensor.half().contiguous() for key, tensor in read_tensors(path).items()}
             tokenizer = run_tokenizer(run_dir) if name == "contrastive" else None
             ensure_writable_dir(folder / SYSTEMS)
             with atomic_path(folder / SYSTEMS / f"{name}.safetensors") as temp_path:
-                save_file(tensors, temp_path, system_metadata(config, name, tokenizer))
+                save_file(tensors, temp_path, system_metadata(config, name, tokenizer, encoder.encoder_id))

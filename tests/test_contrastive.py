@@ -21,7 +21,7 @@ from comfy_mminterleaved.models.contrastive import (
 )
 from comfy_mminterleaved.models.visual_tokenizer import ImageFeatures
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
-from comfy_mminterleaved.stories.story import ImageSegment, Story
+from comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
 
 pytest.importorskip("resvg_py")
 from starter_training import world
@@ -114,6 +114,8 @@ def test_words_attend_to_regions(model):
 class ByColour:
     """Embeds an image by the mean of its channels, a text by the colours that it names."""
 
+    truncates_end = False
+
     COLOURS = ("red", "green", "blue")
 
     def image_embeds(self, images):
@@ -148,6 +150,8 @@ def test_earlier_images_count_beside_the_text():
     by_both = rank_images(ByColour(), story, [RED, image(0.9, 0.1, 0.8), BLUE], reference_weight=5.0)
     assert by_text[0].index == 1 and by_both[0].index == 2
     assert rank_images(ByColour(), Story.of("A red kite.", BLUE), [RED, BLUE])[0].index == 1, "no text, so likeness"
+    image_first = Story((BLUE, TextSegment("A red kite.")), image_first=True)
+    assert rank_images(ByColour(), image_first, [RED, BLUE])[0].index == 1, "the text is of the image before"
 
 
 def test_images_are_found_by_text_and_by_image():
@@ -181,6 +185,10 @@ def test_embeddings_of_two_models_are_told_apart():
             "Mia is a fox. Mia sleeps.",
         ),
         (
+            ["Mia is a fox. Otto is a bear. They wave.", "image", "Mia is tired.", "image", "Mia and Otto run."],
+            "Mia is a fox. Otto is a bear. Mia and Otto run.",
+        ),
+        (
             ["Mia is a fox. Otto is a bear.", "image", "Mia and Otto run.", "It rains."],
             "Mia is a fox. Otto is a bear. Mia and Otto run. It rains.",
         ),
@@ -189,6 +197,12 @@ def test_embeddings_of_two_models_are_told_apart():
 def test_the_text_that_images_are_ranked_by_says_who_is_who(parts, text):
     story = Story.of(*(RED if part == "image" else part for part in parts))
     assert ranking_text(story) == text
+    panel = (
+        " ".join(part for part in parts[len(parts) - 1 - parts[::-1].index("image") :][1:])
+        if "image" in parts
+        else text
+    )
+    assert ranking_text(story, panel_first=True).startswith(panel)
 
 
 class Words:
@@ -211,6 +225,13 @@ def test_the_contrastive_model_embeds_features(model):
     assert embedder.word_maps("Mia waves.", RED).shape == (2, 4, 4)
     with pytest.raises(StoryError, match="features of width 5, but the contrastive model takes 6"):
         score_images(embedder_of(model, 5), "Mia waves.", images)
+    with pytest.raises(StoryError, match="features of another encoder"):
+        other = embedder_of(model)
+        other.encoder_id = "another"
+        other.encode = lambda images: [
+            replace(each, features=replace(features(1, n)[0], encoder_id="this one")) for n, each in enumerate(images)
+        ]
+        other.image_embeds(images)
     with pytest.raises(StoryError, match="has no features"):
         FeatureEmbedder(model, Words(), lambda images: images).image_embeds(images)
 
@@ -238,6 +259,23 @@ def test_a_word_is_found_where_it_is():
         assert inside > 0.6 * mask.sum() and inside > 0.5 * 24 * 24, word
 
 
+@pytest.mark.parametrize("left", [0, 72])
+def test_what_is_at_the_edge_of_a_wide_image_is_seen(left):
+    class Square(ByColour):
+        """Sees the middle square of an image only, as encoders do."""
+
+        def image_embeds(self, images):
+            side = min(images[0].size)
+            crops = []
+            for each in images:
+                x, y = ((n - side) // 2 for n in each.size)
+                crops.append(ImageSegment(each.pixels[:, y : y + side, x : x + side]))
+            return super().image_embeds(crops)
+
+    mask = word_mask(Square(), ImageSegment(patch("red", left, 20)), "A red ball and a green kite.", "red")
+    assert mask.shape == (64, 96) and mask[20:44, left : left + 24].sum() > 0.4 * mask.sum()
+
+
 def test_a_mask_grows_and_shrinks():
     mask = torch.zeros(20, 20)
     mask[8:12, 8:12] = 1
@@ -255,6 +293,9 @@ def test_rivals_stand_in_the_place_of_the_word():
     for word in ("bear", "fo", " "):
         with pytest.raises(SettingError, match="is not in the text"):
             rival_texts("A fox.", word)
+    pixels = torch.maximum(patch("red", 4, 30), patch("green", 66, 8))
+    with pytest.raises(SettingError, match="Nothing is left of the mask of 'red' when it shrinks by 40 px"):
+        word_mask(ByColour(), ImageSegment(pixels), "A red ball and a green kite.", "red", grow=-40)
     with pytest.raises(SettingError, match="draw the mask by hand"):
         word_mask(ByColour(), image(0.5), "A red fox.", "fox")
 

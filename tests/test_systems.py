@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfy_mminterleaved.errors import CheckpointError, SettingError, StoryError
+from comfy_mminterleaved.errors import CheckpointError, SettingError, StoryError, StoryTooLongError
 from comfy_mminterleaved.generation.attention_maps import SIDE
 from comfy_mminterleaved.generation.config import ImageGenerationConfig, Introduction
 from comfy_mminterleaved.generation.embedders import load_lora, system_metadata
@@ -123,6 +123,8 @@ def test_a_story_goes_round(pipeline, fox):
     assert first.startswith("Mia is a") and second.startswith("Mia ") and "coat" not in second
     with pytest.raises(StoryError, match="no images to tell again"):
         round_trip(pipeline, Story.of("Mia waves."))
+    with pytest.raises(StoryTooLongError, match="A story with 40 more panels"):
+        round_trip(pipeline, Story.of(*[fox] * 40), FAST)
 
 
 # ---- looking inside ----
@@ -220,6 +222,16 @@ def test_stories_are_changed_in_one_way(fox, change):
     assert image.pixels.equal(fox.pixels) is is_text
     assert changed.segments[0].text == "Mia waves." and (changed.segments[2].text != story.segments[2].text) is is_text
     assert changed.segments[2].text.endswith(".")
+
+
+@pytest.mark.parametrize("word, typo", [("village", "vlilage"), ("balloon", "blaloon"), ("book", "book")])
+def test_a_typo_is_one(word, typo):
+    story = Story.of(f"Mia is by it: a {word}.")
+    if word == typo:
+        with pytest.raises(SettingError, match="no word of four letters for a typo"):
+            changed_story(Story.of("A coo."), "a typo in the text")
+    else:
+        assert changed_story(story, "a typo in the text").segments[0].text == f"Mia is by it: a {typo}."
 
 
 def test_changes_that_cannot_be_made(fox):

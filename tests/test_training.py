@@ -25,7 +25,7 @@ from comfy_mminterleaved.generation.embedders import parse_system_metadata
 from comfy_mminterleaved.generation.latents import encode_latents
 from comfy_mminterleaved.generation.schedulers import make_scheduler
 from comfy_mminterleaved.models.build import init_modules
-from comfy_mminterleaved.pipeline import MMInterleavedPipeline
+from comfy_mminterleaved.pipeline import CANDIDATE_STEP, MMInterleavedPipeline
 from comfy_mminterleaved.presets import STARTER_DIR, tiny_config
 from comfy_mminterleaved.stories.story import Story
 from comfy_mminterleaved.tokenizer import Tokenizer, byte_level
@@ -818,10 +818,11 @@ def test_the_systems_are_trained_exported_and_measured(tmp_path):
         assert torch.allclose(tensor, weights[name], atol=1e-2), name
     config = ImageGenerationConfig(num_inference_steps=1, best_of=2, guidance_scale=1.0)
     story = Story.of("Mia is a fox in a red coat with a hat. Mia waves by the lake with a kite.")
-    candidates = pipeline.generate_images([story], replace(config, best_of=1), 2)[0]
+    single = replace(config, best_of=1)
+    candidates = [pipeline.generate_image(story, single.with_seed_offset(n * CANDIDATE_STEP)) for n in range(2)]
     best = pipeline.generate_image(story, config)
     ranked = pipeline.rank_images(story, candidates)
-    assert best.pixels.equal(ranked[0].image.pixels) and best.seed == ranked[0].index
+    assert best.pixels.equal(ranked[0].image.pixels) and best.seed == ranked[0].index * CANDIDATE_STEP
     assert contrastive_figures.word_masks(pipeline, 20, 1)["prop"]["peak inside, left out"]["cases"] == 1
     figures = contrastive_figures.best_of(pipeline, AttributeClassifier(), 20, 1, tmp_path / "cache", num_candidates=2)
     assert figures["heroes"]["ranked"]["cases"] == 1 and len(list((tmp_path / "cache").glob("*.npy"))) == 1

@@ -202,8 +202,9 @@ class GenerationConfig:
 
 
 def to_file(settings: TextGenerationConfig | ImageGenerationConfig) -> dict:
-    """Settings as files hold them, without the seed."""
-    return {name: value for name, value in dataclasses.asdict(settings).items() if name != "seed"}
+    """Settings as files hold them, without the seed; best_of only if it is used, so that older files stay the same."""
+    values = dataclasses.asdict(settings)
+    return {name: value for name, value in values.items() if name != "seed" and (name, value) != ("best_of", 1)}
 
 
 # Names that stories saved before the first release have.

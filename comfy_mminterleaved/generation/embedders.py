@@ -25,7 +25,12 @@ BATCH = 32  # images and texts that are embedded at once, so that memory does no
 
 
 class Embedder(Protocol):
-    """Embeds images and texts in one space; rows are of unit length, so their products are cosines."""
+    """Embeds images and texts in one space; rows are of unit length, so their products are cosines.
+
+    `truncates_end` says whether a text that is too long loses its end, as in CLIP.
+    """
+
+    truncates_end: bool
 
     def image_embeds(self, images: Sequence[ImageSegment]) -> torch.Tensor: ...  # (N, D)
 
@@ -37,15 +42,19 @@ class FeatureEmbedder:
 
     Args:
         encode: Gives images features of the encoder that the contrastive model was trained with.
+        encoder_id: Of that encoder; None accepts any whose features have the right sizes.
     """
+
+    truncates_end = False
 
     def __init__(
         self,
         model: ContrastiveModel,
         tokenizer: Tokenizer,
         encode: Callable[[Sequence[ImageSegment]], Sequence[ImageSegment]],
+        encoder_id: str | None = None,
     ):
-        self.model, self.tokenizer, self.encode = model, tokenizer, encode
+        self.model, self.tokenizer, self.encode, self.encoder_id = model, tokenizer, encode, encoder_id
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +83,16 @@ class FeatureEmbedder:
                 raise StoryError(
                     f"The images have features of width {width}, but the contrastive model takes {c.llm_hidden_size}; "
                     "use the encoder that it was trained with."
+                )
+            shapes = {tuple(level.shape) for level in each.feature_maps}
+            is_other = len(each.visual_tokens) != c.num_img_token
+            is_other |= (c.num_channels, c.grid_size, c.grid_size) not in shapes
+            if None not in (self.encoder_id, each.encoder_id):
+                is_other |= not each.encoder_id.startswith(self.encoder_id)
+            if is_other:
+                raise StoryError(
+                    "The images have features of another encoder than the contrastive model was trained with; use that "
+                    "one."
                 )
         tokens = torch.stack([each.visual_tokens for each in features])
         maps = (torch.stack(level) for level in zip(*(each.feature_maps for each in features)))
@@ -111,6 +130,8 @@ class CLIPEmbedder:
     Args:
         model, processor: transformers'.
     """
+
+    truncates_end = True
 
     def __init__(self, model, processor):
         self.model, self.processor = model, processor
@@ -190,14 +211,20 @@ def system_path(folder: Path, name: str) -> Path:
     return path
 
 
-def system_metadata(config: dict, name: str, tokenizer: Tokenizer | None = None) -> dict[str, str]:
-    """The metadata of a system's file."""
-    about = {"system": name, "config": config, "tokenizer": tokenizer.to_text() if tokenizer is not None else None}
-    return {METADATA: json.dumps(about)}
+def system_metadata(
+    config: dict, name: str, tokenizer: Tokenizer | None = None, encoder_id: str | None = None
+) -> dict[str, str]:
+    """The metadata of a system's file.
+
+    Args:
+        encoder_id: Of the encoder that it was trained with.
+    """
+    text = tokenizer.to_text() if tokenizer is not None else None
+    return {METADATA: json.dumps({"system": name, "config": config, "tokenizer": text, "encoder_id": encoder_id})}
 
 
 def parse_system_metadata(metadata: dict | None, name: str, label: str) -> dict:
-    """`config` and `tokenizer` of a system's file; raises CheckpointError."""
+    """`config`, `tokenizer` and `encoder_id` of a system's file; raises CheckpointError."""
     try:
         about = json.loads((metadata or {})[METADATA])
         system, _ = about["system"], about["config"]
@@ -210,15 +237,15 @@ def parse_system_metadata(metadata: dict | None, name: str, label: str) -> dict:
     return about
 
 
-def build_contrastive(tensors: dict[str, torch.Tensor], metadata, label: str, special_tokens, operations=None):
+def build_contrastive(tensors: dict[str, torch.Tensor], about: dict, label: str, special_tokens, operations=None):
     """ContrastiveModel with these weights, and its tokenizer; raises CheckpointError.
 
     Args:
+        about: From `parse_system_metadata`.
         operations: Layers of the host, None for `torch.nn`.
     """
     from ..models.build import check_shapes, param_shapes
 
-    about = parse_system_metadata(metadata, "contrastive", label)
     config = ContrastiveConfig.from_dict(about["config"], label)
     model = ContrastiveModel(config, *(() if operations is None else (operations,)))
     check_shapes(param_shapes(model), {name: tuple(t.shape) for name, t in tensors.items()}, label)
@@ -227,20 +254,30 @@ def build_contrastive(tensors: dict[str, torch.Tensor], metadata, label: str, sp
     return model.eval().requires_grad_(False), tokenizer
 
 
-def load_lora(path: Path, name: str) -> LoRA:
-    """LoRA of a system's file; raises CheckpointError."""
+def read_system(path: Path, name: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and metadata of a system's file; raises CheckpointError."""
     from safetensors import safe_open
 
+    tensors = read_tensors(path)  # first: it has a sentence for a file that is cut off
     with safe_open(path, "pt") as file:
-        parse_system_metadata(file.metadata(), name, repr(path.name))
-    return LoRA(read_tensors(path), repr(path.name))
+        return tensors, parse_system_metadata(file.metadata(), name, repr(path.name))
 
 
-def load_contrastive(path: Path, special_tokens, dtype=torch.float32, device="cpu"):
-    """ContrastiveModel and tokenizer of a file; raises CheckpointError."""
-    from safetensors import safe_open
+def load_lora(path: Path, name: str, encoder_id: str | None = None) -> LoRA:
+    """LoRA of a system's file; raises CheckpointError, also for one that was trained with another encoder."""
+    tensors, about = read_system(path, name)
+    if None not in (encoder_id, about.get("encoder_id")) and about["encoder_id"] != encoder_id:
+        raise CheckpointError(f"{path.name!r} was trained with another encoder; use the one of its model.")
+    return LoRA(tensors, repr(path.name))
 
-    tensors = {name: tensor.to(device, dtype) for name, tensor in read_tensors(path).items()}
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    return build_contrastive(tensors, metadata, repr(path.name), special_tokens)
+
+def load_contrastive(path: Path, special_tokens, encode, dtype=torch.float32, device="cpu") -> FeatureEmbedder:
+    """The embedder of a file; raises CheckpointError.
+
+    Args:
+        encode: `FeatureEmbedder`'s.
+    """
+    tensors, about = read_system(path, "contrastive")
+    tensors = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    model, tokenizer = build_contrastive(tensors, about, repr(path.name), special_tokens)
+    return FeatureEmbedder(model, tokenizer, encode, about.get("encoder_id"))

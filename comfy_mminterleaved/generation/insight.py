@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import SettingError, StoryError
@@ -131,18 +131,18 @@ def variants(story: Story) -> list[Story]:
 def compare(generator: TextGenerator, drawn: Sequence[ImageSegment], questions: Sequence[str]) -> Inspection:
     """Asks the model about drawings of `variants`, whose images are encoded."""
     questions = tuple(question.strip() for question in questions if question.strip())
-    whole, *others = drawn
+    full, *others = drawn
     answers, base = [], []
     for question in questions:
-        answers.append(generator.answer(Story.of(whole), question).text)
-        base.append(_score(generator, whole, question, answers[-1]))
+        answers.append(generator.answer(Story.of(full), question).text)
+        base.append(_score(generator, full, question, answers[-1]))
 
     def loss(image: ImageSegment) -> tuple[float, ...]:
         scores = (_score(generator, image, q, a) for q, a in zip(questions, answers))
         return tuple(min(MAX_LOSS, max(0.0, b - s)) for b, s in zip(base, scores))
 
     if len(others) == 1:  # a single image: alone it is the whole story
-        influences = (Influence(0, others[0], whole, loss(others[0]), (0.0,) * len(questions)),)
+        influences = (Influence(0, others[0], full, loss(others[0]), (0.0,) * len(questions)),)
     else:
         half = len(others) // 2
         influences = tuple(
@@ -150,7 +150,7 @@ def compare(generator: TextGenerator, drawn: Sequence[ImageSegment], questions: 
             for k, (without, alone) in enumerate(zip(others[:half], others[half:]))
         )
     generator.clear_cache()
-    return Inspection(whole, questions, tuple(answers), influences)
+    return Inspection(full, questions, tuple(answers), influences)
 
 
 def _score(generator: TextGenerator, image: ImageSegment, question: str, answer: str) -> float:
@@ -182,14 +182,14 @@ def inspect(
         SettingError: For no questions.
     """
     check_inspectable(story, questions)
+    config = replace(config or pipeline.generation_config.image, best_of=1)
     stories, drawn = variants(pipeline.encode_images(story)), []
     for each in stories:
         drawn.append(pipeline.generate_image(each, config))
         if on_drawn is not None:
             on_drawn(len(drawn), len(stories))
     drawn = pipeline.encode_images(Story.of(*drawn)).images
-    pipeline._place("text")
-    return compare(pipeline.text, drawn, questions)
+    return compare(pipeline.placed_text_generator(), drawn, questions)
 
 
 def report(story: Story, inspection: Inspection, title: str = "Look inside") -> str:
@@ -236,7 +236,7 @@ def attended(pipeline, story: Story, config: ImageGenerationConfig | None = None
     Returns:
         The drawing, its `AttentionMaps`, and the `gradient_maps` of its last step.
     """
-    config = config or pipeline.generation_config.image
+    config = replace(config or pipeline.generation_config.image, best_of=1)
     story = pipeline.encode_images(story)
     net = pipeline.synchronizer.mmfs_module
     with record_attention(net) as attention, record_calls(net) as calls:

@@ -58,12 +58,12 @@ def _shifted(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _with_typo(text: str) -> str:
-    """Two letters in the middle of the longest word change places."""
-    word = max(re.findall(r"[^\W\d_]+", text), key=len, default="")
-    if len(word) < 4:
-        return text
-    k = len(word) // 2
-    return text.replace(word, word[: k - 1] + word[k] + word[k - 1] + word[k + 1 :], 1)
+    """Two neighbouring letters of a long word change places: the first pair that differs, not at the word's start."""
+    for word in sorted(set(re.findall(r"[^\W\d_]{4,}", text)), key=lambda word: (-len(word), text.index(word))):
+        k = next((k for k in range(1, len(word) - 1) if word[k] != word[k + 1]), None)
+        if k is not None:
+            return text.replace(word, word[:k] + word[k + 1] + word[k] + word[k + 2 :], 1)
+    raise SettingError(f"The text {text!r:.60} has no word of four letters for a typo; choose another change.")
 
 
 def _with_unknown_word(text: str) -> str:
@@ -119,12 +119,12 @@ class Probed:
 
     @property
     def kept(self) -> tuple[bool, ...]:
-        return tuple(before == after for before, after in self.answers)
+        return tuple(first == second for first, second in self.answers)
 
     def to_text(self) -> str:
         lines = [
-            f"{question} {before}" + (" (kept)" if before == after else f" -> {after}")
-            for question, (before, after) in zip(self.questions, self.answers)
+            f"{question} {first}" + (" (kept)" if first == second else f" -> {second}")
+            for question, (first, second) in zip(self.questions, self.answers)
         ]
         return "\n".join([*lines, f"Similarity of the drawings: {self.similarity:.3f}."])
 
@@ -156,12 +156,13 @@ def probe(
         pipeline: An `MMInterleavedPipeline`.
         change: One of `CHANGES`.
     """
+    config = replace(config or pipeline.generation_config.image, best_of=1)
     pairs = [(story, changed_story(story, change)) for story in stories]
     results = []
     for pair in pairs:
         drawn = [pipeline.generate_image(story, config) for story in pair]
         drawn = pipeline.encode_images(Story.of(*drawn)).images
-        results.append(compare_drawings(pipeline.text, *drawn, questions))
+        results.append(compare_drawings(pipeline.placed_text_generator(), *drawn, questions))
     return results
 
 
@@ -221,7 +222,7 @@ def bias(
     first, *others = lists
     if any(f"{{{name}}}" not in template for name in lists) or len(lists[first]) < 2:
         raise SettingError("The template must have a {blank} for each list, and the first list at least two values.")
-    config, rng, pairs = config or pipeline.generation_config.image, random.Random(0), []
+    config, rng, pairs = replace(config or pipeline.generation_config.image, best_of=1), random.Random(0), []
     for value in lists[first]:
         for number in range(count):
             text = template.format(**{first: value, **{name: rng.choice(lists[name]) for name in others}})

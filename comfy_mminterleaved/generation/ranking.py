@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from ..errors import SettingError, StoryError
 from ..stories.story import ImageSegment, Story, TextSegment
 from .embedders import Embedder, cosines
+
+BATCH = 8  # images that are embedded between two calls of on_progress
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,16 @@ class RankedImage:
     score: float
 
 
-def score_images(embedder: Embedder, query: str | ImageSegment, images: Sequence[ImageSegment]) -> list[float]:
+def score_images(
+    embedder: Embedder,
+    query: str | ImageSegment,
+    images: Sequence[ImageSegment],
+    on_progress: Callable[[int, int], object] | None = None,
+) -> list[float]:
     """The cosine of each image with a text or with another image, in [-1, 1].
+
+    Args:
+        on_progress: Called with the number of images that are embedded, and of all.
 
     Raises:
         SettingError: For no images, an empty text, and embeddings that are not numbers.
@@ -32,12 +44,29 @@ def score_images(embedder: Embedder, query: str | ImageSegment, images: Sequence
     if isinstance(query, str) and not query.strip():
         raise SettingError("The text to compare images with is empty; write one.")
     target = embedder.text_embeds([query]) if isinstance(query, str) else embedder.image_embeds([query])
-    return cosines(embedder.image_embeds(images), target)[:, 0].tolist()
+    return cosines(embed_images(embedder, images, on_progress), target)[:, 0].tolist()
 
 
-def find_images(embedder: Embedder, query: str | ImageSegment, images: Sequence[ImageSegment]) -> list[RankedImage]:
+def embed_images(
+    embedder: Embedder, images: Sequence[ImageSegment], on_progress: Callable[[int, int], object] | None = None
+) -> torch.Tensor:
+    """`(N, D)`, a few images at a time, so that a caller can show progress and stop."""
+    parts = []
+    for start in range(0, len(images), BATCH):
+        parts.append(embedder.image_embeds(images[start : start + BATCH]))
+        if on_progress is not None:
+            on_progress(min(start + BATCH, len(images)), len(images))
+    return torch.cat(parts)
+
+
+def find_images(
+    embedder: Embedder,
+    query: str | ImageSegment,
+    images: Sequence[ImageSegment],
+    on_progress: Callable[[int, int], object] | None = None,
+) -> list[RankedImage]:
     """Images by how well they fit a text or another image, the best first (`score_images`)."""
-    return _sorted(images, score_images(embedder, query, images))
+    return _sorted(images, score_images(embedder, query, images, on_progress))
 
 
 def rank_images(
@@ -45,7 +74,8 @@ def rank_images(
 ) -> list[RankedImage]:
     """Candidates for the panel whose text a story ends with, the best first.
 
-    A story that ends with an image has no text for the next one; then likeness to its images decides.
+    Where the next image has no text yet, because the story ends with an image or has images first, likeness to the
+    earlier images decides.
 
     Args:
         reference_weight: How much the likeness to the story's earlier images counts beside the text's: for models that
@@ -58,8 +88,11 @@ def rank_images(
     check_rankable(story)
     if not images:
         raise SettingError("There are no images to rank; give at least one.")
-    has_text = not isinstance(story.segments[-1], ImageSegment)
-    scores = score_images(embedder, ranking_text(story), images) if has_text else [0.0] * len(images)
+    is_answered = story.image_first and story.images  # a text at its end belongs to the image before
+    has_text = isinstance(story.segments[-1], TextSegment) and not is_answered
+    scores = [0.0] * len(images)
+    if has_text:
+        scores = score_images(embedder, ranking_text(story, embedder.truncates_end), images)
     if has_text and not (reference_weight and story.images and len(images) > 1):
         return _sorted(images, scores)
     references = cosines(embedder.image_embeds(images), embedder.image_embeds(story.images)).mean(1).tolist()
@@ -85,8 +118,11 @@ def _standardized(values: list[float]) -> list[float]:
     return [(value - statistics.fmean(values)) / deviation for value in values]
 
 
-def ranking_text(story: Story) -> str:
-    """The text of a story's last panel, after the sentences that say who those are whom it names.
+def ranking_text(story: Story, panel_first: bool = False) -> str:
+    """The text of a story's last panel, and the sentences that say who those are whom it names.
+
+    Args:
+        panel_first: Whether the panel's own text comes first, for models that cut a long text at its end.
 
     Raises:
         StoryError: For a story that does not end with a text.
@@ -102,5 +138,6 @@ def ranking_text(story: Story) -> str:
     earlier = " ".join(s.text for s in story.segments[: len(story) - len(texts)] if isinstance(s, TextSegment))
     names = dict.fromkeys(re.findall(r"\b[^\W\d_a-z]\w+", panel))
     sentences = re.split(r"(?<=[.!?])\s+", earlier)
-    introductions = [s for name in names for s in sentences if s.startswith(f"{name} is ")][: len(names)]
-    return " ".join([*(s for s in introductions if s not in panel), panel])
+    introductions = (next((s for s in sentences if s.startswith(f"{name} is ")), None) for name in names)
+    introductions = [s for s in introductions if s is not None and s not in panel]
+    return " ".join([panel, *introductions] if panel_first else [*introductions, panel])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 
 from ..errors import SettingError, StoryError
 from ..models.visual_tokenizer import ImageFeatures
-from ..stories.story import ImageSegment, Story
+from ..stories.story import ImageSegment, Story, TextSegment
+from ..stories.storyboard import Step
 from .config import ImageGenerationConfig, Introduction, TextGenerationConfig
 
 if TYPE_CHECKING:
@@ -80,7 +81,15 @@ def caption_candidates(pipeline: MMInterleavedPipeline, image: ImageSegment, cou
     if count > 1:
         sampled = SAMPLED.with_seed_offset(seed)
         texts += [text.text for text in pipeline.caption(image, sampled, count - 1)]
-    return list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    return distinct_captions(texts)
+
+
+def distinct_captions(texts: Sequence[str]) -> list[str]:
+    """Captions, each once; raises StoryError if all are empty."""
+    texts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    if not texts:
+        raise StoryError("The model writes nothing about this image.")
+    return texts
 
 
 def describe(
@@ -101,10 +110,9 @@ def describe(
     Raises:
         StoryError: If the model writes nothing about the image.
     """
+    config = replace(config, best_of=1)
     (image,) = pipeline.encode_images(Story.of(image)).images
     captions = caption_candidates(pipeline, image, num_captions, config.seed)
-    if not captions:
-        raise StoryError("The model writes nothing about this image.")
     log_probs = pipeline.score(pipeline.text.caption_story(Story.of(image)), captions)
     openings = [retell([caption], pipeline.generation_config.introduction)[0] for caption in captions]
     if len(captions) == 1:
@@ -143,15 +151,18 @@ def round_trip(
     """Captions a story's images, tells the captions as a story, and draws that: what is lost was not understood.
 
     Raises:
-        StoryError: For a story without images.
+        StoryError: For a story without images, or an image that the model writes nothing about.
+        StoryTooLongError: If the LLM cannot hold the story that comes out.
     """
     if not story.images:
         raise StoryError("The story has no images to tell again; add one.")
     images = pipeline.encode_images(story).images
     captions = [caption_candidates(pipeline, image, 1)[0] for image in images]
-    config = config or pipeline.generation_config.image
+    config = replace(config or pipeline.generation_config.image, best_of=1)
+    texts = retell(captions, pipeline.generation_config.introduction)
+    pipeline.text.check_context_length(Story(), [[TextSegment(text), Step.IMAGE] for text in texts])
     retold, similarities = Story(), []
-    for number, (text, image) in enumerate(zip(retell(captions, pipeline.generation_config.introduction), images)):
+    for number, (text, image) in enumerate(zip(texts, images)):
         retold = retold.add(text)
         drawn = pipeline.generate_image(retold, config.with_seed_offset(number))
         retold = pipeline.encode_images(retold.add(drawn))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ..errors import SettingError
 from ..stories.story import ImageSegment
 from .embedders import Embedder, cosines
+from .ranking import embed_images
 
 WINDOW, STRIDE = 1 / 4, 1 / 8  # of the image's sides
 MAX_SIDE = 512  # px of the image that is looked at; a larger one is reduced
@@ -33,37 +34,45 @@ def rival_texts(text: str, word: str, rivals: Iterable[str] = ()) -> list[str]:
 
 @torch.no_grad()
 def occlusion_map(
-    embedder: Embedder, image: ImageSegment, text: str, word: str, rivals: Iterable[str] = ()
+    embedder: Embedder,
+    image: ImageSegment,
+    text: str,
+    word: str,
+    rivals: Iterable[str] = (),
+    on_progress: Callable[[int, int], object] | None = None,
 ) -> torch.Tensor:
     """How much less the image says a word while a window of it is covered, `(rows, columns)`, one value a window.
 
     What a window says is the similarity to the text, less that to the rival that is nearest to the whole image. It
-    takes about fifty encodings and works with any `Embedder`.
+    takes about fifty encodings and works with any `Embedder`. The image is padded to a square with its mean, for
+    embedders see the middle square of an image only.
 
     Args:
         rivals: Words of the same kind, like other animals; without any, the word is left out.
+        on_progress: Called with the number of windows done, and of all.
     """
     pixels = image.pixels
-    height, width = pixels.shape[-2:]
-    if max(height, width) > MAX_SIDE:
-        scale = MAX_SIDE / max(height, width)
-        size = max(1, round(height * scale)), max(1, round(width * scale))
+    if max(pixels.shape[-2:]) > MAX_SIDE:
+        scale = MAX_SIDE / max(pixels.shape[-2:])
+        size = tuple(max(1, round(side * scale)) for side in pixels.shape[-2:])
         pixels = F.interpolate(pixels[None], size=size, mode="area")[0]
-        height, width = size
+    mean, side = pixels.mean((1, 2), keepdim=True), max(pixels.shape[-2:])
+    square = mean.expand(-1, side, side).clone()
+    top, left = ((side - n) // 2 for n in pixels.shape[-2:])
+    square[:, top : top + pixels.shape[-2], left : left + pixels.shape[-1]] = pixels
     texts = rival_texts(text, word, rivals)
-    own, others = embedder.text_embeds([text]), embedder.text_embeds(texts)
-    whole = embedder.image_embeds([ImageSegment(pixels)])
-    rival = others[cosines(whole, others)[0].argmax()][None]
-    mean = pixels.mean((1, 2), keepdim=True)
-    boxes = [(top, left) for top in _starts(height) for left in _starts(width)]
-    covered = []
-    for top, left in boxes:
-        x = pixels.clone()
-        x[:, top : top + round(height * WINDOW), left : left + round(width * WINDOW)] = mean
-        covered.append(ImageSegment(x))
-    embeds = torch.cat([whole, embedder.image_embeds(covered)])
-    says = (cosines(embeds, own) - cosines(embeds, rival))[:, 0]
-    return (says[0] - says[1:]).view(len(_starts(height)), -1).cpu()
+    target, others = embedder.text_embeds([text]), embedder.text_embeds(texts)
+    uncovered = embedder.image_embeds([ImageSegment(square)])
+    rival = others[cosines(uncovered, others)[0].argmax()][None]
+    window, covered = round(side * WINDOW), []
+    for y in _starts(side):
+        for x in _starts(side):
+            copy = square.clone()
+            copy[:, y : y + window, x : x + window] = mean
+            covered.append(ImageSegment(copy))
+    embeds = torch.cat([uncovered, embed_images(embedder, covered, on_progress)])
+    says = (cosines(embeds, target) - cosines(embeds, rival))[:, 0]
+    return (says[0] - says[1:]).view(len(_starts(side)), -1).cpu()
 
 
 def _starts(side: int) -> list[int]:
@@ -84,7 +93,10 @@ def pixel_map(values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             total[row : row + cells, column : column + cells] += value
-    out = F.interpolate(total[None, None], size=(size[1], size[0]), mode="bilinear", align_corners=False)[0, 0]
+    side = max(size)  # the map is of the square around the image
+    out = F.interpolate(total[None, None], size=(side, side), mode="bilinear", align_corners=False)[0, 0]
+    top, left = (side - size[1]) // 2, (side - size[0]) // 2
+    out = out[top : top + size[1], left : left + size[0]]
     return (out / out.max()).clamp(min=0) if out.max() > 0 else torch.zeros_like(out)
 
 
@@ -96,6 +108,7 @@ def word_mask(
     rivals: Iterable[str] = (),
     threshold: float = 0.5,
     grow: int = 0,
+    on_progress: Callable[[int, int], object] | None = None,
 ) -> torch.Tensor:
     """1 where a word of the text is in the image, else 0: float32 `(height, width)`.
 
@@ -104,12 +117,19 @@ def word_mask(
         grow: By how many px the mask grows on all sides, or shrinks below 0.
 
     Raises:
-        SettingError: For a word that the text does not have, or where no window of the image says it.
+        SettingError: For a word that the text does not have, where no window of the image says it, or if nothing is
+            left of the mask.
     """
-    mask = (pixel_map(occlusion_map(embedder, image, text, word, rivals), image.size) >= threshold).float()
+    values = occlusion_map(embedder, image, text, word, rivals, on_progress)
+    mask = (pixel_map(values, image.size) >= threshold).float()
     if not mask.any() or mask.all():
         raise SettingError(f"No part of the image shows {word!r:.60} more than the rest does; draw the mask by hand.")
-    return grow_mask(mask, grow)
+    mask = grow_mask(mask, grow)
+    if not mask.any():
+        raise SettingError(
+            f"Nothing is left of the mask of {word!r:.60} when it shrinks by {-grow} px; shrink it less."
+        )
+    return mask
 
 
 def grow_mask(mask: torch.Tensor, grow: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,13 @@ def best_of_cases(seed: int, count: int, heroes: int | None) -> list[tuple[int, 
     return cases[:count]
 
 
+def model_digest(pipeline: MMInterleavedPipeline) -> str:
+    """Digest of what draws: no two trained models share it."""
+    weights = (pipeline.unet.conv_out.weight, pipeline.llm.soi_token, pipeline.encoder.proj.weight)
+    data = b"".join(weight.detach().float().cpu().numpy().tobytes() for weight in weights)
+    return hashlib.blake2b(data, digest_size=4).hexdigest()
+
+
 def drawn_candidates(
     pipeline: MMInterleavedPipeline, seed: int, count: int, heroes: int | None, num_candidates: int, cache: Path
 ) -> list[np.ndarray]:
@@ -105,7 +113,7 @@ def drawn_candidates(
     config = ImageGenerationConfig(num_inference_steps=20, scheduler="dpm++", guidance_scale=3.0, seed=seed)
     out = []
     for case, (_, panels, k) in enumerate(best_of_cases(seed, count, heroes)):
-        path = cache / f"candidates-{seed}-{heroes or 'any'}-{num_candidates}-{case}.npy"
+        path = cache / f"candidates-{model_digest(pipeline)}-{seed}-{heroes or 'any'}-{num_candidates}-{case}.npy"
         if not path.exists():
             opening = Story.of(panels[0].text, ImageSegment(render_scene(panels[0].scene)))
             story = pipeline.encode_images(opening).add(panels[k].text)

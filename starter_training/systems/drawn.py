@@ -15,7 +15,7 @@ from comfy_mminterleaved.stories.story import ImageSegment
 
 from .. import world
 from ..classifier import AttributeClassifier
-from ..evaluate import classify, generate_from_gold_text, held_out_stories
+from ..evaluate import classify, generate_from_gold_text, held_out_stories, render_scene
 from .contrastive import best_of_cases, drawn_candidates
 from .statistics import bootstrap_by_story, paired_difference
 
@@ -51,15 +51,24 @@ def wrong_facts(
     drawn = drawn_candidates(pipeline, seed, count, None, 4, cache)
     for name, (lora, on_all) in adapters.items():
         with adapter_of(pipeline, lora, on_all):
-            rows = values.setdefault(name, {"heroes": [], "place and prop": []})
-            for pixels, (number, _, _) in zip(drawn, cases):
-                image = torch.from_numpy(pixels[0]).movedim(-1, 0) / 255
-                facts = world.parse(pipeline.caption(ImageSegment(image, origin="drawn"), GREEDY)[0].text)
-                (seen,) = judge.predict(image[None])
-                rows["heroes"].append((number, facts is None or facts.heroes != seen.looks))
-                setting = None if facts is None else (facts.place, facts.prop)
-                rows["place and prop"].append((number, setting != (seen.place, seen.prop)))
-                pipeline.clear_cache()
+            rows = values.setdefault(name, {})
+            for pixels, (number, panels, k) in zip(drawn, cases):
+                images = {
+                    "drawn": torch.from_numpy(pixels[0]).movedim(-1, 0) / 255,
+                    "painted": render_scene(panels[k].scene),
+                }
+                for kind, image in images.items():
+                    segment = ImageSegment(image, origin="drawn" if kind == "drawn" else "own")
+                    facts = world.parse(pipeline.caption(segment, GREEDY)[0].text)
+                    (seen,) = judge.predict(image[None])
+                    setting = None if facts is None else (facts.place, facts.prop)
+                    wrong = {
+                        "heroes": facts is None or facts.heroes != seen.looks,
+                        "place and prop": setting != (seen.place, seen.prop),
+                    }
+                    for fact, is_wrong in wrong.items():
+                        rows.setdefault(f"{fact}, {kind}", []).append((number, is_wrong))
+                    pipeline.clear_cache()
     first = next(iter(values))
     return {
         name: {

@@ -21,14 +21,7 @@ from ..classifier import AttributeClassifier, Prediction
 from ..evaluate import render_scene
 from .statistics import bootstrap_by_story, paired_difference
 
-QUESTIONS = {
-    "species": "Who is it?",
-    "coat": "Which colour is the coat?",
-    "accessory": "What is worn?",
-    "place": "Where is it?",
-    "prop": "What is there?",
-    "action": "What happens?",
-}
+LOOKS = {"species": "Who is it?", "coat": "Which colour is the coat?", "accessory": "What is worn?"}
 CONFIG = ImageGenerationConfig(num_inference_steps=8, scheduler="dpm++", guidance_scale=3.0)
 
 
@@ -56,7 +49,7 @@ def in_three_coats(number: int, panels: list[world.ScenePanel]) -> tuple[Story, 
 
 def facts_of(seen: Prediction) -> dict[str, str]:
     look = seen.looks[0] if seen.looks else ("", "", "")
-    return dict(zip(QUESTIONS, (*look, seen.place, seen.prop, seen.action)))
+    return dict(zip((*LOOKS, "place", "prop", "action"), (*look, seen.place, seen.prop, seen.action)))
 
 
 def sources(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: int, count: int) -> dict:
@@ -73,36 +66,24 @@ def sources(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: i
     for number, panels in stories_of_one_hero(seed, count):
         story, coats = in_three_coats(number, panels)
         config = CONFIG.with_seed_offset(number)
-        found = inspect(pipeline, story, list(QUESTIONS.values()), config)
-        looks = inspect_looks(found)
-        (seen,) = judge.predict(found.drawn.pixels[None])
+        inspection = inspect(pipeline, story, list(LOOKS.values()), config)
+        (seen,) = judge.predict(inspection.drawn.pixels[None])
         drawn_facts = facts_of(seen)
         if drawn_facts["coat"] not in coats:
             num_other += 1
             continue
-        right = coats.index(drawn_facts["coat"])
-        influence = found.influences[looks]
-        (without,) = judge.predict(influence.without.pixels[None])
-        changed = {name for name, value in facts_of(without).items() if value != drawn_facts[name]}
-        named = [list(QUESTIONS)[k] for k in influence.changed][:1]
+        right, source = coats.index(drawn_facts["coat"]), inspection.source
+        (without,) = judge.predict(source.without.pixels[None])
+        changed = {name for name, value in facts_of(without).items() if name in LOOKS and value != drawn_facts[name]}
+        named = [list(LOOKS)[k] for k in source.changed][:1]
         _, attention, gradients = attended(pipeline, story, config)
-        values["image"].append((number, looks == right))
+        values["image"].append((number, source.index == right))
         values["fact"].append((number, set(named) <= changed if named else not changed))
         values["always the first"].append((number, right == 0))
         values["attention weights"].append((number, int(attention.levels.sum(0).argmax()) == right))
         values["gradient"].append((number, int(gradients.sum((1, 2)).argmax()) == right))
         pipeline.clear_cache()
     return {name: bootstrap_by_story(cases) for name, cases in values.items()} | {"another coat": num_other}
-
-
-def inspect_looks(found) -> int:
-    """The image that the hero's look was taken from: place, prop and action are the text's."""
-    looks = slice(0, 3)
-    return max(range(len(found.influences)), key=lambda k: _score(found.influences[k], looks))
-
-
-def _score(influence, looks: slice) -> float:
-    return sum(influence.lost[looks]) - sum(influence.missing[looks])
 
 
 def spread(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: int, count: int) -> dict:
