@@ -75,7 +75,9 @@ class PatchedCLIP(CLIPEmbedder):
         super().__init__(model, processor)
         management = comfy.model_management
         devices = management.text_encoder_device(), management.text_encoder_offload_device()
-        self.patcher = block_patcher(torch.nn.ModuleList([model]), *devices)  # a model of transformers has a fixed `device`
+        self.patcher = block_patcher(
+            torch.nn.ModuleList([model]), *devices
+        )  # a model of transformers has a fixed `device`
 
     def image_embeds(self, images) -> torch.Tensor:
         comfy.model_management.load_models_gpu([self.patcher])

@@ -119,6 +119,13 @@ class DescribeForRedrawing(io.ComfyNode):
                     max=32,
                     tooltip="How many are written: the likeliest, and others by chance. Each that differs is drawn.",
                 ),
+                io.Int.Input(
+                    "drawings",
+                    default=3,
+                    min=1,
+                    max=16,
+                    tooltip="How often each caption is drawn; the drawing that is most alike to the image counts.",
+                ),
                 *drawing_inputs(8),
             ],
             outputs=[
@@ -133,7 +140,20 @@ class DescribeForRedrawing(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, image, captions, encoder, llm, synchronizer, model, vae, seed, steps, cfg, sampler_name, scheduler
+        cls,
+        image,
+        captions,
+        drawings,
+        encoder,
+        llm,
+        synchronizer,
+        model,
+        vae,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
     ) -> io.NodeOutput:
         check_blocks(llm, synchronizer, model)
         original = encode_story(encoder, Story.of(images_from_batch(image)[0])).images[0]
@@ -141,7 +161,7 @@ class DescribeForRedrawing(io.ComfyNode):
         openings = [retell([text], llm.generator.generation_config.introduction)[0] for text in texts]
         links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
         graph, size = GraphBuilder(), synchronizer.config.synchronizer.image_size
-        latent = graph.node("EmptyLatentImage", "latent", width=size, height=size, batch_size=1)
+        latent = graph.node("EmptyLatentImage", "latent", width=size, height=size, batch_size=drawings)
         sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler, "seed": seed}
         batch = None
         for number, opening in enumerate(openings, 1):
@@ -196,10 +216,12 @@ class DescribedInside(io.ComfyNode):
         drawings = images_from_batch(drawn, DRAWN)
         original, *others = encode_story(encoder, Story.of(images_from_batch(image)[0], *drawings)).images
         scores = [token_similarity(original.features, other.features) for other in others]
-        order = sorted(range(len(scores)), key=lambda n: -scores[n])
-        best = order[0]
-        lines = "\n".join(f"{scores[n]:6.3f}  {captions[n]}" for n in order)
-        return io.NodeOutput(captions[best], drawn[best : best + 1], openings[best], ui=ui.PreviewText(lines))
+        each = len(scores) // len(captions)  # drawings of a caption
+        best_of = [max(range(n, n + each), key=lambda k: scores[k]) for n in range(0, len(scores), each)]
+        order = sorted(range(len(captions)), key=lambda n: -scores[best_of[n]])
+        lines = "\n".join(f"{scores[best_of[n]]:6.3f}  {captions[n]}" for n in order)
+        first, number = order[0], best_of[order[0]]
+        return io.NodeOutput(captions[first], drawn[number : number + 1], openings[first], ui=ui.PreviewText(lines))
 
 
 class RoundTrip(io.ComfyNode):

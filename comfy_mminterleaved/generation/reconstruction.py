@@ -30,8 +30,9 @@ class Description:
     Args:
         text: The caption.
         story: The caption retold as the opening of a story (`retell`), which the model draws from.
-        redrawn: The first drawing; None if nothing was drawn, because all captions were the same.
-        similarity: Mean over the drawings of `token_similarity` to the image.
+        redrawn: The drawing that is most alike to the image; None if nothing was drawn, because all captions agree.
+        similarity: Its `token_similarity` to the image. The best counts, not the mean: what can be drawn again once was
+            said, though other drawings fail.
         log_prob: Summed log-probability of the caption.
     """
 
@@ -96,7 +97,7 @@ def describe(
     pipeline: MMInterleavedPipeline,
     image: ImageSegment,
     num_captions: int = 7,
-    num_drawings: int = 1,
+    num_drawings: int = 3,
     config: ImageGenerationConfig = REDRAWING,
     on_drawn: Callable[[int, int], object] | None = None,
 ) -> list[Description]:
@@ -123,8 +124,9 @@ def describe(
             pipeline.generate_image(Story.of(opening), config.with_seed_offset(seed - config.seed)) for seed in seeds
         ]
         features = [each.features for each in pipeline.encode_images(Story.of(*drawn)).images]
-        similarity = sum(token_similarity(image.features, each) for each in features) / len(features)
-        out.append(Description(caption, opening, drawn[0], similarity, log_prob))
+        similarities = [token_similarity(image.features, each) for each in features]
+        best = max(range(len(drawn)), key=lambda n: similarities[n])
+        out.append(Description(caption, opening, drawn[best], similarities[best], log_prob))
         if on_drawn is not None:
             on_drawn(number + 1, len(captions))
     return sorted(out, key=lambda each: (-each.similarity, -each.log_prob))

@@ -28,7 +28,7 @@ def nodes(images=1):
 def test_an_image_is_described_by_what_redraws_it(comfyui):
     prompt = {
         **nodes(0),
-        "d": node("MMInterleavedDescribe", image=["x", 0], captions=4, **BLOCKS, **DRAWING),
+        "d": node("MMInterleavedDescribe", image=["x", 0], captions=4, drawings=2, **BLOCKS, **DRAWING),
         "s": node("PreviewAny", source=["d", 0]),
         "p": node("PreviewAny", source=["d", 2]),
         "o": node("SaveImage", images=["d", 1], filename_prefix="redrawn"),
@@ -37,7 +37,9 @@ def test_an_image_is_described_by_what_redraws_it(comfyui):
     text, story = done["outputs"]["s"]["text"][0], done["outputs"]["p"]["text"][0]
     assert " coat with " in text and story.startswith("Mia is a") and len(done["outputs"]["o"]["images"]) == 1
     with pytest.raises(Failed) as failed:
-        comfyui.run({**prompt, "d": node("MMInterleavedDescribe", image=["x", 0], captions=0, **BLOCKS, **DRAWING)})
+        comfyui.run(
+            {**prompt, "d": node("MMInterleavedDescribe", image=["x", 0], captions=0, drawings=2, **BLOCKS, **DRAWING)}
+        )
     assert "captions" in failed.value.sentence
 
 
