@@ -9,17 +9,16 @@ import comfy.sample
 import comfy.samplers
 import torch
 import torch.nn.functional as F
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.generation.attention_maps import gradient_maps, record_attention, record_calls
 from ..comfy_mminterleaved.generation.insight import CAVEAT, check_inspectable, compare, contact_sheet, variants
 from ..comfy_mminterleaved.models.gmail_adapter import DRAWN
-from ..comfy_mminterleaved.stories.images import to_tensor
-from ..comfy_mminterleaved.stories.story import Story
+from ..comfy_mminterleaved.stories.story import ImageSegment, Story
 from .blocks import progress
-from .preview import is_inside
+from .preview import is_inside, pictures_ui
 from .reconstruct import draw_from, drawing_inputs
 from .segments import encode_story, images_from_batch
 from .synchronize import ApplySynchronizer, apply_mmfs, check_blocks
@@ -162,7 +161,10 @@ class LookInside(io.ComfyNode):
         note = f"{CAVEAT} Leave images out to see what they cause." if method == WEIGHTS else CAVEAT
         overlays = torch.stack([heat(image.pixels, each) for image, each in zip(images, maps)])
         report = "\n".join([*lines, note])
-        return io.NodeOutput(overlays, report, first + int(shares.argmax()) + 1, ui=ui.PreviewImage(overlays, cls=cls))
+        pictured = images_from_batch(overlays)
+        captions = [*lines[:-1], f"{lines[-1]}\n{note}"]
+        pictures = pictures_ui(*zip(pictured, captions))
+        return io.NodeOutput(overlays, report, first + int(shares.argmax()) + 1, ui=pictures)
 
 
 def _gradients(net, calls, images) -> torch.Tensor:
@@ -246,6 +248,7 @@ class InspectInside(io.ComfyNode):
         lines = [line for line in questions.splitlines() if line.strip()]
         llm.load(llm.generator.question_story(Story.of(images[0]), max(lines, key=len)), 40)
         inspection = compare(llm.generator, images, lines)
-        sheet = to_tensor(contact_sheet(story, inspection)).movedim(0, -1)[None]
-        preview = ui.PreviewImage(sheet, cls=cls).as_dict() | ui.PreviewText(inspection.to_text()).as_dict()
-        return io.NodeOutput(sheet, inspection.to_text(), inspection.source.index + 1, ui=preview)
+        sheet = ImageSegment.of(contact_sheet(story, inspection))
+        report = inspection.to_text()
+        pixels = sheet.pixels.movedim(0, -1)[None]
+        return io.NodeOutput(pixels, report, inspection.source.index + 1, ui=pictures_ui((sheet, report)))

@@ -36,6 +36,13 @@ def panels_ui(story: Story, saved: list[dict] | None = None) -> dict:
     }
 
 
+def pictures_ui(*pictures) -> dict:
+    """A node's UI output of images with texts below them, each an `ImageSegment` and its text."""
+    return {
+        "mm_interleaved_panels": [{"text": text, "image": _temporary(image), "seed": None} for image, text in pictures]
+    }
+
+
 def _temporary(image) -> dict:
     folder = Path(folder_paths.get_temp_directory()) / SUBFOLDER
     path = folder / f"{image.digest}.png"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
 from ..comfy_mminterleaved.errors import StoryError
@@ -11,7 +11,7 @@ from ..comfy_mminterleaved.generation.probes import CHANGES, changed_story, comp
 from ..comfy_mminterleaved.models.gmail_adapter import DRAWN
 from ..comfy_mminterleaved.stories.story import Story
 from .look_inside import QUESTIONS
-from .preview import is_inside
+from .preview import is_inside, pictures_ui
 from .reconstruct import draw_from, drawing_inputs
 from .segments import encode_story, images_from_batch
 from .synchronize import check_blocks
@@ -152,5 +152,4 @@ class ProbedInside(io.ComfyNode):
         lines = [line for line in questions.splitlines() if line.strip()]
         llm.load(llm.generator.question_story(Story.of(first), max(lines, key=len)), 40)
         report = compare_drawings(llm.generator, first, second, lines).to_text()
-        preview = ui.PreviewImage(drawn, cls=cls).as_dict() | ui.PreviewText(report).as_dict()
-        return io.NodeOutput(drawn, report, ui=preview)
+        return io.NodeOutput(drawn, report, ui=pictures_ui((first, "as it is"), (second, report)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import comfy.samplers
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
 from ..comfy_mminterleaved.errors import SettingError, StoryError
@@ -20,7 +20,7 @@ from ..comfy_mminterleaved.models.gmail_adapter import DRAWN
 from ..comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
 from ..comfy_mminterleaved.stories.storyboard import Step
 from .blocks import PatchedLLM, progress
-from .preview import is_inside, panels_ui
+from .preview import is_inside, panels_ui, pictures_ui
 from .segments import encode_story, images_from_batch
 from .synchronize import check_blocks
 from .tell import draw_panel
@@ -221,7 +221,8 @@ class DescribedInside(io.ComfyNode):
         order = sorted(range(len(captions)), key=lambda n: -scores[best_of[n]])
         lines = "\n".join(f"{scores[best_of[n]]:6.3f}  {captions[n]}" for n in order)
         first, number = order[0], best_of[order[0]]
-        return io.NodeOutput(captions[first], drawn[number : number + 1], openings[first], ui=ui.PreviewText(lines))
+        pictures = pictures_ui((others[number], lines))
+        return io.NodeOutput(captions[first], drawn[number : number + 1], openings[first], ui=pictures)
 
 
 class RoundTrip(io.ComfyNode):

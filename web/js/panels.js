@@ -11,6 +11,18 @@ const PANEL_NODES = [
     "MMInterleavedSetPanel",
     "MMInterleavedEditPanels",
     "MMInterleavedLoadStory",
+    "MMInterleavedRoundTrip",
+    "MMInterleavedDescribe",
+    "MMInterleavedLookInside",
+    "MMInterleavedProbeStory",
+];
+// Nodes that draw inside: the sampler's last preview would hide what came of it.
+const DRAWING_NODES = [
+    ...TELL_NODES,
+    "MMInterleavedRoundTrip",
+    "MMInterleavedDescribe",
+    "MMInterleavedLookInside",
+    "MMInterleavedProbeStory",
 ];
 const TEXT_NODES = [
     "MMInterleavedWrite",
@@ -18,6 +30,8 @@ const TEXT_NODES = [
     "MMInterleavedAsk",
     "MMInterleavedCaption",
     "MMInterleavedChoose",
+    "MMInterleavedClipScore",
+    "MMInterleavedFindImage",
 ];
 const NODES = [...PANEL_NODES, ...TEXT_NODES];
 
@@ -26,7 +40,8 @@ const STYLE = `
     box-sizing: border-box; width: 100%; height: 100%; padding: 4px; overflow-y: auto; }
 .mmi-panels figure { margin: 0; }
 .mmi-panels img { display: block; width: 100%; border-radius: 4px; }
-.mmi-panels figcaption { margin-top: 4px; color: var(--input-text, #ddd); font: 12px/1.4 sans-serif; overflow-wrap: anywhere; }
+.mmi-panels figcaption { margin-top: 4px; color: var(--input-text, #ddd); font: 12px/1.4 sans-serif; overflow-wrap: anywhere;
+    white-space: pre-line; }
 .mmi-panels small { color: var(--descrip-text, #999); font: 11px/1.6 sans-serif; }
 .mmi-panels .mmi-live { opacity: 0.7; }
 .mmi-panels.mmi-text { display: block; }
@@ -97,7 +112,7 @@ function dropPreview(node) {
 }
 
 function finish(node) {
-    if (TELL_NODES.includes(node.comfyClass)) dropPreview(node);
+    if (DRAWING_NODES.includes(node.comfyClass)) dropPreview(node);
     node.mmiPanels.scrollTop = 0;
     node.setDirtyCanvas?.(true, true);
 }
@@ -162,7 +177,7 @@ app.registerExtension({
         nodeType.prototype.onExecuted = function (output) {
             onExecuted?.call(this, output);
             if (output?.[PANELS]) {
-                if (nodeData.name === "MMInterleavedTellStory") dropPreview(this);
+                if (DRAWING_NODES.includes(nodeData.name) && nodeData.name !== "MMInterleavedTellAnyModel") dropPreview(this);
                 show(this, output[PANELS]);
             } else if (output?.text && TEXT_NODES.includes(nodeData.name)) {
                 show(this, [{ text: output.text.join("\n") }]);
