@@ -38,7 +38,7 @@ def best_of_four(w) -> None:
     w.note(0, -380, (760, 240), "Best of four")
     model = load(w)
     scorer = compare(w, model)
-    told = tell(w, model, 420, opening=PAIR, panels=4, seed=5, best_of=4, contrastive=scorer[0])
+    told = tell(w, model, 420, opening=PAIR, panels=4, seed=21, best_of=4, contrastive=scorer[0])
     pages = save(w, told[0], 920, title="Mia and Otto")
     w.bend_below(scorer, "encoder", model)
     w.group("1. Model, and what compares", BLUE, model, scorer)
