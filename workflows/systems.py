@@ -89,6 +89,7 @@ def redraw_one_thing(w) -> None:
         420,
         0,
         (360, 560),
+        room=860,
         contrastive=scorer[0],
         image=image[0],
         text=CAPTION,
@@ -98,7 +99,7 @@ def redraw_one_thing(w) -> None:
     story = w.add(
         "MMInterleavedStoryText",
         420,
-        680,
+        980,
         (360, 180),
         text="Mia is a fox in a green coat with a scarf. Mia waves in the village with a guitar. It rains.",
     )
@@ -151,7 +152,7 @@ def look_inside(w) -> None:
     panel = w.add(
         "MMInterleavedStoryText", 420, 520, (340, 160), story=shown[0], text="Mia sits by the lake with a kite."
     )
-    seen = w.add("MMInterleavedLookInside", 880, 0, (400, 620), room=900, story=panel[0], **blocks(model), seed=2)
+    seen = w.add("MMInterleavedLookInside", 880, 0, (400, 620), room=1100, story=panel[0], **blocks(model), seed=2)
     saved = w.add("SaveImage", 1380, 0, (460, 560), images=seen[0], filename_prefix="stories/inside")
     w.bend_below(shown, "story", told)
     w.bend_below(panel, "story", shown)
