@@ -180,7 +180,10 @@ class CLIPEmbedder:
                 padding="max_length" if is_siglip else True,
                 truncation=True,
                 return_tensors="pt",
-            ).to(self.model.device)
+            )
+            # Other names, such as token types, are the tokenizer's; SigLIP was trained without a mask.
+            names = ("input_ids",) if is_siglip else ("input_ids", "attention_mask")
+            inputs = {name: inputs[name].to(self.model.device) for name in names if name in inputs}
             parts.append(_pooled(self.model.get_text_features(**inputs)))
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
