@@ -822,7 +822,8 @@ def test_the_systems_are_trained_exported_and_measured(tmp_path):
     candidates = [pipeline.generate_image(story, single.with_seed_offset(n * CANDIDATE_STEP)) for n in range(2)]
     best = pipeline.generate_image(story, config)
     ranked = pipeline.rank_images(story, candidates)
-    assert best.pixels.equal(ranked[0].image.pixels) and best.seed == ranked[0].index * CANDIDATE_STEP
+    assert torch.allclose(best.pixels, ranked[0].image.pixels, atol=1e-3)  # a batch differs in last bits
+    assert best.seed == ranked[0].index * CANDIDATE_STEP
     assert contrastive_figures.word_masks(pipeline, 20, 1)["prop"]["peak inside, left out"]["cases"] == 1
     figures = contrastive_figures.best_of(pipeline, AttributeClassifier(), 20, 1, tmp_path / "cache", num_candidates=2)
     assert figures["heroes"]["ranked"]["cases"] == 1 and len(list((tmp_path / "cache").glob("*.npy"))) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 BLUE, GREEN, PURPLE, BROWN = "#3f789e", "#8A8", "#a1309b", "#b58b2a"
-TELL, TELL_ROOM = (400, 480), 1350
+TELL, TELL_ROOM = (400, 480), 1600
 PAIR = (
     "Mia is a fox in a red coat with a crown. Otto is a bear in a blue coat with a scarf. "
     "Mia and Otto jump on the beach with a ball."
@@ -63,6 +63,7 @@ def find_an_image(w) -> None:
         920,
         0,
         (360, 260),
+        room=480,
         contrastive=scorer[0],
         story=told[0],
         text="A fox in a red coat with a crown waves in the meadow with a ball.",

@@ -186,7 +186,7 @@ def tell(best_of, **changes):
         **loaded(),
         "l": node("MMInterleavedLoad", model="starter"),
         "t": node("MMInterleavedTellStory", **inputs),
-        "o": node("MMInterleavedSaveStory", story=["t", 0], filename_prefix="books/best", title=""),
+        "o": node("MMInterleavedSaveStory", story=["t", 0], filename_prefix="systems/best", title=""),
     }
 
 

@@ -48,7 +48,7 @@ def test_a_story_goes_round(comfyui):
         **nodes(2),
         "r": node("MMInterleavedRoundTrip", story=["i1", 0], **BLOCKS, **DRAWING),
         "m": node("PreviewAny", source=["r", 1]),
-        "o": node("MMInterleavedSaveStory", story=["r", 0], filename_prefix="books/round", title=""),
+        "o": node("MMInterleavedSaveStory", story=["r", 0], filename_prefix="systems/round", title=""),
     }
     done = comfyui.run(prompt)
     assert -1 <= float(done["outputs"]["m"]["text"][0]) <= 1
