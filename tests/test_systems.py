@@ -146,6 +146,11 @@ def test_the_source_is_needed_and_suffices():
     assert "takes most from image 2" in seen.to_text() and "Without image 1 nothing changes." in seen.to_text()
 
 
+def test_what_no_image_brings_alone_comes_of_several():
+    mixed = inspection(influence(0, (0, 5), (0, 5)), influence(1, (0, 0), (0, 5)))
+    assert mixed.verdict.startswith("It changes most without image 1, which alone does not bring it")
+
+
 def test_images_that_all_suffice_are_not_called_a_source():
     same = inspection(influence(0, (0, 0), (0, 0)), influence(1, (0, 0), (0, 0)))
     assert "each of images 1, 2 alone brings the same" in same.verdict

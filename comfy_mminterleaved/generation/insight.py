@@ -75,7 +75,10 @@ class Inspection:
         needed = [each for each in self.influences if each.changed]
         enough = [each.index + 1 for each in self.influences if sum(each.missing) < CHANGED]
         if needed:
-            return f"It takes most from image {self.source.index + 1}."
+            source, number = self.source, self.source.index + 1
+            if source.changed and sum(source.missing[k] for k in source.changed) >= CHANGED:
+                return f"It changes most without image {number}, which alone does not bring it: it comes of several."
+            return f"It takes most from image {number}."
         if len(enough) > 1:
             return f"No image is needed by itself: each of images {', '.join(map(str, enough))} alone brings the same."
         return "No answer depends on an earlier image: the text says it all."
@@ -219,7 +222,7 @@ def report(story: Story, inspection: Inspection, title: str = "Look inside") -> 
         "<!doctype html><html><head><meta charset='utf-8'><title>" + html.escape(title) + "</title><style>"
         "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
         "section{display:flex;gap:1rem;flex-wrap:wrap;border-top:1px solid #ddd;padding:1rem 0}"
-        "figure{margin:0;max-width:16rem}img{width:100%;border-radius:.4rem}figcaption{font-size:.85rem;color:#555}"
+        "figure{margin:0;width:15rem}img{width:100%;border-radius:.4rem}figcaption{font-size:.85rem;color:#555}"
         "td,th{padding:.2rem .8rem .2rem 0;text-align:left;font-weight:400}th{color:#555}</style></head><body>"
         f"<h1>{html.escape(title)}</h1><p>{html.escape(story.segments[-1].text)}</p>"
         + figure(inspection.drawn, f"The drawing. {inspection.verdict}")
