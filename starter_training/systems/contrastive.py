@@ -21,7 +21,9 @@ from comfy_mminterleaved.stories.story import ImageSegment, Story
 from .. import renderer, world
 from ..augmentation import random_blur
 from ..classifier import AttributeClassifier
+from ..drawn_images import BATCH, draw_again
 from ..evaluate import render_scene
+from ..targets import attribute_labels
 from .statistics import bootstrap_by_story, paired_difference
 
 REDRAW_NOISE = 0.4
@@ -69,6 +71,7 @@ def retrieval(pipeline: MMInterleavedPipeline, seed: int, count: int = 1000) -> 
         "painted": clean,
         "softened": random_blur(clean, random.Random(seed), 1.0),
         "redrawn": torch.cat([decode_latents(pipeline.image.vae, part) for part in noisy.split(64)]),
+        "drawn": drawn_again(pipeline, [scene for _, scene in scenes], latents),
     }
     texts = embedder.text_embeds([world.caption(scene) for _, scene in scenes])
     rng, result = random.Random(seed), {}
@@ -85,6 +88,15 @@ def retrieval(pipeline: MMInterleavedPipeline, seed: int, count: int = 1000) -> 
             figures[fact] = bootstrap_by_story([(n, hit) for (n, _), hit in zip(scenes, right.tolist())])
         result[kind] = figures
     return result
+
+
+def drawn_again(pipeline: MMInterleavedPipeline, scenes: list[world.Scene], latents: torch.Tensor) -> torch.Tensor:
+    """The scenes drawn by the U-Net from their noised latents, told what they show (`drawn_images`)."""
+    labels = torch.tensor([list(attribute_labels(scene).values()) for scene in scenes])
+    blocks, vae = {"synchronizer": pipeline.synchronizer, "unet": pipeline.unet}, pipeline.image.vae
+    starts = range(0, len(scenes), BATCH)
+    parts = [draw_again(blocks, vae, pipeline.config, latents[i : i + BATCH], labels[i : i + BATCH], i) for i in starts]
+    return torch.cat(parts)
 
 
 def best_of_cases(seed: int, count: int, heroes: int | None) -> list[tuple[int, list[world.ScenePanel], int]]:
