@@ -33,22 +33,15 @@ def rival_texts(text: str, word: str, rivals: Iterable[str] = ()) -> list[str]:
 
 
 @torch.no_grad()
-def occlusion_map(
-    embedder: Embedder,
-    image: ImageSegment,
-    text: str,
-    word: str,
-    rivals: Iterable[str] = (),
-    on_progress: Callable[[int, int], object] | None = None,
+def window_embeds(
+    embedder: Embedder, image: ImageSegment, on_progress: Callable[[int, int], object] | None = None
 ) -> torch.Tensor:
-    """How much less the image says a word while a window of it is covered, `(rows, columns)`, one value a window.
+    """Embeddings `(1 + windows, D)` of an image, first as it is, then with each window covered by its mean.
 
-    What a window says is the similarity to the text, less that to the rival that is nearest to the whole image. It
-    takes about fifty encodings and works with any `Embedder`. The image is padded to a square with its mean, for
+    It is what an `occlusion_map` costs, and the same for every word. The image is padded to a square with its mean, for
     embedders see the middle square of an image only.
 
     Args:
-        rivals: Words of the same kind, like other animals; without any, the word is left out.
         on_progress: Called with the number of windows done, and of all.
     """
     pixels = image.pixels
@@ -60,19 +53,40 @@ def occlusion_map(
     square = mean.expand(-1, side, side).clone()
     top, left = ((side - n) // 2 for n in pixels.shape[-2:])
     square[:, top : top + pixels.shape[-2], left : left + pixels.shape[-1]] = pixels
-    texts = rival_texts(text, word, rivals)
-    target, others = embedder.text_embeds([text]), embedder.text_embeds(texts)
-    uncovered = embedder.image_embeds([ImageSegment(square)])
-    rival = others[cosines(uncovered, others)[0].argmax()][None]
-    window, covered = round(side * WINDOW), []
+    window, covered = round(side * WINDOW), [ImageSegment(square)]
     for y in _starts(side):
         for x in _starts(side):
             copy = square.clone()
             copy[:, y : y + window, x : x + window] = mean
             covered.append(ImageSegment(copy))
-    embeds = torch.cat([uncovered, embed_images(embedder, covered, on_progress)])
+    return embed_images(embedder, covered, on_progress)
+
+
+@torch.no_grad()
+def occlusion_map(
+    embedder: Embedder,
+    image: ImageSegment,
+    text: str,
+    word: str,
+    rivals: Iterable[str] = (),
+    on_progress: Callable[[int, int], object] | None = None,
+    embeds: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How much less the image says a word while a window of it is covered, `(rows, columns)`, one value a window.
+
+    What a window says is the similarity to the text, less that to the rival that is nearest to the whole image. It
+    takes about fifty encodings and works with any `Embedder`.
+
+    Args:
+        rivals: Words of the same kind, like other animals; without any, the word is left out.
+        embeds: From `window_embeds`, for several words of one image.
+    """
+    texts = rival_texts(text, word, rivals)
+    target, others = embedder.text_embeds([text]), embedder.text_embeds(texts)
+    embeds = window_embeds(embedder, image, on_progress) if embeds is None else embeds
+    rival = others[cosines(embeds[:1], others)[0].argmax()][None]
     says = (cosines(embeds, target) - cosines(embeds, rival))[:, 0]
-    return (says[0] - says[1:]).view(len(_starts(side)), -1).cpu()
+    return (says[0] - says[1:]).view(round((1 - WINDOW) / STRIDE) + 1, -1).cpu()
 
 
 def _starts(side: int) -> list[int]:

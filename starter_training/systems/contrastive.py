@@ -14,7 +14,7 @@ from comfy_mminterleaved.files import atomic_path
 from comfy_mminterleaved.generation.config import ImageGenerationConfig
 from comfy_mminterleaved.generation.latents import decode_latents, encode_latents
 from comfy_mminterleaved.generation.ranking import rank_images, ranking_text
-from comfy_mminterleaved.generation.word_masks import occlusion_map, pixel_map
+from comfy_mminterleaved.generation.word_masks import occlusion_map, pixel_map, window_embeds
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 from comfy_mminterleaved.stories.story import ImageSegment, Story
 
@@ -214,14 +214,14 @@ def word_masks(pipeline: MMInterleavedPipeline, seed: int, count: int) -> dict:
     values: dict[str, dict[str, list]] = {}
     for number, scene in scenes_of(seed, count):
         (image,) = pipeline.encode_images(Story.of(ImageSegment(render_scene(scene)))).images
-        caption = world.caption(scene)
+        caption, embeds = world.caption(scene), window_embeds(embedder, image)
         for kind, word, same_kind, box in words_in_boxes(scene):
             row = values.setdefault(kind, {})
             inside = _inside(box, image.size)
             row.setdefault("share of the area", []).append((number, float(inside.mean())))
             ways = {"left out": (), "same kind": same_kind}
             for name, rivals in ways.items():
-                pixels = pixel_map(occlusion_map(embedder, image, caption, word, rivals), image.size)
+                pixels = pixel_map(occlusion_map(embedder, image, caption, word, rivals, embeds=embeds), image.size)
                 _add_place(row, name, number, pixels, inside)
             tokens = pipeline.tokenizer.encode(caption)
             start = _token_of(pipeline.tokenizer, tokens, word)
