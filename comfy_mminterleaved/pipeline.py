@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .checkpoints import load as checkpoints
+from .checkpoints.tensors import read_tensors
 from .config import BLOCKS, Config
 from .errors import CheckpointError, SettingError
 from .generation.config import (
@@ -27,7 +28,7 @@ from .generation.ranking import RankedImage, check_rankable, rank_images
 from .generation.text import TextGenerator
 from .models.gmail_adapter import encode_image, features_id
 from .models.image_processor import preprocess_image
-from .models.lora import LoRA
+from .models.lora import LoRA, read_kohya
 from .models.mmfs import fuse_mmfs
 from .models.quantization import quantize_with_torchao
 from .models.visual_tokenizer import ImageFeatures
@@ -60,6 +61,7 @@ class MMInterleavedPipeline:
         self.placement: Placement | None = None
         self.folder: Path | None = None
         self.drawn_adapter: LoRA | None = None
+        self._lora_handles: list = []
         self._embedder: FeatureEmbedder | None = None
 
     @classmethod
@@ -73,6 +75,7 @@ class MMInterleavedPipeline:
         cache_dtype: torch.dtype | None = None,
         quantize: str | None = None,
         image_size: tuple[int, int] | None = None,
+        lora: str | Path | None = None,
     ) -> MMInterleavedPipeline:
         """Loads a checkpoint folder of either layout, or a model that comes with the package.
 
@@ -91,12 +94,22 @@ class MMInterleavedPipeline:
             cache_dtype: Of the LLM's cache, like `torch.float8_e4m3fn`; None for `dtype`.
             quantize: "fp8" or "int8" to quantize the LLM's attention and MLP while it loads, with torchao; the
                 computer's memory must hold the model as it is. `convert --quantize` does it once for all.
+            lora: A file for `load_lora`.
 
         Raises:
             SettingError: If the model does not fit `memory`, however it is placed.
             CheckpointError: If the device cannot be used, or tensors are missing, unexpected or of the wrong shape; the
                 error lists them.
         """
+        pipeline = cls._load(source, device, dtype, memory, cache_dtype, quantize, image_size, compile)
+        if lora is not None:
+            pipeline.load_lora(lora)
+        return pipeline.compile() if compile else pipeline
+
+    @classmethod
+    def _load(
+        cls, source, device: str, dtype, memory, cache_dtype, quantize, image_size, compile: bool
+    ) -> MMInterleavedPipeline:
         device = str(resolve_device(device))
         folder = checkpoints.model_folder(source)
         if folder is None:
@@ -113,8 +126,7 @@ class MMInterleavedPipeline:
                         "A model that is quantized while it loads must fit the card; omit --memory, or write it with "
                         f"`convert --quantize {quantize}`."
                     )
-                pipeline = cls._load_with_torchao(folder, torch.device(device), dtype, quantize, cache_dtype)
-                return pipeline.compile() if compile else pipeline
+                return cls._load_with_torchao(folder, torch.device(device), dtype, quantize, cache_dtype)
             if memory is not None or torch.device(device).type == "cuda":
                 config = checkpoints.read_config(folder)
                 dtype = dtype or checkpoints.default_dtype(config, torch.device(device))
@@ -132,7 +144,7 @@ class MMInterleavedPipeline:
             if plan is not None:
                 pipeline.placement = Placement(plan, modules, torch.device(device))
         pipeline.llm.cache_dtype = cache_dtype
-        return pipeline.compile() if compile else pipeline
+        return pipeline
 
     @classmethod
     def _load_with_torchao(cls, folder: Path, device: torch.device, dtype, quantize: str, cache_dtype):
@@ -213,6 +225,30 @@ class MMInterleavedPipeline:
             return image.with_features(encoded[key])
 
         return story.map_images(encode)
+
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> MMInterleavedPipeline:
+        """Adds a LoRA file of `finetune` to the LLM and the U-Net, in place of one that was added before.
+
+        The weights stay as they are. LoRA files of kohya's format that other programs made for the U-Net do, too.
+
+        Raises:
+            CheckpointError: If the file is no LoRA, or one for another model.
+        """
+        path = Path(path)
+        loras = read_kohya(read_tensors(path), {"llm": self.llm, "unet": self.unet}, repr(path.name))
+        self.unload_lora()
+        for block, lora in loras.items():
+            module, weight = getattr(self, block), next(getattr(self, block).parameters())
+            self._lora_handles += lora.to(self.device, weight.dtype).attach(module, scale)
+        torch.compiler.reset()  # compiled code does not see new hooks
+        return self
+
+    def unload_lora(self) -> None:
+        """Takes away what `load_lora` added."""
+        for handle in self._lora_handles:
+            handle.remove()
+        self._lora_handles = []
+        self.clear_cache()
 
     def adapt_to_drawings(self, is_on: bool = True) -> None:
         """Has drawn images go through the encoder with the model's adapter for them (GMAIL), or no longer.

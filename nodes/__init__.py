@@ -14,6 +14,7 @@ from .load import LoadEncoder, LoadMMInterleaved, LoadStoryLLM, LoadSynchronizer
 from .load_story import LoadStory
 from .load_writer import LoadWriter
 from .look_inside import InspectInside, LookInside, VariantInside
+from .lora import ApplyStoryLoRA
 from .panels import PanelsInside, PanelsToStory, StoryToPanels
 from .pick import PickImage
 from .probe_story import ChangedInside, ProbedInside, ProbeStory
@@ -50,6 +51,7 @@ NODES = [
     SelectContextImages,
     PickImage,
     AdaptEncoder,
+    ApplyStoryLoRA,
     LoadContrastive,
     ContrastiveFromClip,
     CLIPScore,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
 from collections.abc import Callable
@@ -190,6 +191,18 @@ class PatchedLLM(PatchedBlock):
             tokenizer = Tokenizer.of_text(tokenizer, c.special_tokens, limit, label)
         self.generator = TextGenerator(self.module, config, tokenizer, known_words, generation_config)
         self.warned: set[str] = set()
+        self._free_cache_with_weights()
+
+    def clone(self) -> PatchedLLM:
+        """The same weights in a patcher of their own, for patches, with a prefix cache of its own."""
+        other = copy.copy(self)
+        other.patcher = self.patcher.clone()
+        own = self.generator
+        other.generator = TextGenerator(self.module, self.config, own.tokenizer, own.known_words, own.generation_config)
+        other._free_cache_with_weights()
+        return other
+
+    def _free_cache_with_weights(self) -> None:
         # The cache is freed when the weights are unloaded; a load only detaches the patches for a moment. The patcher
         # must not reference the block: the cycle would keep both in memory until the garbage collector runs.
         self.patcher.generator = generator = weakref.ref(self.generator)

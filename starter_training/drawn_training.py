@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from comfy_mminterleaved.finetune.lora import TrainableLoRA
 from comfy_mminterleaved.models.contrastive import ContrastiveModel
 from comfy_mminterleaved.models.visual_tokenizer import ImageFeatures, VisualTokenizer
 
@@ -28,33 +29,25 @@ NUM_PAINTED = 4  # of a batch's originals that go through the adapter, so that i
 
 
 def with_lora(module: nn.Module, pattern: re.Pattern, rank: int = RANK) -> LoRAState:
-    """Puts peft's LoRA into the linear layers whose whole name matches, in place; returns its weights.
-
-    Everything else is frozen.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    names = [n for n, layer in module.named_modules() if isinstance(layer, nn.Linear) and pattern.fullmatch(n)]
-    module.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), module)
-    return LoRAState(module)
+    """Puts peft's LoRA into the linear layers whose whole name matches, in place; returns its weights."""
+    return LoRAState(TrainableLoRA(module, pattern, rank))
 
 
 class LoRAState(nn.Module):
     """The LoRA's weights of a module, under peft's names: what a stage saves."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, lora: TrainableLoRA):
         super().__init__()
-        self.module = [module]  # in a list, so that it is not a part of this one
+        self.lora = lora
 
     def state_dict(self, *_, **__) -> dict[str, torch.Tensor]:
-        return {name.replace(".default.", "."): p for name, p in self.module[0].named_parameters() if ".lora_" in name}
+        return self.lora.parameters
 
     def switch(self, is_on: bool) -> None:
         """Turns the LoRA on or off."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        for layer in self.module[0].modules():
+        for layer in self.lora.module.modules():
             if isinstance(layer, BaseTunerLayer):
                 layer.enable_adapters(is_on)
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from comfy_mminterleaved.finetune.objective import diffusion_target
 from comfy_mminterleaved.generation.schedulers import make_scheduler
 from comfy_mminterleaved.generation.unet_hooks import attach_mmfs
 
@@ -290,9 +291,7 @@ def diffusion_loss(
     timesteps = (timesteps * noise_scheduler.config.num_train_timesteps).long()
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     model_pred = unet(noisy_latents, timesteps, encoder_hidden_states=prompt_embeds).sample
-    target = noise
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    target = diffusion_target(noise_scheduler, latents, noise, timesteps)
     if foreground_mask is None:
         return F.mse_loss(model_pred.float(), target.float())
     visible = (timesteps < FOREGROUND_MAX_TIMESTEP * noise_scheduler.config.num_train_timesteps).view(-1, 1, 1, 1)

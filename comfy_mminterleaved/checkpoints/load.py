@@ -170,14 +170,13 @@ class Saved:
     words: frozenset[str] | None
 
 
-def fingerprint(source: str | Path) -> str | None:
-    """Changes when a file of a checkpoint folder does; None for a model without files."""
+def fingerprint(source: str | Path, lora: str | Path | None = None) -> str | None:
+    """Changes when a file of a checkpoint folder does, or that of a LoRA; None for a model without files."""
     folder = model_folder(source)
     if folder is None:
         return None
-    files = [
-        (path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file() and ".unfinished" not in str(path)
-    ]
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and ".unfinished" not in str(path)]
+    files = [(path, path.stat()) for path in [*paths, *([] if lora is None else [Path(lora)])]]
     return repr([(str(path.resolve()), about.st_size, about.st_mtime_ns) for path, about in files])
 
 

@@ -214,6 +214,47 @@ def export(args) -> int:
     return emit(args, {"files": [str(path) for path in targets]}, "\n".join(map(str, targets)))
 
 
+def finetune(args) -> int:
+    """Stories and settings are checked before the model is loaded."""
+    import torch
+
+    from ..finetune import FinetuneConfig, load_stories, story_panels
+    from ..finetune import finetune as train
+    from ..finetune.train import check_output
+    from ..jobs.run_folder import stop_after_step
+    from ..pipeline import MMInterleavedPipeline, resolve_device
+
+    flags = {
+        "steps": args.steps,
+        "batch_size": args.batch,
+        "learning_rate": args.learning_rate,
+        "rank": args.rank,
+        "reconstruction_weight": args.reconstruction,
+        "blocks": args.only and (args.only,),
+        "seed": args.seed,
+    }
+    config = FinetuneConfig(**{name: value for name, value in flags.items() if value is not None})
+    out = check_output(args.out)
+    stories = [story for path in args.stories for story in load_stories(path)]
+    count = len(story_panels(stories))
+    dtype = parse_dtype(args.dtype)
+    if dtype is None and resolve_device(args.device).type == "cuda":
+        dtype = torch.bfloat16  # float16 has too small a range for gradients
+    pipeline = MMInterleavedPipeline.load(args.model, args.device, dtype)
+    print_status(f"Note: {count} panel{'s' * (count > 1)} to learn; {config.steps} steps of {config.batch_size}.")
+    bars = ProgressBars(args.quiet)
+
+    def on_step(done: int, total: int, losses: dict[str, float]) -> None:
+        bars.update("training", done, total)
+
+    with contextlib.closing(bars), stop_after_step() as should_stop:
+        finished = train(pipeline, stories, out, config, on_step, should_stop)
+    if not finished:
+        print_status(f"Stopped; the same command goes on from {out.with_suffix('.state')}.")
+        return 130
+    return emit(args, {"file": str(out), "panels": count}, f"Written: {out}")
+
+
 def convert(args) -> int:
     from ..checkpoints.load import fingerprint, is_large, read
     from ..checkpoints.native import save
@@ -299,4 +340,6 @@ def _dtype_name(tensors) -> str:
     return max(sizes, key=sizes.get)
 
 
-COMMANDS = {command.__name__: command for command in (tell, queue, write, draw, ask, caption, export, convert, info)}
+COMMANDS = {
+    command.__name__: command for command in (tell, queue, write, draw, ask, caption, export, finetune, convert, info)
+}

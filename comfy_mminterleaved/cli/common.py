@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import SettingError
+from ..errors import CheckpointError, SettingError
 from .parser import DEFAULT_DENOISE
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ def load_pipeline(args, opening: Opening, *stories):
 
     if args.memory and resolve_device(args.device).type == "cpu":
         raise SettingError("--memory is of a card, but the model runs on the CPU; omit it.")
+    check_lora(args)
     if opening.model in ("tiny-random", "untrained"):
         print_status(f"Note: the model '{opening.model}' has random weights; its texts and images mean nothing.")
     pipeline = MMInterleavedPipeline.load(**load_options(args, opening))
@@ -146,6 +147,11 @@ def load_pipeline(args, opening: Opening, *stories):
     return pipeline
 
 
+def check_lora(args) -> None:
+    if args.lora is not None and not Path(args.lora).is_file():
+        raise CheckpointError(f"The LoRA {args.lora!r} does not exist; give a file that `finetune` wrote.")
+
+
 def load_options(args, opening: Opening) -> dict:
     """Arguments of `MMInterleavedPipeline.load`."""
     return {
@@ -157,6 +163,7 @@ def load_options(args, opening: Opening) -> dict:
         "cache_dtype": cache_dtype(args),
         "quantize": args.quantize,
         "image_size": opening.image_config.size,
+        "lora": args.lora,
     }
 
 

@@ -61,6 +61,7 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
             choices=FORMATS[:2],
             help="quantize the LLM while it loads, with torchao; `convert --quantize` does it once for all",
         )
+        p.add_argument("--lora", metavar="FILE", help="a LoRA that `finetune` wrote, added to the model")
         p.add_argument("--compile", action="store_true", help="torch.compile: slow to start, for many images")
         p.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -242,6 +243,33 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
         "--font-size", type=float, metavar="PT", help="long captions are set smaller (default: one for the layout)"
     )
     group.add_argument("--dpi", type=int, help="of CBZ's pages, and the most of a PDF's images (default: 300)")
+
+    p = command("finetune", "Trains a LoRA on stories of your own, for --lora and for ComfyUI (`pip install peft`).")
+    p.add_argument(
+        "stories",
+        nargs="+",
+        help="folders of saved stories, folders of such folders, or storyboards, whose openings are learned",
+    )
+    p.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write; a stopped run goes on")
+    group = p.add_argument_group("training")
+    group.add_argument("--steps", type=int, help="(default: 1000)")
+    group.add_argument("--batch", type=int, metavar="N", help="panels per step (default: 4)")
+    group.add_argument("--learning-rate", type=float, help="(default: 0.0005)")
+    group.add_argument("--rank", type=int, help="of the LoRA (default: 4)")
+    group.add_argument(
+        "--reconstruction",
+        type=float,
+        metavar="WEIGHT",
+        help="how much reading and drawing correct each other; 0 turns it off (default: 1)",
+    )
+    group.add_argument("--only", choices=("llm", "unet"), help="train one block (default: both)")
+    group.add_argument("--seed", type=int, help="(default: 0)")
+    p.add_argument("--model", default="starter", help="a checkpoint folder (default: starter)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    p.add_argument(
+        "--dtype", choices=DTYPES, help="of what is computed (default: bfloat16 on CUDA, float32 on the CPU)"
+    )
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
 
     p = command("convert", "Converts a checkpoint between the reference's layout and this project's.")
     p.add_argument("source", help="a checkpoint folder, starter or tiny-random")

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import SettingError
-from .common import ProgressBars, emit, load_options, load_pipeline, print_status, read_opening, story_record
+from .common import (
+    ProgressBars,
+    check_lora,
+    emit,
+    load_options,
+    load_pipeline,
+    print_status,
+    read_opening,
+    story_record,
+)
 from .parser import DEFAULT_OUT
 
 if TYPE_CHECKING:
@@ -37,9 +46,10 @@ def tell_storyboard(args) -> int:
     batch_size = _batch_size(args.batch)
     plans = load_storyboard(args.storyboard)
     opening = read_opening(args, required=False)
+    check_lora(args)
     settings = BatchSettings(
         opening.model,
-        fingerprint(opening.model),
+        fingerprint(opening.model, args.lora),
         opening.text_config,
         opening.image_config,
         args.drop_oldest_panels,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from PIL import Image, ImageOps
 
 from ..config import Config
 from ..errors import SettingError
 from ..models.gmail_adapter import DRAWN
 from ..models.unet_synchronizer import UNetImageValues, UNetSynchronizer
-from ..stories.images import to_pil, to_tensor
+from ..stories.images import fit_image
 from ..stories.story import ImageSegment, Story
 from .config import ImageGenerationConfig, OnStep
 from .latents import decode_latents, encode_latents, image_size_multiple, latents_to_rgb, vae_scale_factor
@@ -159,7 +158,7 @@ def denoise(
         timesteps = timesteps[skipped * scheduler.order :]
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(skipped * scheduler.order)
-        clean = encode_latents(vae, torch.stack([_resize(image, size) for image in init_images])).to(device, dtype)
+        clean = encode_latents(vae, torch.stack([fit_image(image, size) for image in init_images])).to(device, dtype)
         latents = scheduler.add_noise(clean, noise, timesteps[:1].repeat(n))
 
     kwargs = step_kwargs(scheduler, generators)
@@ -177,8 +176,3 @@ def denoise(
                 clean = getattr(result, "pred_original_sample", None)
                 on_step(step + 1, len(timesteps), lambda x=latents if clean is None else clean: latents_to_rgb(vae, x))
     return decode_latents(vae, latents)
-
-
-def _resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The middle of an image in another size."""
-    return to_tensor(ImageOps.fit(to_pil(image), size, Image.Resampling.LANCZOS))

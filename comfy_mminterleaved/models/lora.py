@@ -1,4 +1,4 @@
-"""LoRA (2106.09685): low-rank additions to linear layers, which are there only while they are attached."""
+"""LoRA (2106.09685): low-rank additions to linear layers, which are there only while they are attached; its files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import hashlib
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import CheckpointError
 
@@ -58,6 +59,15 @@ class LoRA(nn.Module):
     @contextlib.contextmanager
     def attached(self, module: nn.Module, scale: float = 1.0):
         """Adds the products to the layers of `module` within a `with`; its weights stay as they are."""
+        handles = self.attach(module, scale)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def attach(self, module: nn.Module, scale: float = 1.0) -> list[RemovableHandle]:
+        """Adds the products to the layers of `module` until the handles are removed."""
         layers = dict(module.named_modules())
 
         def hook(down, up):
@@ -67,11 +77,61 @@ class LoRA(nn.Module):
 
             return add
 
-        handles = [
+        return [
             layers[name].register_forward_hook(hook(down, up)) for name, down, up in zip(self.names, self.down, self.up)
         ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+
+def kohya_name(block: str, layer: str) -> str:
+    """A layer's name in LoRA files of kohya's format, which ComfyUI reads: `lora_unet_down_blocks_0_...`."""
+    return f"lora_{block}_{layer.replace('.', '_')}"
+
+
+def kohya_tensors(block: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A block's LoRA in kohya's format, from peft's names; the scale is 1."""
+    out: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        layer, _, part = key.rpartition(".lora_")
+        name = kohya_name(block, layer)
+        out[f"{name}.lora_{'down' if part == 'A.weight' else 'up'}.weight"] = tensor
+        if part == "A.weight":
+            out[f"{name}.alpha"] = torch.tensor(float(len(tensor)))
+    return out
+
+
+def read_kohya(tensors: dict[str, torch.Tensor], modules: dict[str, nn.Module], label: str) -> dict[str, LoRA]:
+    """The LoRA of each block in a file of kohya's format, each fitted to its module; blocks without one are left out.
+
+    Args:
+        modules: By the block's name in the file.
+
+    Raises:
+        CheckpointError: If the file has no LoRA for any of them, a layer that none has, or other sizes.
+    """
+    layers = {
+        kohya_name(block, name): (block, name)
+        for block, module in modules.items()
+        for name, layer in module.named_modules()
+        if hasattr(layer, "in_features")
+    }
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.partition(".")
+        if part == "alpha":
+            continue
+        if part not in ("lora_down.weight", "lora_up.weight"):
+            raise CheckpointError(f"{label} holds {key!r:.80}, which is no LoRA of a linear layer.")
+        if name not in layers:
+            raise CheckpointError(f"{label} is for another model: this one has no layer {name!r:.80}.")
+        block, layer = layers[name]
+        if part == "lora_up.weight":
+            rank = tensor.shape[-1]
+            tensor = tensor * (float(tensors.get(f"{name}.alpha", rank)) / rank)
+        side = "A" if part == "lora_down.weight" else "B"
+        parts.setdefault(block, {})[f"{layer}.lora_{side}.weight"] = tensor
+    if not parts:
+        raise CheckpointError(f"{label} holds no LoRA.")
+    loras = {block: LoRA(each, label) for block, each in parts.items()}
+    for block, lora in loras.items():
+        lora.check(modules[block], label)
+    return loras

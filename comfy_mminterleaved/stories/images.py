@@ -210,6 +210,11 @@ def to_pil(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(to_bytes(pixels.float()))
 
 
+def fit_image(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The middle of an image `(3, H, W)` in another size `(width, height)`."""
+    return to_tensor(ImageOps.fit(to_pil(pixels), size, Image.Resampling.LANCZOS))
+
+
 def encode_png(pixels: torch.Tensor, info=None) -> bytes:
     """A PNG file; `info` is a PIL PngInfo."""
     buffer = io.BytesIO()
