@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import comfy.lora
 import comfy.utils
 import folder_paths
@@ -76,7 +78,7 @@ class ApplyStoryLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, llm, file, strength_model, strength_llm) -> io.NodeOutput:
-        tensors, label = read_tensors(native_path("loras", file)), repr(file)
+        tensors, label = read_tensors(Path(native_path("loras", file))), repr(file)
         parts = {
             block: {key: t for key, t in tensors.items() if key.startswith(f"lora_{block}_")}
             for block in ("unet", "llm")
