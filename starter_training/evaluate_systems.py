@@ -19,7 +19,7 @@ from comfy_mminterleaved.models.lora import LoRA
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
 from .classifier import SHIPPED, load
-from .systems import contrastive, drawn, insight, reconstruction
+from .systems import contrastive, drawn, finetuned, insight, reconstruction
 
 FIRST_SEED = 20  # of stories; those before chose weights and settings
 PARTS = {
@@ -34,6 +34,12 @@ PARTS = {
     ),
     "heroes": lambda pipeline, judge, args: drawn.told_heroes(
         pipeline, judge, range(args.seed, args.seed + 4), args.cases // 6, adapters(pipeline, args)
+    ),
+    "tuned-descriptions": lambda pipeline, judge, args: finetuned.descriptions(
+        pipeline, judge, args.seed, args.cases, args.cache, loras(args)
+    ),
+    "tuned-drawings": lambda pipeline, judge, args: finetuned.drawings(
+        pipeline, judge, range(args.seed, args.seed + 4), args.cases // 6, loras(args)
     ),
     "sources": lambda pipeline, judge, args: insight.sources(pipeline, judge, args.seed, args.cases // 3),
     "robustness": lambda pipeline, judge, args: insight.robustness(pipeline, judge, args.seed, args.cases // 5),
@@ -55,6 +61,11 @@ def adapters(pipeline: MMInterleavedPipeline, args) -> dict:
     return made
 
 
+def loras(args) -> dict[str, Path | None]:
+    """LoRA files of fine-tuning by name, the model itself first."""
+    return {"none": None, **{path.stem: path for path in args.lora}}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="starter_training.evaluate_systems", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="starter", help="a checkpoint folder (default: the starter)")
@@ -65,11 +76,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--both", type=Path, metavar="FILE", help="the LoRA of the stage drawn-both, to compare the adapter with"
     )
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a LoRA of `finetuning` for the parts tuned-...; may be repeated",
+    )
     args = parser.parse_args(argv)
     try:
         pipeline, judge = MMInterleavedPipeline.load(args.model), load(SHIPPED)
         result: dict = {"model": args.model, "seed": args.seed}
-        for name in args.only or PARTS:
+        tuned = {"tuned-descriptions", "tuned-drawings"} if not args.lora else set()
+        for name in args.only or (part for part in PARTS if part not in tuned):
             result[name] = PARTS[name](pipeline, judge, args)
             sys.stderr.write(f"{name}: {json.dumps(result[name])}\n")
     except MMInterleavedError as error:

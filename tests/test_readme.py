@@ -52,7 +52,7 @@ def test_command(folder, command, request):
     program = [sys.executable, "-m", "comfy_mminterleaved"]
     words = [*program, *words[1:]] if words[0] == "mminterleaved" else [sys.executable, *words[1:]]
     short = [] if request.config.getoption("--long") else ["--steps", "2"]
-    done = run(folder, [*words, *(short if "tell" in words or "draw" in words else [])])
+    done = run(folder, [*words, *(short if {"tell", "draw", "finetune"} & set(words) else [])])
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
     for line in done.stdout.splitlines():
         if line.startswith("Open "):

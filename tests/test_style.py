@@ -76,7 +76,7 @@ LAYERS = (
     ("stories",),
     ("models", "books"),
     ("checkpoints", "generation", "writers"),
-    ("pipeline", "storyteller"),
+    ("pipeline", "storyteller", "finetune"),
     ("jobs",),
     ("cli", "__main__"),
 )

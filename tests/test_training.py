@@ -20,6 +20,7 @@ from comfy_mminterleaved.checkpoints.native import save
 from comfy_mminterleaved.checkpoints.tensors import read_tensors
 from comfy_mminterleaved.config import BLOCKS
 from comfy_mminterleaved.errors import CheckpointError, SettingError
+from comfy_mminterleaved.finetune import story_panels
 from comfy_mminterleaved.generation.config import ImageGenerationConfig
 from comfy_mminterleaved.generation.embedders import parse_system_metadata
 from comfy_mminterleaved.generation.latents import encode_latents
@@ -29,7 +30,7 @@ from comfy_mminterleaved.pipeline import CANDIDATE_STEP, MMInterleavedPipeline
 from comfy_mminterleaved.presets import STARTER_DIR, tiny_config
 from comfy_mminterleaved.stories.story import Story
 from comfy_mminterleaved.tokenizer import Tokenizer, byte_level
-from starter_training import starter_config, trainer, world
+from starter_training import finetuning, starter_config, trainer, world
 from starter_training.__main__ import STAGE_DIR, main
 from starter_training.augmentation import augment, reconstruct_some
 from starter_training.batches import StoryBatch, StoryBatches, TextBatch
@@ -41,7 +42,7 @@ from starter_training.pretraining import OracleMMFS, UNetObjective, VAEDecoderOb
 from starter_training.run_dir import STAGES, begin, export, export_systems, latest_slim_vae, load_run
 from starter_training.story_training import MMFS_TARGET_SCALE, MMFSObjective, StoryObjective, previous_images
 from starter_training.systems import contrastive as contrastive_figures
-from starter_training.systems import drawn, insight, reconstruction
+from starter_training.systems import drawn, finetuned, insight, reconstruction
 from starter_training.targets import (
     APPEARANCE_HEADS,
     ATTRIBUTES,
@@ -840,3 +841,25 @@ def test_the_systems_are_trained_exported_and_measured(tmp_path):
     with pytest.raises(CheckpointError, match="holds 'contrastive', not 'prior'"):
         path = run / "model" / "systems" / "contrastive.safetensors"
         parse_system_metadata(safe_open(path, "pt").metadata(), "prior", path.name)
+
+
+def test_the_starter_is_fine_tuned_and_measured(tmp_path):
+    pytest.importorskip("peft")
+    file, run = tmp_path / "tuned.safetensors", tmp_path / "run"
+    command = [str(file), "--out", str(run), "--stories", "3", "--used", "2", "--steps", "2", "--batch", "2"]
+    assert finetuning.main(command) == 0
+    assert len(file.with_suffix(".jsonl").read_text().splitlines()) == 2
+    (panel, *_) = story_panels(finetuning.world_stories(StoryDataset(run, 3), 1))
+    scene = world.make_story(0, False)[0].scene
+    assert world.parse(panel.caption).heroes == tuple(hero.look for hero in scene.heroes)
+    assert panel.image.pixels.equal(StoryDataset(run, 3).images([0])[0])
+    pipeline, judge, files = (
+        MMInterleavedPipeline.load("starter", "cpu"),
+        load_classifier(),
+        {"none": None, "tuned": file},
+    )
+    drawn = finetuned.drawings(pipeline, judge, range(20, 21), 1, files)
+    assert set(drawn["tuned"]) == {"heroes", "place and prop", "all"} and "against none" in drawn["tuned"]["all"]
+    described = finetuned.descriptions(pipeline, judge, 20, 1, tmp_path / "cache", files)
+    assert set(described["none"]) >= {"painted", "softened"} and not pipeline._lora_handles
+    assert finetuning.main(command) == 2  # the file exists
