@@ -39,6 +39,26 @@ def drawn_images(
     return _in_chunks(run_dir, f"drawn-{dataset.name}", indices, draw)
 
 
+def decoded_images(run_dir: Path, dataset: StoryDataset, latents, vae, indices: list[int]) -> np.ndarray:
+    """uint8 `(N, side, side, 3)` of the dataset's images through the VAE; made once and kept."""
+
+    @torch.no_grad()
+    def make(part: list[int]) -> np.ndarray:
+        return _pixels(decode_latents(vae, torch.from_numpy(np.array(latents[part])).float()))
+
+    return _in_chunks(run_dir, f"decoded-{dataset.name}", indices, make)
+
+
+def large_images(run_dir: Path, dataset: StoryDataset, indices: list[int]) -> np.ndarray:
+    """uint8 `(N, 2 side, 2 side, 3)` of the dataset's images, painted at twice the size; made once and kept."""
+    side = 2 * dataset.pixels.shape[1]
+
+    def make(part: list[int]) -> np.ndarray:
+        return np.stack([renderer.paint(dataset.panel(index).scene, side) for index in part])
+
+    return _in_chunks(run_dir, f"large-{dataset.name}", indices, make)
+
+
 def neighbour_images(
     run_dir: Path, dataset: StoryDataset, blocks, vae, config: Config, indices: list[int], is_drawn: bool
 ) -> np.ndarray:

@@ -18,13 +18,26 @@ from comfy_mminterleaved.generation.embedders import SYSTEMS, system_metadata
 from comfy_mminterleaved.generation.latents import encode_latents
 from comfy_mminterleaved.models.build import check_shapes, diffusers_model, init_modules, param_shapes
 from comfy_mminterleaved.models.contrastive import ContrastiveConfig
+from comfy_mminterleaved.models.refiner import RefinerConfig
 
 from . import world
 from .dataset import StoryDataset
 from .slim_vae import crop_to_slim, pad_to_stock, slim_autoencoder
 from .starter_config import GENERATION, TEXT_VOCAB_SIZE, make_tokenizer, starter_config
 
-STAGES = ("vae", "encoder", "detail", "language", "decoder", "look", "joint", "contrastive", "drawn", "drawn-both")
+STAGES = (
+    "vae",
+    "encoder",
+    "detail",
+    "language",
+    "decoder",
+    "look",
+    "joint",
+    "contrastive",
+    "drawn",
+    "drawn-both",
+    "refine",
+)
 # The stage folder in which `begin` puts each block.
 TRAINED_BY = {"vae": "vae", "encoder": "encoder", "llm": "language", "synchronizer": "look", "unet": "decoder"}
 
@@ -170,6 +183,7 @@ def export_systems(run_dir: Path, folder: Path) -> None:
     systems = {
         "contrastive": (run_dir / "contrastive" / "contrastive.safetensors", ContrastiveConfig().to_dict()),
         "drawn": (run_dir / "drawn" / "lora.safetensors", {}),
+        "refiner": (run_dir / "refine" / "refiner.safetensors", RefinerConfig().to_dict()),
     }
     encoder = load_run(run_dir)[1]["encoder"].half().float()  # as the checkpoint has it
     for name, (path, config) in systems.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from comfy_mminterleaved.config import Config
 from comfy_mminterleaved.files import atomic_write
@@ -20,6 +21,7 @@ from comfy_mminterleaved.stories.story import ImageSegment, Story
 from . import world
 from .dataset import StoryDataset
 from .pretraining import UNetObjective
+from .refiner_training import RefinerBatches, RefinerObjective
 from .trainer import device_of
 
 
@@ -37,6 +39,20 @@ def vae_sheet(vae, dataset: StoryDataset, path: Path, count: int = 16) -> None:
     vae = vae.eval()
     images = dataset.images(dataset.evenly_spaced(count)).to(device_of(vae))
     save_grid([row.cpu() for row in (images, decode_latents(vae, encode_latents(vae, images)))], path)
+
+
+@torch.no_grad()
+def refiner_sheet(objective: RefinerObjective, batches: RefinerBatches, path: Path, count: int = 6) -> None:
+    """Writes images through the VAE and drawn again, above what they become, above the true drawings."""
+    refiner, rows = objective.refiner.eval(), batches.dataset.evenly_spaced(count)
+    rows = [row % len(batches.indices) for row in rows]
+    images = [
+        torch.from_numpy(source[rows]).permute(0, 3, 1, 2).float() / 255
+        for source in (batches.decoded, batches.drawn, batches.large)
+    ]
+    small = torch.cat(images[:2]).to(device_of(refiner))
+    large = refiner(small).clamp(0, 1).cpu()
+    save_grid([F.interpolate(small.cpu(), scale_factor=2), large, torch.cat([images[2], images[2]])], path)
 
 
 def target_sheet(

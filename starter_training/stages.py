@@ -15,6 +15,7 @@ from comfy_mminterleaved.config import Config
 from comfy_mminterleaved.files import atomic_path, atomic_write
 from comfy_mminterleaved.models.build import diffusers_model
 from comfy_mminterleaved.models.contrastive import ContrastiveConfig, ContrastiveModel
+from comfy_mminterleaved.models.refiner import Refiner, RefinerConfig
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
 from . import samples
@@ -28,9 +29,10 @@ from .contrastive_training import (
     features_of,
 )
 from .dataset import StoryDataset, error_weights
-from .drawn_images import drawn_images, neighbour_images
+from .drawn_images import decoded_images, drawn_images, large_images, neighbour_images
 from .drawn_training import LAYERS, DrawnObjective, with_lora
 from .pretraining import EncoderObjective, UNetObjective, VAEDecoderObjective, VAEObjective
+from .refiner_training import RefinerBatches, RefinerObjective
 from .run_dir import (
     cached_latents,
     export_padded_vae,
@@ -41,6 +43,7 @@ from .run_dir import (
 )
 from .slim_vae import slim_autoencoder
 from .story_training import MMFSObjective, StoryObjective
+from .targets import ConditioningTargets
 from .trainer import StageConfig, device_of, train
 
 HELD_OUT_STORIES = 200
@@ -349,6 +352,39 @@ def drawn_stage(stage: Stage) -> TrainingSetup:
     return TrainingSetup(objective, {"lora": lora}, get_batch, held_out_batches(get_batch, stage))
 
 
+def refiner_stage(stage: Stage) -> TrainingSetup:
+    config, tokenizer = stage.model_config, run_tokenizer(stage.run_dir)
+    contrastive = ContrastiveModel(ContrastiveConfig())
+    contrastive.load_state_dict(read_tensors(stage.run_dir / "contrastive" / "contrastive.safetensors"))
+    vae = latest_slim_vae(stage.run_dir, config).eval().requires_grad_(False)
+    perceiver = config.synchronizer.perceiver
+    refiner = Refiner(RefinerConfig(word_dim=contrastive.config.hidden_size, prompt_dim=perceiver.hidden_size))
+    objective = RefinerObjective(refiner, contrastive, stage.blocks["encoder"].to(memory_format=torch.channels_last))
+    targets = ConditioningTargets(perceiver.num_queries, perceiver.hidden_size)
+    latents, batches = stage.latents(), {}
+    for data, count in ((stage.train_set, NUM_DRAWN), (stage.held_out, NUM_DRAWN_HELD_OUT)):
+        indices = drawn_indices(data, count)
+        batches[data] = RefinerBatches(
+            data,
+            indices,
+            decoded_images(stage.run_dir, data, latents[data], vae, indices),
+            drawn_images(stage.run_dir, data, latents[data], stage.blocks, vae, config, indices),
+            large_images(stage.run_dir, data, indices),
+            tokenizer,
+            targets,
+            stage.config.batch,
+            contrastive.config.max_position_embeddings,
+        )
+
+    def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
+        return (batches[data].build(seed).to(device_of(objective)),)
+
+    def sample(step: int) -> None:
+        samples.refiner_sheet(objective, batches[stage.held_out], stage.sample_path(step))
+
+    return TrainingSetup(objective, {"refiner": refiner}, get_batch, held_out_batches(get_batch, stage), sample)
+
+
 STAGE_FUNCTIONS = {
     "vae": vae_stage,
     "encoder": encoder_stage,
@@ -360,6 +396,7 @@ STAGE_FUNCTIONS = {
     "contrastive": contrastive_stage,
     "drawn": drawn_stage,
     "drawn-both": drawn_stage,
+    "refine": refiner_stage,
 }
 
 
