@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from .generation.config import (
 from .generation.embedders import FeatureEmbedder, load_contrastive, load_lora, system_path
 from .generation.image import ImageGenerator
 from .generation.placement import Placement, Plan, choose_batch_size, make_plan, parse_bytes
-from .generation.ranking import RankedImage, check_rankable, rank_images
+from .generation.ranking import RankedImage, check_rankable, has_panel_text, rank_images, ranking_text
+from .generation.refine import ImageRefiner, load_refiner
 from .generation.text import TextGenerator
 from .models.gmail_adapter import encode_image, features_id
 from .models.image_processor import preprocess_image
@@ -63,6 +65,7 @@ class MMInterleavedPipeline:
         self.drawn_adapter: LoRA | None = None
         self._lora_handles: list = []
         self._embedder: FeatureEmbedder | None = None
+        self._refiner: ImageRefiner | None = None
 
     @classmethod
     def load(
@@ -277,6 +280,32 @@ class MMInterleavedPipeline:
             )
         return self._embedder
 
+    @property
+    def refiner(self) -> ImageRefiner:
+        """The model's refiner, loaded when it is first used; raises CheckpointError if it has none."""
+        if self._refiner is None:
+            if self.folder is None:
+                raise CheckpointError("This model has no refiner; omit refine.")
+            self._refiner = load_refiner(system_path(self.folder, "refiner"), self.embedder, self.device)
+        return self._refiner
+
+    def refine_image(self, image: ImageSegment, story: Story = Story()) -> ImageSegment:
+        """An image with a refined form of twice its size.
+
+        Args:
+            story: What it was drawn from, if it was: everything before it.
+        """
+        (context,) = self.context_features([story]) if story.segments else (None,)
+        return self._refined(image, story, context)
+
+    def _refined(self, image: ImageSegment, story: Story, context: torch.Tensor | None) -> ImageSegment:
+        text, prompt_embeds = "", None
+        if context is not None:
+            (prompt_embeds,) = self.synchronizer.conditioner.prompt_embeds([context])
+            if has_panel_text(story):
+                text = ranking_text(story)
+        return replace(image, refined=self.refiner.refine(image.pixels, text, prompt_embeds))
+
     def rank_images(self, story: Story, images: Sequence[ImageSegment]) -> list[RankedImage]:
         """Candidates for the image that comes next in a story, the best first (`ranking.rank_images`)."""
         return rank_images(self.embedder, story, self.encode_images(Story.of(*images)).images)
@@ -383,6 +412,8 @@ class MMInterleavedPipeline:
         self.image.check(config)
         if config.best_of > 1:
             self.check_best_of(stories)
+        if config.refine:
+            _ = self.refiner
         full = stories
         stories = [self.text.truncate_to_context(story, 1, drop_oldest) for story in stories]
         stories = [self.encode_images(story) for story in stories]
@@ -391,7 +422,10 @@ class MMInterleavedPipeline:
         self._place("draw")
         batch_size = 1 if self.placement is not None else batch_size
         if config.best_of == 1:
-            return self.image.generate(stories, context, config, num_outputs, init_images, on_step, batch_size, seeds)
+            outputs = self.image.generate(
+                stories, context, config, num_outputs, init_images, on_step, batch_size, seeds
+            )
+            return self._refine_outputs(outputs, full, context, config)
         # The first candidate has the noise of a single drawing; the others' is none that a panel uses.
         seeds = [config.seed] * len(stories) if seeds is None else seeds
         jobs = [(i, k, n) for i in range(len(stories)) for k in range(num_outputs) for n in range(config.best_of)]
@@ -408,10 +442,17 @@ class MMInterleavedPipeline:
         candidates: dict[tuple[int, int], list[ImageSegment]] = {}
         for (i, k, _), (image,) in zip(jobs, drawn):
             candidates.setdefault((i, k), []).append(image)
-        return [
+        outputs = [
             [self.rank_images(story, candidates[i, k])[0].image for k in range(num_outputs)]
             for i, story in enumerate(full)
         ]
+        return self._refine_outputs(outputs, full, context, config)
+
+    @torch.no_grad()
+    def _refine_outputs(self, outputs, stories, context, config: ImageGenerationConfig) -> list[list[ImageSegment]]:
+        if not config.refine:
+            return outputs
+        return [[self._refined(image, *row) for image in images] for images, *row in zip(outputs, stories, context)]
 
     def check_best_of(self, stories: Sequence[Story]) -> None:
         """Raises before anything is drawn if candidates could not be ranked."""

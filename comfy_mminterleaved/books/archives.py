@@ -53,7 +53,7 @@ def render_epub(story: Story, title: str, language: str = "", modified: datetime
     for number, panel in enumerate(panels, 1):
         body, paragraphs = "", _paragraphs(panel.text)
         if panel.image is not None:
-            data, suffix = encode_image(to_pil(panel.image.pixels), EPUB_SIDE)
+            data, suffix = encode_image(to_pil(panel.image.display_pixels), EPUB_SIDE)
             name, kind = f"{number:03d}{suffix}", "image/png" if suffix == ".png" else "image/jpeg"
             files[f"EPUB/{name}"] = data
             cover = ' properties="cover-image"' if not any("cover-image" in item for item in manifest) else ""

@@ -33,7 +33,7 @@ def render_page(page: Page, face: Face, config: PageConfig, captions: bool = Tru
 
 def fitted(image: ImageSegment, width: int, height: int) -> Image.Image:
     """An image scaled to fill a size; what is over it is cut at both sides."""
-    picture = to_pil(image.pixels)
+    picture = to_pil(image.display_pixels)
     scale = max(width / picture.width, height / picture.height)
     crop_width, crop_height = width / scale, height / scale
     left, top = (picture.width - crop_width) / 2, (picture.height - crop_height) / 2

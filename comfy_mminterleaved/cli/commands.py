@@ -156,7 +156,7 @@ def draw(args) -> int:
             )
         names = [out if len(images) == 1 else out.with_stem(f"{out.stem}-{i}") for i in range(1, len(images) + 1)]
         for name, image in zip(names, images):
-            atomic_write(name, encode_png(image.pixels))
+            atomic_write(name, encode_png(image.display_pixels))
     return emit(args, {"images": [str(name) for name in names]}, "\n".join(map(str, names)))
 
 

@@ -35,6 +35,7 @@ IMAGE_FLAGS = {
     "mmfs_start": "mmfs_start",
     "mmfs_end": "mmfs_end",
     "best_of": "best_of",
+    "refine": "refine",
 }
 
 

@@ -109,6 +109,11 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
             metavar="N",
             help="draw N candidates for each image and keep the one that fits text and heroes best",
         )
+        group.add_argument(
+            "--refine",
+            action=argparse.BooleanOptionalAction,
+            help="give each image a second form of twice the size, for pages; later panels see the first",
+        )
 
     def run_options(p, default=""):
         p.add_argument(

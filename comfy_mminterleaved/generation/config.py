@@ -75,6 +75,8 @@ class ImageGenerationConfig:
         denoise: With an initial image, the fraction of the noise schedule that is run; at 1 it hardly counts.
         best_of: How many candidates are drawn for each image; the model's contrastive model keeps the one that fits
             best (`ranking.rank_images`).
+        refine: Whether the model's refiner gives each image a second form of twice the size, for pages
+            (`ImageSegment.refined`); the story goes on from the first.
     """
 
     num_inference_steps: int = 30
@@ -88,6 +90,7 @@ class ImageGenerationConfig:
     mmfs_end: float = 1.0
     denoise: float = 1.0
     best_of: int = 1
+    refine: bool = False
 
     def __post_init__(self):
         for name, low, high in (
@@ -102,6 +105,8 @@ class ImageGenerationConfig:
         ):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low, high)
+        if not isinstance(self.refine, bool):
+            raise SettingError(f"refine must be true or false, not {self.refine!r:.60}.")
         if not 0 < self.denoise <= 1:
             raise SettingError(f"denoise must be over 0 and at most 1, not {self.denoise}.")
 
@@ -202,10 +207,12 @@ class GenerationConfig:
 
 
 def to_file(settings: TextGenerationConfig | ImageGenerationConfig) -> dict:
-    """Settings as files hold them, without the seed; best_of only if it is used, so that older files stay the same."""
+    """Settings as files hold them, without the seed; newer ones only if used, so that older files stay the same."""
     values = dataclasses.asdict(settings)
-    return {name: value for name, value in values.items() if name != "seed" and (name, value) != ("best_of", 1)}
+    return {name: value for name, value in values.items() if name != "seed" and (name, value) not in UNUSED}
 
+
+UNUSED = (("best_of", 1), ("refine", False))
 
 # Names that stories saved before the first release have.
 OLD_TEXT_NAMES = {"sample": "do_sample", "beams": "num_beams", "only_text": "suppress_special_tokens"}

@@ -106,6 +106,11 @@ class FeatureEmbedder:
         parts = [self._token_ids(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
         return torch.cat([self.model.encode_text(*part) for part in parts])
 
+    @torch.no_grad()
+    def word_states(self, text: str) -> torch.Tensor:
+        """The text tower's hidden states of a text's tokens, `(L, hidden_size)`."""
+        return self.model.text_hidden_states(*self._token_ids([text]))[0]
+
     def _token_ids(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = pad_ids([self.tokenizer.encode(text) for text in texts], self.model.config.max_position_embeddings)
         return ids.to(self.device), mask.to(self.device)

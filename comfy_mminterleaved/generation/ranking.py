@@ -88,8 +88,7 @@ def rank_images(
     check_rankable(story)
     if not images:
         raise SettingError("There are no images to rank; give at least one.")
-    is_answered = story.image_first and story.images  # a text at its end belongs to the image before
-    has_text = isinstance(story.segments[-1], TextSegment) and not is_answered
+    has_text = has_panel_text(story)
     scores = [0.0] * len(images)
     if has_text:
         scores = score_images(embedder, ranking_text(story, embedder.truncates_end), images)
@@ -101,6 +100,12 @@ def rank_images(
     total = [a + reference_weight * b for a, b in zip(_standardized(scores), _standardized(references))]
     order = sorted(range(len(images)), key=lambda i: -total[i])
     return [RankedImage(images[i], i, scores[i]) for i in order]
+
+
+def has_panel_text(story: Story) -> bool:
+    """Whether a story ends with a text of the image that comes next."""
+    is_answered = story.image_first and story.images  # a text at its end belongs to the image before
+    return bool(story.segments) and isinstance(story.segments[-1], TextSegment) and not is_answered
 
 
 def check_rankable(story: Story) -> None:

@@ -52,12 +52,12 @@ def save_story(
             encoded anew.
 
     Returns:
-        The files: 01.png, 02.png, ..., story.json, story.html.
+        The files: 01.png, 02.png, ..., also 01-refined.png where there is one, story.json, story.html.
     """
     folder = Path(folder)
     remove_leftovers(folder)
     old = _saved_images(folder)
-    names, states = [], {}
+    names, refined_names, states = [], [], {}
     for number, panel in enumerate((p for p in story.panels() if p.image is not None), 1):
         image = panel.image if has_metadata else replace(panel.image, file=None)
         name = f"{number:02d}{image.file.suffix if image.file else '.png'}"
@@ -73,13 +73,21 @@ def save_story(
             )
         names.append(name)
         states[name] = state
-    data = {**story.to_json(names), "title": title, "settings": settings or {}, "saved": states}
+        refined_names.append(None)
+        if image.refined is not None:
+            larger = replace(image, pixels=image.refined, refined=None, file=None)
+            refined_names[-1] = name = f"{number:02d}-refined.png"
+            states[name] = hashlib.blake2b(f"{larger.digest} {kept}".encode(), digest_size=16).hexdigest()
+            if old.get(name) != states[name] or not (folder / name).is_file():
+                about = json.dumps({**about, "image": name}, ensure_ascii=False)
+                atomic_write(folder / name, _png(larger, about if has_metadata else None, metadata))
+    data = {**story.to_json(names, refined_names), "title": title, "settings": settings or {}, "saved": states}
     write_json(folder / "story.json", data)
     atomic_write(folder / "story.html", render_page(story, title).encode("utf-8"))
-    for name in set(old) - set(names):
+    for name in set(old) - set(states):
         with contextlib.suppress(OSError):
             (folder / name).unlink()
-    return [*(folder / name for name in names), folder / "story.json", folder / "story.html"]
+    return [*(folder / name for name in states), folder / "story.json", folder / "story.html"]
 
 
 def _png(image: ImageSegment, data: str | None, metadata: dict | None) -> bytes:
@@ -97,8 +105,13 @@ def _saved_images(folder: Path) -> dict[str, str]:
     try:
         data = json.loads((folder / "story.json").read_text(encoding="utf-8"))
         names = [segment.get("image", segment.get("picture")) for segment in data["segments"]]
+        names += [segment.get("refined") for segment in data["segments"]]
         states = data.get("saved", {})
-        return {n: states.get(n, "") for n in names if isinstance(n, str) and re.fullmatch(r"\d+\.(png|jpg|webp)", n)}
+        return {
+            n: states.get(n, "")
+            for n in names
+            if isinstance(n, str) and re.fullmatch(r"\d+(-refined)?\.(png|jpg|webp)", n)
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 

@@ -42,7 +42,8 @@ class ImageSegment:
     `ImageSegment.of` takes PIL images, numpy arrays, tensors and paths. `file` keeps the bytes of an image read from
     disk, so that saving writes them unchanged. `seed` is the one that the image was drawn with, None for any other.
     `alt` says what it shows, for those who do not see it; None where its panel's text does. `origin` is "drawn" for an
-    image that the model drew, "own" for any other; an encoder can have an adapter for drawn ones.
+    image that the model drew, "own" for any other; an encoder can have an adapter for drawn ones. `refined` is the same
+    image at a larger size, for pages: models look at `pixels`, people at `display_pixels`.
     """
 
     pixels: torch.Tensor = field(repr=False)
@@ -51,6 +52,7 @@ class ImageSegment:
     seed: int | None = None
     alt: str | None = None
     origin: str = "own"
+    refined: torch.Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, source) -> ImageSegment:
@@ -75,6 +77,11 @@ class ImageSegment:
         return hashlib.blake2b(data.tobytes() + repr(data.shape).encode(), digest_size=16).hexdigest()
 
     @property
+    def display_pixels(self) -> torch.Tensor:
+        """The refined image if there is one, else the image."""
+        return self.pixels if self.refined is None else self.refined
+
+    @property
     def features_key(self) -> tuple[str, str]:
         """Images with the same key have the same features."""
         return self.digest, self.origin
@@ -82,7 +89,7 @@ class ImageSegment:
     @cached_property
     def page_url(self) -> str:
         """A data URL of at most `PAGE_SIDE` px a side, for a page; a PNG if small, else a JPEG."""
-        return encode_page_url(self.pixels)
+        return encode_page_url(self.display_pixels)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -246,15 +253,22 @@ class Story:
 
     # ---- JSON ----
 
-    def to_json(self, image_names: list[str] | None = None) -> dict:
-        """A JSON-ready dict; images are named by `image_names`, or carried as PNG data URLs."""
-        names = iter(image_names or [])
+    def to_json(self, image_names: list[str] | None = None, refined_names: list[str | None] | None = None) -> dict:
+        """A JSON-ready dict; images are named by `image_names`, or carried as PNG data URLs.
+
+        Args:
+            refined_names: The same of the images' refined forms, None for those without.
+        """
+        names, refined = iter(image_names or []), iter(refined_names or [])
         segments = []
         for segment in self.segments:
             if isinstance(segment, ImageSegment):
                 name = next(names) if image_names else encode_data_url(segment.pixels)
                 origin = segment.origin if segment.origin != "own" else None
-                about = {"seed": segment.seed, "alt": segment.alt, "origin": origin}
+                larger = next(refined, None)
+                if refined_names is None and segment.refined is not None:
+                    larger = encode_data_url(segment.refined)
+                about = {"seed": segment.seed, "alt": segment.alt, "origin": origin, "refined": larger}
                 segments.append({"image": name, **{k: v for k, v in about.items() if v is not None}})
             elif segment.token_ids is None:
                 segments.append({"text": segment.text})
@@ -282,6 +296,7 @@ class Story:
             elif isinstance(name, str):
                 about = {"seed": _seed(segment.get("seed"), i + 1), "alt": _alt(segment.get("alt"), i + 1)}
                 about["origin"] = _origin(segment.get("origin", "own"), i + 1)
+                about["refined"] = _refined(segment.get("refined"), folder, i + 1)
                 story = story.add(replace(open_named_image(name, folder), **about))
             else:
                 raise StoryError(f"Segment {i + 1} of the story file must be a text or an image, not {segment!r:.60}.")
@@ -306,6 +321,14 @@ def _origin(value, number: int) -> str:
     if value not in ("own", "drawn"):
         raise StoryError(f"Segment {number} of the story file: origin must be 'own' or 'drawn', not {value!r:.60}.")
     return value
+
+
+def _refined(value, folder, number: int) -> torch.Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise StoryError(f"Segment {number} of the story file: refined must name an image, not {value!r:.60}.")
+    return open_named_image(value, folder).pixels
 
 
 def _alt(value, number: int) -> str | None:
