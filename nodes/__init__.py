@@ -20,6 +20,7 @@ from .pick import PickImage
 from .probe_story import ChangedInside, ProbedInside, ProbeStory
 from .reconstruct import DescribedInside, DescribeForRedrawing, RoundTrip, RoundTripInside
 from .references import ApplyStoryReferences
+from .refine import LoadRefiner, RefineImage
 from .save import SaveStory
 from .segments import AddStoryImage, AddStoryText, IntroduceCharacter
 from .storyboard import LoadStoryboard
@@ -52,6 +53,8 @@ NODES = [
     PickImage,
     AdaptEncoder,
     ApplyStoryLoRA,
+    LoadRefiner,
+    RefineImage,
     LoadContrastive,
     ContrastiveFromClip,
     CLIPScore,

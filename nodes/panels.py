@@ -73,7 +73,7 @@ def split_panels(story: Story):
     panels = [panel for panel in story.panels() if panel.image is not None]
     if not panels:
         raise StoryError("The story has no images.")
-    return [p.image.pixels.movedim(0, -1).unsqueeze(0) for p in panels], [p.text for p in panels]
+    return [p.image.display_pixels.movedim(0, -1).unsqueeze(0) for p in panels], [p.text for p in panels]
 
 
 class PanelsToStory(io.ComfyNode):

@@ -45,10 +45,10 @@ def pictures_ui(*pictures) -> dict:
 
 def _temporary(image) -> dict:
     folder = Path(folder_paths.get_temp_directory()) / SUBFOLDER
-    path = folder / f"{image.digest}.png"
+    path = folder / f"{image.digest}{'-refined' * (image.refined is not None)}.png"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, encode_png(image.pixels))
+        atomic_write(path, encode_png(image.display_pixels))
     return {"filename": path.name, "subfolder": SUBFOLDER, "type": "temp"}
 
 

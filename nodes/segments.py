@@ -102,14 +102,24 @@ class AddStoryImage(io.ComfyNode):
                         "adapter.",
                     )
                 ),
+                io.Image.Input(
+                    "refined",
+                    optional=True,
+                    tooltip="The same image at a larger size, for pages and books; later panels see the other.",
+                ),
             ],
             outputs=[StorySocket.Output("story_out", display_name="story")],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
         )
 
     @classmethod
-    def execute(cls, image, encoder=None, story=None, seed=None, alt=None, origin="own") -> io.NodeOutput:
+    def execute(cls, image, encoder=None, story=None, seed=None, alt=None, origin="own", refined=None) -> io.NodeOutput:
         images = images_from_batch(image, origin)
+        if refined is not None:
+            larger = images_from_batch(refined)
+            if len(larger) != len(images):
+                raise StoryError(f"There are {len(larger)} refined images of {len(images)}; connect as many.")
+            images = [replace(each, refined=other.pixels) for each, other in zip(images, larger)]
         if len(images) == 1:
             images = [replace(images[0], seed=seed, alt=(alt or "").strip() or None)]
         story = (story or Story()).add(*images)

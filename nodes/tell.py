@@ -21,6 +21,7 @@ from .types import (
     EncoderSocket,
     LLMSocket,
     PlanSocket,
+    RefinerSocket,
     StorySocket,
     SynchronizerSocket,
     advanced,
@@ -157,6 +158,9 @@ class TellStory(io.ComfyNode):
                 ContrastiveSocket.Input(
                     "contrastive", optional=True, tooltip="Chooses among the drawings; needed if best_of is over 1."
                 ),
+                RefinerSocket.Input(
+                    "refiner", optional=True, tooltip="Gives each image a form of twice the size, for pages and books."
+                ),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story"),
@@ -195,6 +199,7 @@ class TellStory(io.ComfyNode):
         context_images=None,
         best_of=1,
         contrastive=None,
+        refiner=None,
         **settings,
     ) -> io.NodeOutput:
         if plan is None and panels < 1:
@@ -278,6 +283,17 @@ class TellStory(io.ComfyNode):
                         images=image.out(0),
                         references=0.0,
                     )
+                refined = {}
+                if refiner is not None:
+                    larger = graph.node(
+                        "MMInterleavedRefine",
+                        f"refine {number}",
+                        refiner=links["refiner"],
+                        image=image.out(0),
+                        positive=conditioned.out(1),
+                        **_optional(story=story),
+                    )
+                    refined["refined"] = larger.out(0)
                 story = graph.node(
                     "MMInterleavedStoryPicture",
                     f"add {number}",
@@ -285,6 +301,7 @@ class TellStory(io.ComfyNode):
                     image=image.out(0),
                     seed=seed,
                     origin="drawn",
+                    **refined,
                     **_optional(story=story),
                 ).out(0)
         split = graph.node("MMInterleavedPanelsInside", "panels", story=story)

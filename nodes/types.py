@@ -17,6 +17,7 @@ PlanSocket = io.Custom("STORY_PLAN")
 PagesSocket = io.Custom("STORY_PAGES")
 WriterSocket = io.Custom("STORY_WRITER")
 ContrastiveSocket = io.Custom("MMI_CONTRASTIVE")
+RefinerSocket = io.Custom("MMI_REFINER")
 
 
 def search_aliases(*names: str) -> dict[str, list[str]]:

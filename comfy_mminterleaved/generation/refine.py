@@ -30,6 +30,10 @@ class ImageRefiner:
                 f"{c.word_dim}; use those of one model."
             )
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.conv_out.weight.device
+
     @torch.no_grad()
     def refine(self, pixels: torch.Tensor, text: str = "", prompt_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """An image `(3, H, W)` in [0, 1] -> `(3, 2H, 2W)` float32 in [0, 1].
@@ -44,19 +48,18 @@ class ImageRefiner:
         height, width = pixels.shape[-2:]
         if max(height, width) > MAX_SIDE:
             raise SettingError(f"An image to refine may have {MAX_SIDE} px a side at most, not {width} x {height}.")
-        like = self.model.conv_out.weight
         if prompt_embeds is not None:
             if prompt_embeds.shape[-1] != self.model.config.prompt_dim:
                 raise SettingError(
                     f"The conditioning has width {prompt_embeds.shape[-1]}, but the refiner takes "
                     f"{self.model.config.prompt_dim}; use the refiner of the model that drew the image."
                 )
-            prompt_embeds = prompt_embeds[None].to(like)
+            prompt_embeds = prompt_embeds[None].to(self.device, torch.float32)
         words = None
         if text.strip() and self.embedder is not None:
-            words = self.embedder.word_states(text)[None].to(like)
+            words = self.embedder.word_states(text)[None].to(self.device, torch.float32)
         below, right = -height % SIZE_MULTIPLE, -width % SIZE_MULTIPLE
-        images = F.pad(pixels[None].to(like), (0, right, 0, below), mode="replicate")
+        images = F.pad(pixels[None].to(self.device, torch.float32), (0, right, 0, below), mode="replicate")
         out = self.model(images, words, None, prompt_embeds)[0]
         return out[:, : SCALE * height, : SCALE * width].clamp(0, 1).float().cpu()
 

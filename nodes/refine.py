@@ -1,0 +1,126 @@
+"""Load Refiner and Refine Image: images at twice their size, with their text and what they were drawn from."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy_api.latest import io
+
+from ..comfy_mminterleaved.checkpoints.load import read_config
+from ..comfy_mminterleaved.generation.embedders import (
+    FeatureEmbedder,
+    build_contrastive,
+    parse_system_metadata,
+    system_path,
+)
+from ..comfy_mminterleaved.generation.ranking import has_panel_text, ranking_text
+from ..comfy_mminterleaved.generation.refine import ImageRefiner, build_refiner
+from .blocks import block_patcher, progress
+from .load import model_folder, models, read, sentence
+from .segments import images_from_batch
+from .types import CATEGORY, RefinerSocket, StorySocket
+
+
+class PatchedReader(FeatureEmbedder):
+    """The text tower of a contrastive model; whoever holds it loads it."""
+
+    device = torch.device("cpu")
+
+
+class PatchedRefiner(ImageRefiner):
+    """A model's refiner, and the text tower that reads for it, as ComfyUI holds them."""
+
+    def __init__(self, folder):
+        tensors, about = self._read(folder, "contrastive")
+        special_tokens = read_config(folder).llm.special_tokens
+        model, tokenizer = build_contrastive(tensors, about, "contrastive", special_tokens, comfy.ops.manual_cast)
+        embedder = PatchedReader(model, tokenizer, lambda images: images)
+        tensors, about = self._read(folder, "refiner")
+        super().__init__(build_refiner(tensors, about, "refiner", comfy.ops.manual_cast), embedder)
+        management = comfy.model_management
+        devices = management.text_encoder_device(), management.text_encoder_offload_device()
+        self.patcher = block_patcher(torch.nn.ModuleList([self.model, model]), *devices)
+        embedder.device = self.device
+
+    @property
+    def device(self) -> torch.device:
+        return self.patcher.load_device
+
+    @staticmethod
+    def _read(folder, name: str):
+        path = system_path(folder, name)
+        tensors, metadata = read(path)
+        return {key: t.float() for key, t in tensors.items()}, parse_system_metadata(metadata, name, repr(path.name))
+
+    def refine(self, pixels, text: str = "", prompt_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=512 * pixels.numel() * 4)
+        return super().refine(pixels, text, prompt_embeds)
+
+
+def refiner_models() -> list[str]:
+    """Models that have a refiner."""
+    return [name for name in models() if sentence(lambda name=name: _check(name)) is True]
+
+
+def _check(name: str) -> None:
+    for system in ("contrastive", "refiner"):
+        system_path(model_folder(name), system)
+
+
+class LoadRefiner(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedLoadRefiner",
+            display_name="Load Refiner",
+            category=CATEGORY,
+            description="Loads what makes a model's images twice as large, for Refine Image and Tell Story.",
+            inputs=[io.Combo.Input("model", options=refiner_models(), tooltip="The model that draws the images.")],
+            outputs=[RefinerSocket.Output("refiner_out", display_name="refiner")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model):
+        return model is None or sentence(lambda: _check(model))
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        return io.NodeOutput(PatchedRefiner(model_folder(model)))
+
+
+class RefineImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedRefine",
+            display_name="Refine Image",
+            category=CATEGORY,
+            description="Makes images twice as large, with sharp edges, in the style of the world that the refiner was trained on.",
+            inputs=[
+                RefinerSocket.Input("refiner", tooltip="From Load Refiner."),
+                io.Image.Input("image", tooltip="Images of 1024 px a side at most."),
+                StorySocket.Input(
+                    "story",
+                    optional=True,
+                    tooltip="The story up to the panel's text: says what the image shows, and who is who.",
+                ),
+                io.Conditioning.Input(
+                    "positive", optional=True, tooltip="From Apply Synchronizer: what the image was drawn from."
+                ),
+            ],
+            outputs=[io.Image.Output("image_out", display_name="image")],
+        )
+
+    @classmethod
+    def execute(cls, refiner, image, story=None, positive=None) -> io.NodeOutput:
+        images, text = images_from_batch(image), ""
+        if story is not None and has_panel_text(story):
+            text = ranking_text(story)
+        prompt_embeds = positive[0][0] if positive else None
+        on_progress, refined = progress(len(images)), []
+        for number, each in enumerate(images, 1):
+            row = None if prompt_embeds is None else prompt_embeds[min(number, len(prompt_embeds)) - 1]
+            refined.append(refiner.refine(each.pixels, text, row))
+            on_progress(number, len(images))
+        return io.NodeOutput(torch.stack([each.movedim(0, -1) for each in refined]))
