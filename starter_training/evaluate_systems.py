@@ -19,7 +19,7 @@ from comfy_mminterleaved.models.lora import LoRA
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
 from .classifier import SHIPPED, load
-from .systems import contrastive, drawn, finetuned, insight, reconstruction
+from .systems import contrastive, drawn, finetuned, insight, reconstruction, refined
 
 FIRST_SEED = 20  # of stories; those before chose weights and settings
 PARTS = {
@@ -40,6 +40,10 @@ PARTS = {
     ),
     "tuned-drawings": lambda pipeline, judge, args: finetuned.drawings(
         pipeline, judge, range(args.seed, args.seed + 4), args.cases // 6, loras(args)
+    ),
+    "refined-pairs": lambda pipeline, judge, args: refined.pairs(pipeline, args.seed, args.cases),
+    "refined-facts": lambda pipeline, judge, args: refined.kept_facts(
+        pipeline, judge, args.seed, args.cases, args.cache, args.sheet
     ),
     "sources": lambda pipeline, judge, args: insight.sources(pipeline, judge, args.seed, args.cases // 3),
     "robustness": lambda pipeline, judge, args: insight.robustness(pipeline, judge, args.seed, args.cases // 5),
@@ -84,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         default=[],
         help="a LoRA of `finetuning` for the parts tuned-...; may be repeated",
     )
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="a PNG of fifty refined panels, to look at")
     args = parser.parse_args(argv)
     try:
         pipeline, judge = MMInterleavedPipeline.load(args.model), load(SHIPPED)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("resvg_py")
 pytest.importorskip("accelerate")
@@ -24,8 +25,11 @@ from comfy_mminterleaved.finetune import story_panels
 from comfy_mminterleaved.generation.config import ImageGenerationConfig
 from comfy_mminterleaved.generation.embedders import parse_system_metadata
 from comfy_mminterleaved.generation.latents import encode_latents
+from comfy_mminterleaved.generation.refine import ImageRefiner
 from comfy_mminterleaved.generation.schedulers import make_scheduler
 from comfy_mminterleaved.models.build import init_modules
+from comfy_mminterleaved.models.contrastive import ContrastiveConfig, ContrastiveModel
+from comfy_mminterleaved.models.refiner import Refiner, RefinerConfig, enlarge
 from comfy_mminterleaved.pipeline import CANDIDATE_STEP, MMInterleavedPipeline
 from comfy_mminterleaved.presets import STARTER_DIR, tiny_config
 from comfy_mminterleaved.stories.story import Story
@@ -39,10 +43,11 @@ from starter_training.classifier import load as load_classifier
 from starter_training.dataset import StoryDataset, error_weights
 from starter_training.muon import Muon, is_matrix, orthogonalized
 from starter_training.pretraining import OracleMMFS, UNetObjective, VAEDecoderObjective, VAEObjective, diffusion_loss
+from starter_training.refiner_training import RefinerBatch, RefinerObjective
 from starter_training.run_dir import STAGES, begin, export, export_systems, latest_slim_vae, load_run
 from starter_training.story_training import MMFS_TARGET_SCALE, MMFSObjective, StoryObjective, previous_images
 from starter_training.systems import contrastive as contrastive_figures
-from starter_training.systems import drawn, finetuned, insight, reconstruction
+from starter_training.systems import drawn, finetuned, insight, reconstruction, refined
 from starter_training.targets import (
     APPEARANCE_HEADS,
     ATTRIBUTES,
@@ -832,6 +837,12 @@ def test_the_systems_are_trained_exported_and_measured(tmp_path):
     export_systems(run, run / "model")
     pipeline.adapt_to_drawings()
     assert len(pipeline.drawn_adapter.names) > 20
+    assert main(["refine", "--out", str(run), "--stories", "3", "--batch", "2", "--steps", "1"]) == 0
+    export_systems(run, run / "model")
+    assert next((run / "refine").glob("samples-*.png"))
+    refiner = MMInterleavedPipeline.load(run / "model").refiner.model.state_dict()
+    for name, tensor in read_tensors(run / "refine" / "refiner.safetensors").items():
+        assert torch.allclose(refiner[name], tensor, atol=1e-2), name
     cache, adapters = tmp_path / "cache", {"none": (None, False), "both": (pipeline.drawn_adapter, True)}
     judge = AttributeClassifier()
     assert set(drawn.wrong_facts(pipeline, judge, 20, 1, cache, adapters)) == set(adapters)
@@ -863,3 +874,46 @@ def test_the_starter_is_fine_tuned_and_measured(tmp_path):
     described = finetuned.descriptions(pipeline, judge, 20, 1, tmp_path / "cache", files)
     assert set(described["none"]) >= {"painted", "softened"} and not pipeline._lora_handles
     assert finetuning.main(command) == 2  # the file exists
+
+
+def test_the_refiners_figures(tmp_path):
+    """A model whose refiner is bicubic interpolation is as good as bicubic interpolation, and as sharp."""
+    pipeline = MMInterleavedPipeline.load("starter", "cpu")
+    pipeline._refiner = ImageRefiner(Refiner(RefinerConfig()).eval())
+    figures = refined.pairs(pipeline, 20, 2)
+    assert figures["psnr"]["refined"]["mean"] == pytest.approx(figures["psnr"]["bicubic"]["mean"], abs=1e-3)
+    assert figures["spectrum"]["refined"]["against bicubic"]["mean"] == pytest.approx(0, abs=1e-3)
+    true = refined.large_painting(world.make_story(1, True)[0].scene)
+    blurred = enlarge(F.avg_pool2d(true, 2)[None])[0]
+    assert refined.psnr(true, true) == pytest.approx(100) and refined.psnr(true, blurred) < 40
+    assert refined.spectrum_distance(true, true) == 0 < 0.1 < refined.spectrum_distance(blurred, true)
+    sheet = tmp_path / "sheet.png"
+    kept = refined.kept_facts(pipeline, load_classifier(), 20, 1, tmp_path / "cache", sheet)
+    assert kept["heroes"]["refined"]["cases"] == 1 and kept["seconds"] > 0 and sheet.stat().st_size > 10_000
+
+
+def test_the_refiners_losses(tmp_path):
+    """The critic learns from what is made and true; the refiner through it, and it not from the refiner's loss."""
+    encoder = init_modules(starter_config.starter_config(), 0)["encoder"]
+    objective = RefinerObjective(Refiner(RefinerConfig(8, 2)), ContrastiveModel(ContrastiveConfig()), encoder)
+    ids = torch.randint(0, 100, (4, 6))
+    batch = RefinerBatch(
+        torch.rand(2, 3, 16, 16),
+        torch.rand(2, 3, 32, 32),
+        torch.rand(2, 3, 128, 128),
+        ids,
+        torch.ones_like(ids).bool(),
+        torch.randn(4, 16, 192),
+    )
+    losses = objective.train()(batch)
+    assert set(losses) == {"loss", "pixels", "edges", "kept", "words", "fooled", "critic"}
+    critic, refiner = list(objective.critic.parameters()), list(objective.refiner.parameters())
+
+    def moves(loss, parameters):
+        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        return any(grad is not None and grad.abs().max() > 0 for grad in grads)
+
+    assert moves(losses["fooled"], refiner) and not moves(losses["fooled"], critic)
+    assert moves(losses["critic"], critic) and not moves(losses["critic"], refiner)
+    assert moves(losses["words"], refiner) and moves(losses["kept"], refiner) and moves(losses["pixels"], refiner)
+    assert not any(p.requires_grad for module in objective.frozen for p in module.parameters())
