@@ -10,7 +10,6 @@ import comfy.samplers
 import torch
 import torch.nn.functional as F
 from comfy_api.latest import io
-from comfy_execution.graph_utils import GraphBuilder
 
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.generation.attention_maps import gradient_maps, record_attention, record_calls
@@ -18,8 +17,8 @@ from ..comfy_mminterleaved.generation.insight import CAVEAT, check_inspectable, 
 from ..comfy_mminterleaved.models.gmail_adapter import DRAWN
 from ..comfy_mminterleaved.stories.story import ImageSegment, Story
 from .blocks import progress
+from .drawing import Drawing, drawing_inputs
 from .preview import is_inside, pictures_ui
-from .reconstruct import draw_from, drawing_inputs
 from .segments import encode_story, images_from_batch
 from .synchronize import ApplySynchronizer, apply_mmfs, check_blocks
 from .types import CATEGORY, DEFAULTS, EncoderSocket, LLMSocket, StorySocket
@@ -90,36 +89,23 @@ class LookInside(io.ComfyNode):
     ) -> io.NodeOutput:
         check_blocks(llm, synchronizer, model)
         check_inspectable(story, questions.splitlines())
-        sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler, "seed": seed}
+        sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
         if method != LEAVE_OUT:
-            return cls.look(story, method, encoder, llm, synchronizer, model, **sampling)
-        links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
-        graph, size = GraphBuilder(), synchronizer.config.synchronizer.image_size
-        latent = graph.node("EmptyLatentImage", "latent", width=size, height=size, batch_size=1)
-        batch = None
+            return cls.look(story, method, encoder, llm, synchronizer, model, seed, **sampling)
+        drawing, drawn = Drawing(cls.hidden, synchronizer, **sampling), []
         for number, _ in enumerate(variants(story)):
-            given = graph.node(
-                "MMInterleavedVariantInside",
-                f"story {number}",
-                story=links["story"],
-                encoder=links["encoder"],
-                number=number,
+            given = drawing.graph.node(
+                "MMInterleavedVariantInside", f"story {number}", number=number, **drawing.given("story", "encoder")
             )
-            drawn = draw_from(graph, links, number, given.out(0), latent, **sampling).out(0)
-            batch = (
-                drawn
-                if batch is None
-                else graph.node("ImageBatch", f"batch {number}", image1=batch, image2=drawn).out(0)
-            )
-        names = ("story", "encoder", "llm")
-        compared = graph.node(
+            drawn.append(drawing.draw(number, given.out(0), seed))
+        compared = drawing.graph.node(
             "MMInterleavedInspectInside",
             "compared",
-            drawn=batch,
+            drawn=drawing.batch(drawn),
             questions=questions,
-            **{name: links[name] for name in names},
+            **drawing.given("story", "encoder", "llm"),
         )
-        return io.NodeOutput(*(compared.out(k) for k in range(3)), expand=graph.finalize())
+        return drawing.output(compared, 3)
 
     @classmethod
     def look(cls, story, method, encoder, llm, synchronizer, model, seed, steps, cfg, sampler_name, scheduler):

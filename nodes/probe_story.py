@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from comfy_api.latest import io
-from comfy_execution.graph_utils import GraphBuilder
 
 from ..comfy_mminterleaved.errors import StoryError
 from ..comfy_mminterleaved.generation.insight import check_inspectable
 from ..comfy_mminterleaved.generation.probes import CHANGES, changed_story, compare_drawings
 from ..comfy_mminterleaved.models.gmail_adapter import DRAWN
 from ..comfy_mminterleaved.stories.story import Story
+from .drawing import Drawing, drawing_inputs
 from .look_inside import QUESTIONS
 from .preview import is_inside, pictures_ui
-from .reconstruct import draw_from, drawing_inputs
 from .segments import encode_story, images_from_batch
 from .synchronize import check_blocks
 from .types import CATEGORY, DEFAULTS, EncoderSocket, LLMSocket, StorySocket
@@ -74,27 +73,20 @@ class ProbeStory(io.ComfyNode):
         check_blocks(llm, synchronizer, model)
         check_inspectable(story, questions.splitlines())
         changed_story(story, change)
-        sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler, "seed": seed}
-        links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
-        graph, size = GraphBuilder(), synchronizer.config.synchronizer.image_size
-        latent = graph.node("EmptyLatentImage", "latent", width=size, height=size, batch_size=1)
-        given = graph.node(
-            "MMInterleavedChangedInside", "changed", story=links["story"], encoder=links["encoder"], change=change
-        )
-        plain = graph.node(
-            "MMInterleavedVariantInside", "story", story=links["story"], encoder=links["encoder"], number=0
-        )
-        pair = [draw_from(graph, links, n, s.out(0), latent, **sampling) for n, s in enumerate((plain, given))]
-        batch = graph.node("ImageBatch", "batch", image1=pair[0].out(0), image2=pair[1].out(0))
-        compared = graph.node(
+        sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
+        drawing = Drawing(cls.hidden, synchronizer, **sampling)
+        story_and_encoder = drawing.given("story", "encoder")
+        plain = drawing.graph.node("MMInterleavedVariantInside", "story", number=0, **story_and_encoder)
+        changed = drawing.graph.node("MMInterleavedChangedInside", "changed", change=change, **story_and_encoder)
+        drawn = [drawing.draw(number, each.out(0), seed) for number, each in enumerate((plain, changed))]
+        compared = drawing.graph.node(
             "MMInterleavedProbedInside",
             "compared",
-            drawn=batch.out(0),
-            encoder=links["encoder"],
-            llm=links["llm"],
+            drawn=drawing.batch(drawn),
             questions=questions,
+            **drawing.given("encoder", "llm"),
         )
-        return io.NodeOutput(compared.out(0), compared.out(1), expand=graph.finalize())
+        return drawing.output(compared, 2)
 
 
 class ChangedInside(io.ComfyNode):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 
-import comfy.samplers
 from comfy_api.latest import io
-from comfy_execution.graph_utils import GraphBuilder
 
 from ..comfy_mminterleaved.errors import SettingError, StoryError
 from ..comfy_mminterleaved.generation.reconstruction import (
@@ -20,57 +18,16 @@ from ..comfy_mminterleaved.models.gmail_adapter import DRAWN
 from ..comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
 from ..comfy_mminterleaved.stories.storyboard import Step
 from .blocks import PatchedLLM, progress
+from .drawing import Drawing, drawing_inputs
 from .preview import is_inside, panels_ui, pictures_ui
 from .segments import encode_story, images_from_batch
 from .synchronize import check_blocks
-from .tell import draw_panel
 from .types import (
     CATEGORY,
     DEFAULTS,
     EncoderSocket,
-    LLMSocket,
     StorySocket,
-    SynchronizerSocket,
-    advanced,
-    seed_input,
 )
-
-BLOCKS = ("llm", "synchronizer", "model")
-
-
-def drawing_inputs(steps: int):
-    """The model's blocks, and how images are drawn."""
-    return [
-        EncoderSocket.Input("encoder", tooltip="Compares the drawings with the image."),
-        LLMSocket.Input("llm", tooltip="Writes the captions."),
-        SynchronizerSocket.Input("synchronizer", tooltip="Lets the U-Net attend to the earlier images."),
-        io.Model.Input("model", tooltip="The U-Net, with LoRAs if you like."),
-        io.Vae.Input("vae", tooltip="Decodes the images."),
-        seed_input("captions and drawings"),
-        io.Int.Input("steps", default=steps, min=1, max=1000, tooltip="Sampling steps per drawing."),
-        io.Float.Input(
-            "cfg",
-            default=DEFAULTS.image.guidance_scale,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            tooltip="How strictly the drawings follow the caption.",
-        ),
-        *advanced(
-            io.Combo.Input(
-                "sampler_name",
-                options=comfy.samplers.KSampler.SAMPLERS,
-                default="dpmpp_2m",
-                tooltip="Any of ComfyUI's samplers.",
-            ),
-            io.Combo.Input(
-                "scheduler",
-                options=comfy.samplers.KSampler.SCHEDULERS,
-                default="karras",
-                tooltip="Any of ComfyUI's schedules.",
-            ),
-        ),
-    ]
 
 
 def captions_of(llm: PatchedLLM, image: ImageSegment, count: int, seed: int) -> list[str]:
@@ -82,21 +39,6 @@ def captions_of(llm: PatchedLLM, image: ImageSegment, count: int, seed: int) -> 
         sampled = SAMPLED.with_seed_offset(seed % 2**62)
         texts += [text.text for text in generator.generate([story], sampled, count - 1, drop_oldest=None)[0]]
     return distinct_captions(texts)
-
-
-def draw_from(graph: GraphBuilder, links: dict, number: int, story, latent, **sampling):
-    """The image of a panel that follows a story: Apply Synchronizer, KSampler, VAE Decode."""
-    conditioned = graph.node(
-        "MMInterleavedSynchronize",
-        f"synchronize {number}",
-        **{name: links[name] for name in BLOCKS},
-        story=story,
-        strength=1.0,
-        start=0.0,
-        end=1.0,
-        pictures=-1,
-    )
-    return draw_panel(graph, number, conditioned, latent, links["vae"], **sampling)
 
 
 class DescribeForRedrawing(io.ComfyNode):
@@ -159,28 +101,19 @@ class DescribeForRedrawing(io.ComfyNode):
         original = encode_story(encoder, Story.of(images_from_batch(image)[0])).images[0]
         texts = captions_of(llm, original, captions, seed)
         openings = [retell([text], llm.generator.generation_config.introduction)[0] for text in texts]
-        links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
-        graph, size = GraphBuilder(), synchronizer.config.synchronizer.image_size
-        latent = graph.node("EmptyLatentImage", "latent", width=size, height=size, batch_size=drawings)
-        sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler, "seed": seed}
-        batch = None
+        sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
+        drawing, drawn = Drawing(cls.hidden, synchronizer, drawings, **sampling), []
         for number, opening in enumerate(openings, 1):
-            story = graph.node("MMInterleavedStoryText", f"text {number}", text=opening).out(0)
-            drawn = draw_from(graph, links, number, story, latent, **sampling).out(0)
-            batch = (
-                drawn
-                if batch is None
-                else graph.node("ImageBatch", f"batch {number}", image1=batch, image2=drawn).out(0)
-            )
-        chosen = graph.node(
+            story = drawing.graph.node("MMInterleavedStoryText", f"text {number}", text=opening).out(0)
+            drawn.append(drawing.draw(number, story, seed))
+        chosen = drawing.graph.node(
             "MMInterleavedDescribedInside",
             "described",
-            image=links["image"],
-            drawn=batch,
-            encoder=links["encoder"],
+            drawn=drawing.batch(drawn),
             texts=json.dumps([texts, openings]),
+            **drawing.given("image", "encoder"),
         )
-        return io.NodeOutput(chosen.out(0), chosen.out(1), chosen.out(2), expand=graph.finalize())
+        return drawing.output(chosen, 3)
 
 
 class DescribedInside(io.ComfyNode):
@@ -264,30 +197,31 @@ class RoundTrip(io.ComfyNode):
         for number, image in enumerate(images):
             captions.append(captions_of(llm, image, 1, seed)[0])
             on_progress(number + 1, len(images))
-        links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
-        graph, size = GraphBuilder(), synchronizer.config.synchronizer.image_size
-        latent = graph.node("EmptyLatentImage", "latent", width=size, height=size, batch_size=1)
         sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
+        drawing = Drawing(cls.hidden, synchronizer, **sampling)
         again, texts = {}, retell(captions, llm.generator.generation_config.introduction)
         llm.generator.check_context_length(Story(), [[TextSegment(text), Step.IMAGE] for text in texts])
         for number, text in enumerate(texts, 1):
-            begun = graph.node("MMInterleavedStoryText", f"text {number}", text=text, **again).out(0)
+            begun = drawing.graph.node("MMInterleavedStoryText", f"text {number}", text=text, **again).out(0)
             panel_seed = (seed + number - 1) % 2**63
-            image = draw_from(graph, links, number, begun, latent, seed=panel_seed, **sampling).out(0)
-            added = graph.node(
+            added = drawing.graph.node(
                 "MMInterleavedStoryPicture",
                 f"add {number}",
                 story=begun,
-                encoder=links["encoder"],
-                image=image,
+                image=drawing.draw(number, begun, panel_seed),
+                **drawing.given("encoder"),
                 seed=panel_seed,
                 origin="drawn",
             )
             again = {"story": added.out(0)}
-        compared = graph.node(
-            "MMInterleavedRoundTripInside", "compared", first=links["story"], encoder=links["encoder"], **again
+        compared = drawing.graph.node(
+            "MMInterleavedRoundTripInside",
+            "compared",
+            first=drawing.links["story"],
+            **drawing.given("encoder"),
+            **again,
         )
-        return io.NodeOutput(compared.out(0), compared.out(1), compared.out(2), expand=graph.finalize())
+        return drawing.output(compared, 3)
 
 
 class RoundTripInside(io.ComfyNode):

@@ -9,6 +9,7 @@ from comfy_execution.graph_utils import GraphBuilder
 from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.stories.story import Story, TextSegment
 from ..comfy_mminterleaved.stories.storyboard import Step, panel_seeds, plan_panels
+from .drawing import draw_panel
 from .segments import ORDERS
 from .synchronize import check_blocks
 from .types import (
@@ -306,21 +307,6 @@ class TellStory(io.ComfyNode):
                 ).out(0)
         split = graph.node("MMInterleavedPanelsInside", "panels", story=story)
         return io.NodeOutput(story, split.out(0), split.out(1), expand=graph.finalize())
-
-
-def draw_panel(graph: GraphBuilder, number: int, conditioned, latent, vae, **sampling):
-    """The image of a panel: KSampler on a node that gives MODEL, positive and negative, and VAE Decode."""
-    samples = graph.node(
-        "KSampler",
-        f"draw {number}",
-        model=conditioned.out(0),
-        positive=conditioned.out(1),
-        negative=conditioned.out(2),
-        latent_image=latent.out(0),
-        denoise=1.0,
-        **sampling,
-    )
-    return graph.node("VAEDecode", f"decode {number}", samples=samples.out(0), vae=vae)
 
 
 def _optional(**links):

@@ -10,9 +10,10 @@ from ..comfy_mminterleaved.errors import SettingError, StoryError
 from ..comfy_mminterleaved.stories.storyboard import split_script
 from ..comfy_mminterleaved.writers.chat import WRITING
 from .context_images import ALIKE, CHOICES, FIRST_AND_LAST, choose_panels
+from .drawing import draw_panel
 from .preview import CONTEXT
 from .references import attention_inputs, guidance_input, megapixels_input
-from .tell import chosen_seeds, draw_panel
+from .tell import chosen_seeds
 from .types import CATEGORY, StorySocket, WriterSocket, advanced, seed_input
 from .write_script import idea_input, writing_inputs
 
