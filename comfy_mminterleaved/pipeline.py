@@ -25,8 +25,8 @@ from .generation.config import (
 from .generation.embedders import FeatureEmbedder, load_contrastive, load_lora, system_path
 from .generation.image import ImageGenerator
 from .generation.placement import Placement, Plan, choose_batch_size, make_plan, parse_bytes
-from .generation.ranking import RankedImage, check_rankable, has_panel_text, rank_images, ranking_text
-from .generation.refine import ImageRefiner, load_refiner
+from .generation.ranking import RankedImage, check_rankable, panel_text, rank_images
+from .generation.refine import ImageRefiner, check_size, load_refiner
 from .generation.text import TextGenerator
 from .models.gmail_adapter import encode_image, features_id
 from .models.image_processor import preprocess_image
@@ -232,7 +232,7 @@ class MMInterleavedPipeline:
     def load_lora(self, path: str | Path, scale: float = 1.0) -> MMInterleavedPipeline:
         """Adds a LoRA file of `finetune` to the LLM and the U-Net, in place of one that was added before.
 
-        The weights stay as they are. LoRA files of kohya's format that other programs made for the U-Net do, too.
+        The weights stay as they are.
 
         Raises:
             CheckpointError: If the file is no LoRA, or one for another model.
@@ -245,6 +245,10 @@ class MMInterleavedPipeline:
             self._lora_handles += lora.to(self.device, weight.dtype).attach(module, scale)
         torch.compiler.reset()  # compiled code does not see new hooks
         return self
+
+    @property
+    def has_lora(self) -> bool:
+        return bool(self._lora_handles)
 
     def unload_lora(self) -> None:
         """Takes away what `load_lora` added."""
@@ -299,12 +303,17 @@ class MMInterleavedPipeline:
         return self._refined(image, story, context)
 
     def _refined(self, image: ImageSegment, story: Story, context: torch.Tensor | None) -> ImageSegment:
-        text, prompt_embeds = "", None
+        prompt_embeds = None
         if context is not None:
+            self._place("draw")
             (prompt_embeds,) = self.synchronizer.conditioner.prompt_embeds([context])
-            if has_panel_text(story):
-                text = ranking_text(story)
-        return replace(image, refined=self.refiner.refine(image.pixels, text, prompt_embeds))
+        return replace(image, refined=self.refiner.refine(image.pixels, panel_text(story), prompt_embeds))
+
+    def check_refine(self, config: ImageGenerationConfig) -> None:
+        """Raises before anything is drawn if images could not be refined."""
+        if config.refine:
+            _ = self.refiner
+            check_size(*self.image.check_image_size(config.size))
 
     def rank_images(self, story: Story, images: Sequence[ImageSegment]) -> list[RankedImage]:
         """Candidates for the image that comes next in a story, the best first (`ranking.rank_images`)."""
@@ -412,8 +421,7 @@ class MMInterleavedPipeline:
         self.image.check(config)
         if config.best_of > 1:
             self.check_best_of(stories)
-        if config.refine:
-            _ = self.refiner
+        self.check_refine(config)
         full = stories
         stories = [self.text.truncate_to_context(story, 1, drop_oldest) for story in stories]
         stories = [self.encode_images(story) for story in stories]
@@ -587,6 +595,7 @@ class MMInterleavedPipeline:
         self.image.check(image_config)
         if image_config.best_of > 1:
             self.check_best_of([])
+        self.check_refine(image_config)
         self.text.check_context_length(story, plan, text_config, drop_oldest)
 
 

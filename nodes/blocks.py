@@ -100,6 +100,29 @@ def block_patcher(module: torch.nn.Module, load_device: torch.device, offload_de
     return BlockPatcher(module, load_device=load_device, offload_device=offload_device)
 
 
+LAST_PATCHES = "mm_interleaved_patches"  # on a module: the patches that it was last loaded with
+
+
+def detach_other_patches(patcher) -> None:
+    """Takes LoRAs out of the weights that a clone with others left in them, before `patcher` is loaded.
+
+    Some cores know only per clone which LoRAs are in the weights: a clone that never was loaded takes them for its own,
+    and one that is gone leaves them. What all clones share is the backup of the weights.
+    """
+    module, uuid = patcher.model, patcher.patches_uuid
+    others = [
+        loaded
+        for loaded in comfy.model_management.loaded_models()
+        if loaded is not patcher and patcher.is_clone(loaded) and loaded.patches_uuid != uuid
+    ]
+    for each in others:
+        each.detach()
+    is_left = bool(patcher.backup) and (not patcher.patches or getattr(module, LAST_PATCHES, uuid) != uuid)
+    if others or is_left:
+        patcher.detach()  # what it remembers of the device is no longer so
+    setattr(module, LAST_PATCHES, uuid)
+
+
 class PatchedBlock:
     """One block: its module in a ModelPatcher, and the config it was made from."""
 
@@ -135,6 +158,7 @@ class PatchedBlock:
 
     def load(self, memory: float = 0) -> None:
         """Has ComfyUI load the block, with `memory` bytes free for its work."""
+        detach_other_patches(self.patcher)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
 
 
@@ -195,6 +219,7 @@ class PatchedLLM(PatchedBlock):
 
     def clone(self) -> PatchedLLM:
         """The same weights in a patcher of their own, for patches, with a prefix cache of its own."""
+        self.generator.clear_cache()  # nobody would count it while the clone is loaded
         other = copy.copy(self)
         other.patcher = self.patcher.clone()
         own = self.generator

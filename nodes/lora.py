@@ -84,7 +84,7 @@ class ApplyStoryLoRA(io.ComfyNode):
             for block in ("unet", "llm")
         }
         if len(tensors) != sum(map(len, parts.values())) or not tensors:
-            raise CheckpointError(f"{label} holds more than a LoRA of a U-Net and a story's LLM; use Load LoRA for it.")
+            raise CheckpointError(f"{label} also holds LoRA weights for other models; use Load LoRA for it.")
         if parts["unet"] and strength_model:
             key_map = comfy.lora.model_lora_keys_unet(model.model, {})
             patches = _patches(parts["unet"], key_map, model.model, label)

@@ -66,14 +66,20 @@ class PanelsInside(io.ComfyNode):
             raise StoryError("This node is a part of Tell Story; use Story to Panels instead.")
         if not story.images:  # a storyboard may ask for text alone; what takes pictures then does not run
             return io.NodeOutput(ExecutionBlocker(None), [panel.text for panel in story.panels()], ui=panels_ui(story))
-        return io.NodeOutput(*split_panels(story), ui=panels_ui(story))
+        return io.NodeOutput(*split_panels(story, True), ui=panels_ui(story))
 
 
-def split_panels(story: Story):
+def split_panels(story: Story, is_displayed: bool = False):
+    """Images and texts of the panels that have an image.
+
+    Args:
+        is_displayed: Takes the refined images, which people see, where there are some.
+    """
     panels = [panel for panel in story.panels() if panel.image is not None]
     if not panels:
         raise StoryError("The story has no images.")
-    return [p.image.display_pixels.movedim(0, -1).unsqueeze(0) for p in panels], [p.text for p in panels]
+    images = [p.image.display_pixels if is_displayed else p.image.pixels for p in panels]
+    return [image.movedim(0, -1).unsqueeze(0) for image in images], [p.text for p in panels]
 
 
 class PanelsToStory(io.ComfyNode):

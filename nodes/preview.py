@@ -10,7 +10,7 @@ from server import PromptServer
 
 from ..comfy_mminterleaved.files import atomic_write
 from ..comfy_mminterleaved.stories.images import encode_png
-from ..comfy_mminterleaved.stories.story import Story
+from ..comfy_mminterleaved.stories.story import ImageSegment, Story
 
 SUBFOLDER = "mm_interleaved"
 CONTEXT = "context"  # begins the names of a Tell Story's parts that hold what a panel refers to
@@ -45,10 +45,11 @@ def pictures_ui(*pictures) -> dict:
 
 def _temporary(image) -> dict:
     folder = Path(folder_paths.get_temp_directory()) / SUBFOLDER
-    path = folder / f"{image.digest}{'-refined' * (image.refined is not None)}.png"
+    larger = image if image.refined is None else ImageSegment(image.refined)
+    path = folder / f"{larger.digest}.png"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, encode_png(image.display_pixels))
+        atomic_write(path, encode_png(larger.pixels))
     return {"filename": path.name, "subfolder": SUBFOLDER, "type": "temp"}
 
 

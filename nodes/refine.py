@@ -14,8 +14,10 @@ from ..comfy_mminterleaved.generation.embedders import (
     parse_system_metadata,
     system_path,
 )
-from ..comfy_mminterleaved.generation.ranking import has_panel_text, ranking_text
+from ..comfy_mminterleaved.generation.memory import refining_bytes
+from ..comfy_mminterleaved.generation.ranking import panel_text
 from ..comfy_mminterleaved.generation.refine import ImageRefiner, build_refiner
+from ..comfy_mminterleaved.stories.story import Story
 from .blocks import block_patcher, progress
 from .load import model_folder, models, read, sentence
 from .segments import images_from_batch
@@ -54,7 +56,7 @@ class PatchedRefiner(ImageRefiner):
         return {key: t.float() for key, t in tensors.items()}, parse_system_metadata(metadata, name, repr(path.name))
 
     def refine(self, pixels, text: str = "", prompt_embeds: torch.Tensor | None = None) -> torch.Tensor:
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=512 * pixels.numel() * 4)
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=refining_bytes(*pixels.shape[-2:]))
         return super().refine(pixels, text, prompt_embeds)
 
 
@@ -114,9 +116,7 @@ class RefineImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, refiner, image, story=None, positive=None) -> io.NodeOutput:
-        images, text = images_from_batch(image), ""
-        if story is not None and has_panel_text(story):
-            text = ranking_text(story)
+        images, text = images_from_batch(image), panel_text(story or Story())
         prompt_embeds = positive[0][0] if positive else None
         on_progress, refined = progress(len(images)), []
         for number, each in enumerate(images, 1):

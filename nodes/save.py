@@ -15,7 +15,7 @@ from ..comfy_mminterleaved.books.export import render_book
 from ..comfy_mminterleaved.books.layout import PageConfig
 from ..comfy_mminterleaved.errors import MMInterleavedError, OutputError, StoryError
 from ..comfy_mminterleaved.files import atomic_write, friendly_errors, path_below, write_numbered_dir
-from ..comfy_mminterleaved.stories.page import save_story
+from ..comfy_mminterleaved.stories.page import displayed_images, save_story
 from .preview import panels_ui
 from .types import CATEGORY, PagesSocket, StorySocket
 
@@ -111,7 +111,9 @@ class SaveStory(io.ComfyNode):
         subfolder = folder.relative_to(folder_paths.get_output_directory()).as_posix()
         if problem is not None:
             raise OutputError(f"The story is saved in {subfolder}, but not as {' and '.join(suffixes)}: {problem}")
+        displayed = displayed_images([path.name for path in paths])
         files = [{"filename": path.name, "subfolder": subfolder, "type": "output"} for path in paths]
-        count = len(story.images)
-        images, pages = files[:count], files[count:]  # pages: for clients that collect what was saved
+        # What is shown of each panel, and the rest for clients that collect what was saved.
+        images = [f for f in files if f["filename"] in displayed]
+        pages = [f for f in files if f["filename"] not in displayed]
         return io.NodeOutput(ui={"images": images, "text": (story.text,), "pages": pages, **panels_ui(story, images)})

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.generation.memory import sampling_bytes
 from ..comfy_mminterleaved.stories.story import Story
-from .blocks import PatchedLLM, PatchedSynchronizer
+from .blocks import PatchedLLM, PatchedSynchronizer, detach_other_patches
 from .native import skip_channels_of
 from .types import (
     CATEGORY,
@@ -92,11 +92,7 @@ def apply_mmfs(
             projected.clear()
 
     def around_loading(executor, model, noise_shape, *args, **kwargs):
-        for loaded in comfy.model_management.loaded_models():
-            # Some cores know only per clone which LoRAs are in the weights; a clone that never was loaded takes them
-            # for its own.
-            if loaded is not model and model.is_clone(loaded) and loaded.patches_uuid != model.patches_uuid:
-                loaded.detach()
+        detach_other_patches(model)
         # ComfyUI derives the memory to free from the noise's area alone, so that is enlarged.
         height, width = noise_shape[-2:]
         itemsize = comfy.model_management.dtype_size(model.model_dtype())

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
 from ..comfy_mminterleaved.errors import SettingError
+from ..comfy_mminterleaved.generation.refine import check_size
 from ..comfy_mminterleaved.stories.story import Story, TextSegment
 from ..comfy_mminterleaved.stories.storyboard import Step, panel_seeds, plan_panels
 from .drawing import draw_panel
@@ -223,6 +224,8 @@ class TellStory(io.ComfyNode):
             raise SettingError("With best_of the first image needs a text or an image before it; give an opening.")
         seeds = chosen_seeds(seed, seeds, panel_seeds(opening_story, panel_steps))
         size = synchronizer.config.synchronizer.image_size
+        if refiner is not None:
+            check_size(image_width or width or size, image_height or height or size)
 
         # Links rather than values: a step whose links lead to the same things is not run again.
         links = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"]
@@ -241,7 +244,9 @@ class TellStory(io.ComfyNode):
             batch_size=best_of,
         )
         for number, (seed, panel) in enumerate(zip(seeds, panel_steps), 1):
+            has_text = False  # of the panel, before its image
             for step in panel:
+                has_text |= step is not Step.IMAGE
                 if isinstance(step, TextSegment):
                     text = graph.node(
                         "MMInterleavedStoryText", f"text {number}", text=step.text, **_optional(story=story)
@@ -292,7 +297,7 @@ class TellStory(io.ComfyNode):
                         refiner=links["refiner"],
                         image=image.out(0),
                         positive=conditioned.out(1),
-                        **_optional(story=story),
+                        **(_optional(story=story) if has_text else {}),
                     )
                     refined["refined"] = larger.out(0)
                 story = graph.node(

@@ -20,14 +20,13 @@ from .contrastive_training import texts_of
 from .dataset import StoryDataset
 from .targets import ConditioningTargets
 
-CROP = 64  # px of the pairs that go in
-NUM_DRAWN = 4  # whole drawings of a batch
-WEIGHTS = {"pixels": 1.0, "edges": 1.0, "kept": 1.0, "words": 0.01, "fooled": 0.003, "critic": 1.0}
+NUM_DRAWN = 2  # drawings of a batch, beside its pairs
+WEIGHTS = {"pixels": 1.0, "edges": 1.0, "kept": 1.0, "words": 0.01, "adversarial": 0.003, "discriminator": 1.0}
 TEXT_DROPOUT = PROMPT_DROPOUT = 0.3
 PROMPT_NOISE = 0.1  # standard deviation, of the prompt embeddings' own
 
 
-class Critic(nn.Module):
+class Discriminator(nn.Module):
     """Scores patches of images `(N, 3, H, W)`: true drawings above 1, others below -1 (hinge loss)."""
 
     def __init__(self, width: int = 32):
@@ -47,8 +46,8 @@ class RefinerBatch:
     """What a step sees.
 
     Args:
-        small, large: `(N, 3, CROP, CROP)` and twice that: windows of images through the VAE, and of the true drawings.
-        drawn: `(M, 3, side, side)`, whole images that the model drew again.
+        small, large: `(N, 3, side, side)` and twice that: images through the VAE, and the true drawings.
+        drawn: `(M, 3, side, side)`, images that the model drew again.
         input_ids, attention_mask: `(N + M, L)`, texts of all of them.
         prompt_embeds: `(N + M, T, C)`.
     """
@@ -67,13 +66,13 @@ class RefinerBatch:
 class RefinerObjective(nn.Module):
     """Pixels and edges of pairs; of what the model drew, what it shows, its text and how true its edges look.
 
-    Drawings have no true picture: shrunk again they must be what they were, their words must match their regions
-    (AttnGAN's DAMSM, by the frozen contrastive model), and a critic of patches must take them for the world's own.
+    Drawings have no true image: shrunk again they must be what they were, their words must match their regions
+    (AttnGAN's DAMSM, by the frozen contrastive model), and a discriminator of patches must take them for true ones.
     """
 
     def __init__(self, refiner: Refiner, contrastive: ContrastiveModel, encoder: VisualTokenizer):
         super().__init__()
-        self.refiner, self.critic = refiner, Critic()
+        self.refiner, self.discriminator = refiner, Discriminator()
         # In a list: they are frozen, and no part of what is trained.
         self.frozen = [contrastive.eval().requires_grad_(False), encoder.eval().requires_grad_(False)]
 
@@ -99,7 +98,7 @@ class RefinerObjective(nn.Module):
             "kept": (F.avg_pool2d(drawn, SCALE) - batch.drawn).abs().mean(),
             "words": self.word_loss(drawn, words, batch.attention_mask, count),
         }
-        losses["fooled"], losses["critic"] = self.critic_losses(batch.large, refined, drawn)
+        losses["adversarial"], losses["discriminator"] = self.adversarial_losses(batch.large, refined, drawn)
         return {"loss": sum(WEIGHTS[name] * loss for name, loss in losses.items()), **losses}
 
     def word_loss(self, drawn, words, attention_mask, first: int) -> torch.Tensor:
@@ -114,13 +113,13 @@ class RefinerObjective(nn.Module):
         logits = contrastive.logits(contrastive.encode_image(features), texts)
         return F.cross_entropy(matches, target) + F.cross_entropy(logits, target)
 
-    def critic_losses(self, true, *made) -> tuple[torch.Tensor, torch.Tensor]:
-        """The refiner's loss through a critic that does not learn from it, and the critic's own (hinge)."""
-        parameters = {name: p.detach() for name, p in self.critic.named_parameters()}
-        fooled = -sum(functional_call(self.critic, parameters, each).mean() for each in made) / len(made)
-        critic = F.relu(1 - self.critic(true)).mean()
-        critic = critic + sum(F.relu(1 + self.critic(each.detach())).mean() for each in made) / len(made)
-        return fooled, critic
+    def adversarial_losses(self, true, *made) -> tuple[torch.Tensor, torch.Tensor]:
+        """The refiner's loss through a discriminator that learns nothing from it, and the discriminator's (hinge)."""
+        parameters = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        adversarial = -sum(functional_call(self.discriminator, parameters, each).mean() for each in made) / len(made)
+        loss = F.relu(1 - self.discriminator(true)).mean()
+        loss = loss + sum(F.relu(1 + self.discriminator(each.detach())).mean() for each in made) / len(made)
+        return adversarial, loss
 
 
 def edge_distance(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -150,13 +149,7 @@ class RefinerBatches:
     def build(self, seed: int) -> RefinerBatch:
         rng = random.Random(f"refine {seed}")
         rows = [rng.randrange(len(self.indices)) for _ in range(self.batch_size + NUM_DRAWN)]
-        small, large = [], []
-        for k in rows[: self.batch_size]:
-            side = self.decoded.shape[1]
-            top, left = (rng.randrange(0, side - CROP + 1) for _ in range(2))
-            small.append(self.decoded[k, top : top + CROP, left : left + CROP])
-            y, x, size = top * SCALE, left * SCALE, CROP * SCALE
-            large.append(self.large[k, y : y + size, x : x + size])
+        small, large = ([images[k] for k in rows[: self.batch_size]] for images in (self.decoded, self.large))
         drawn = [self.drawn[k] for k in rows[self.batch_size :]]
         scenes = [self.dataset.panel(self.indices[k]).scene for k in rows]
         texts = [texts_of(scene, rng)[0] for scene in scenes]

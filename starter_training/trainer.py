@@ -223,6 +223,7 @@ LEGACY_NAMES = {
     "maps": "map_probes",
     "knows": "text_probe",
     "meant": "coref_probe",
+    "critic": "discriminator",
 }
 
 

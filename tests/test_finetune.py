@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from comfy_mminterleaved.errors import CheckpointError, OutputError, SettingError, StoryError, StoryTooLongError
 from comfy_mminterleaved.files import write_json
@@ -63,6 +64,8 @@ def test_panels_are_images_with_what_comes_before_them(stories, pictures):
 
 
 def test_stories_from_files(tmp_path, stories):
+    (tmp_path / ".002.unfinished").mkdir()
+    save_story(tmp_path / ".002.unfinished", stories[0], "", {})
     for number, story in enumerate(stories):
         (tmp_path / f"{number:03d}").mkdir()
         save_story(tmp_path / f"{number:03d}", story, "", {})
@@ -264,24 +267,24 @@ def test_a_stopped_run_goes_on(pipeline, stories, tmp_path):
     steps = []
     assert not finetune(pipeline, stories, halves, CONFIG, lambda n, *_: steps.append(n), lambda: len(steps) == 3)
     assert halves.with_suffix(".state").exists() and not halves.exists()
-    with pytest.raises(SettingError, match="other stories or settings"):
+    with pytest.raises(SettingError, match="other stories, settings or weights"):
         finetune(pipeline, stories[:1], halves, CONFIG)
-    with pytest.raises(SettingError, match="other stories or settings"):
+    with pytest.raises(SettingError, match="other stories, settings or weights"):
         finetune(pipeline, stories, halves, dataclasses.replace(CONFIG, rank=2))
     assert finetune(pipeline, stories, halves, CONFIG, lambda n, *_: steps.append(n))
     assert steps == [1, 2, 3, 4] and straight.read_bytes() == halves.read_bytes()
     bad = tmp_path / "bad.safetensors"
     bad.with_suffix(".state").write_bytes(b"no state")
-    with pytest.raises(SettingError, match="no state of fine-tuning"):
+    with pytest.raises(SettingError, match="not a checkpoint of a fine-tuning run"):
         finetune(pipeline, stories, bad, CONFIG)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
 @pytest.mark.parametrize("block", ["llm", "unet"])
-def test_one_block_alone(pipeline, stories, tmp_path, block):
-    from safetensors.torch import load_file
-
+def test_one_block_alone(pipeline, stories, tmp_path, block, weight):
     out = tmp_path / "x.safetensors"
-    finetune(pipeline, stories, out, dataclasses.replace(CONFIG, steps=2, blocks=(block,)))
+    config = dataclasses.replace(CONFIG, steps=2, blocks=(block,), reconstruction_weight=weight, seed=2**62)
+    finetune(pipeline, stories, out, config)
     assert {key.split("_")[1] for key in load_file(out)} == {block}
     assert all(t.isfinite().all() for t in load_file(out).values())
 
@@ -330,6 +333,47 @@ def test_a_loss_that_is_not_a_number(pipeline, stories, tmp_path, monkeypatch):
     assert not any(".lora_" in name for name, _ in pipeline.llm.named_parameters())
 
 
+@pytest.mark.parametrize("quantization", ["fp8", "int8"])
+def test_quantized_layers_are_refused(stories, tmp_path, quantization):
+    from comfy_mminterleaved.checkpoints.load import read
+    from comfy_mminterleaved.checkpoints.native import save
+
+    saved = read("tiny-random")
+    folder = tmp_path / "small"
+    save(folder, saved.config, saved.blocks, saved.tokenizer, quantization=quantization)
+    pipeline = MMInterleavedPipeline.load(folder, "cpu")
+    with pytest.raises(SettingError, match="The llm has quantized layers"):
+        finetune(pipeline, stories, tmp_path / "x.safetensors", CONFIG)
+    assert finetune(pipeline, stories, tmp_path / "y.safetensors", dataclasses.replace(CONFIG, blocks=("unet",)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_trained_in_32_bits(stories, tmp_path, dtype):
+    pipeline = MMInterleavedPipeline.load("tiny-random", "cpu", dtype)
+    run = _Run(pipeline, story_panels(stories), tmp_path / "x.safetensors", CONFIG)
+    assert {p.dtype for p in run.parameters.values()} == {torch.float32}
+    assert all(torch.isfinite(torch.tensor(list(run._step().values()))).all() for _ in range(2))
+    run.close()
+
+
+def test_another_models_token_ids_are_not_trained(pipeline, pictures):
+    text = dataclasses.replace(Story.of("Mia waves.").segments[0], token_ids=(5, 6, 10**6))
+    objective = FinetuneObjective(pipeline)
+    batch = objective.story_batch([Story.of(text)])
+    expected = pipeline.text.tokenize(Story.of("Mia waves.")).input_ids
+    assert batch.input_ids[0, : len(expected)].tolist() == list(expected)
+
+
+def test_a_model_with_a_lora_is_not_trained(pipeline, stories, tmp_path):
+    out = tmp_path / "x.safetensors"
+    finetune(pipeline, stories, out, dataclasses.replace(CONFIG, steps=1))
+    try:
+        with pytest.raises(SettingError, match="has a LoRA already"):
+            finetune(pipeline.load_lora(out), stories, tmp_path / "y.safetensors", CONFIG)
+    finally:
+        pipeline.unload_lora()
+
+
 def test_layers_that_cannot_be_trained(pipeline, stories, tmp_path, monkeypatch):
     from comfy_mminterleaved.finetune import train
 
@@ -340,8 +384,6 @@ def test_layers_that_cannot_be_trained(pipeline, stories, tmp_path, monkeypatch)
 
 
 def test_files_of_other_models(pipeline, tmp_path):
-    from safetensors.torch import save_file
-
     path, modules = tmp_path / "x.safetensors", {"llm": pipeline.llm, "unet": pipeline.unet}
     name = "lora_llm_layers_0_self_attn_v_proj"
     down, up = torch.randn(2, pipeline.config.llm.hidden_size), torch.randn(pipeline.config.llm.hidden_size, 2)
@@ -394,8 +436,21 @@ def test_the_command_line(tmp_path, stories):
     assert code == 2 and "rank must be" in stderr
     draw = ("draw", "--model", "tiny-random", "--text", "Mia waves.", "--steps", 2, "--quiet")
     assert command(*draw, "--out", tmp_path / "a.png")[0] == 0
+    tensors = load_file(out)  # of two steps: too small to be seen in 8 bits
+    strong = {key: t * 50 if key.endswith("lora_up.weight") else t for key, t in tensors.items()}
+    save_file(strong, out)
     code, _, stderr = command(*draw, "--out", tmp_path / "b.png", "--lora", out)
+    assert code == 0 and (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes(), stderr
+    tell = ("tell", "--model", "tiny-random", "--steps", 1, "--quiet", "--panels", 1, "--max-new-tokens", 8)
+    code, _, stderr = command(*tell, "--text", "Mia waves.", "--out", tmp_path / "told", "--lora", out)
     assert code == 0, stderr
+    settings = json.loads((tmp_path / "told" / "story.json").read_text(encoding="utf-8"))["settings"]
+    assert settings["lora"] == str(out)
+    assert command(*tell, "--story", tmp_path / "told")[0] == 0
+    out.rename(tmp_path / "other.safetensors")
+    code, _, stderr = command(*tell, "--story", tmp_path / "told")
+    assert code == 2 and "does not exist" in stderr  # not silently without it
+    assert command(*tell, "--story", tmp_path / "told", "--lora", "")[0] == 0
     code, _, stderr = command(*draw, "--out", tmp_path / "c.png", "--lora", tmp_path / "none.safetensors")
     assert code == 2 and "does not exist" in stderr and not (tmp_path / "c.png").exists()
 

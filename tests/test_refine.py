@@ -13,13 +13,14 @@ from comfy_mminterleaved.cli.parser import make_parser
 from comfy_mminterleaved.errors import CheckpointError, SettingError, StoryError
 from comfy_mminterleaved.generation.config import ImageGenerationConfig, to_file
 from comfy_mminterleaved.generation.embedders import FeatureEmbedder, system_metadata
+from comfy_mminterleaved.generation.ranking import panel_text
 from comfy_mminterleaved.generation.refine import ImageRefiner, load_refiner
 from comfy_mminterleaved.models.contrastive import ContrastiveConfig, ContrastiveModel
 from comfy_mminterleaved.models.refiner import Refiner, RefinerConfig, enlarge
-from comfy_mminterleaved.stories.page import load_story, save_story
-from comfy_mminterleaved.stories.story import ImageSegment, Story
+from comfy_mminterleaved.stories.page import displayed_images, load_story, save_story
+from comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
 
-SMALL = RefinerConfig(hidden_size=8, num_blocks=2, num_attention_heads=2, word_dim=16, prompt_dim=12)
+SMALL = RefinerConfig(8, 2, 8, 2, num_attention_heads=2, word_dim=16, prompt_dim=12)
 QUICK = ImageGenerationConfig(num_inference_steps=1, guidance_scale=1.0)
 
 
@@ -41,7 +42,7 @@ def embedder(tiny_random):
 @pytest.fixture
 def pipeline(tiny_random, embedder, monkeypatch):
     """The tiny model with a refiner of its widths."""
-    config = RefinerConfig(8, 2, 2, 16, tiny_random.config.synchronizer.perceiver.hidden_size)
+    config = RefinerConfig(8, 2, 8, 2, 2, 16, tiny_random.config.synchronizer.perceiver.hidden_size)
     monkeypatch.setattr(tiny_random, "_refiner", ImageRefiner(make_refiner(config), embedder))
     return tiny_random
 
@@ -91,7 +92,7 @@ def test_what_does_not_fit(embedder):
     with pytest.raises(SettingError, match="width 5, but the refiner takes 12"):
         refiner.refine(torch.zeros(3, 8, 8), prompt_embeds=torch.zeros(4, 5))
     with pytest.raises(SettingError, match="width 16, but the refiner takes 9"):
-        ImageRefiner(make_refiner(RefinerConfig(8, 2, 2, 9, 12)), embedder)
+        ImageRefiner(make_refiner(RefinerConfig(8, 2, 8, 2, 2, 9, 12)), embedder)
 
 
 def test_files(tmp_path):
@@ -143,8 +144,26 @@ def test_a_panel_is_told_its_text_and_its_states(pipeline):
 
 def test_models_without_a_refiner_say_so_before_they_draw(tiny_random, monkeypatch):
     monkeypatch.setattr(tiny_random.image, "generate", None)
+    monkeypatch.setattr(tiny_random.text, "generate", None)
+    config = ImageGenerationConfig(refine=True)
     with pytest.raises(CheckpointError, match="no refiner"):
-        tiny_random.generate_image(Story.of("Mia."), ImageGenerationConfig(refine=True))
+        tiny_random.generate_image(Story.of("Mia."), config)
+    with pytest.raises(CheckpointError, match="no refiner"):
+        tiny_random.generate_story(Story.of("Mia."), 1, image_config=config)
+
+
+def test_sizes_that_cannot_be_refined_are_said_before_they_are_drawn(pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline.image, "generate", None)
+    config = ImageGenerationConfig(refine=True, size=(1152, 1024))
+    with pytest.raises(SettingError, match="not 1152 x 1024"):
+        pipeline.generate_image(Story.of("Mia."), config)
+
+
+def test_an_empty_text_is_none(pipeline):
+    image = pipeline.generate_image(Story.of("Mia waves."), QUICK)
+    story = Story.of("Mia waves.", image).add(TextSegment("", (5,)))
+    assert panel_text(story) == "" and pipeline.refine_image(image, story).refined is not None
+    pipeline.clear_cache()
 
 
 def test_settings():
@@ -170,10 +189,13 @@ def test_a_story_keeps_both_forms(tmp_path, told):
     assert Image.open(tmp_path / "01-refined.png").size == (256, 256)
     loaded = load_story(tmp_path)
     assert torch.allclose(loaded.images[0].refined, told.images[0].refined, atol=1 / 255)
+    assert displayed_images([path.name for path in files]) == ["01-refined.png", "02.png"]
     assert loaded.images[0].digest == told.images[0].digest and loaded.images[1].refined is None
     written = (tmp_path / "01-refined.png").stat().st_mtime_ns
     save_story(tmp_path, loaded, "Mia")
     assert (tmp_path / "01-refined.png").stat().st_mtime_ns == written
+    (tmp_path / "01-refined.png").unlink()
+    assert load_story(tmp_path).images[0].refined is None  # it can be refined again
     plain = loaded.map_images(lambda image: ImageSegment(image.pixels))
     save_story(tmp_path, plain, "Mia")
     assert not (tmp_path / "01-refined.png").exists() and "refined" not in (tmp_path / "story.json").read_text()

@@ -893,7 +893,7 @@ def test_the_refiners_figures(tmp_path):
 
 
 def test_the_refiners_losses(tmp_path):
-    """The critic learns from what is made and true; the refiner through it, and it not from the refiner's loss."""
+    """The refiner learns through the discriminator, which does not learn from the refiner's loss."""
     encoder = init_modules(starter_config.starter_config(), 0)["encoder"]
     objective = RefinerObjective(Refiner(RefinerConfig(8, 2)), ContrastiveModel(ContrastiveConfig()), encoder)
     ids = torch.randint(0, 100, (4, 6))
@@ -906,14 +906,14 @@ def test_the_refiners_losses(tmp_path):
         torch.randn(4, 16, 192),
     )
     losses = objective.train()(batch)
-    assert set(losses) == {"loss", "pixels", "edges", "kept", "words", "fooled", "critic"}
-    critic, refiner = list(objective.critic.parameters()), list(objective.refiner.parameters())
+    assert set(losses) == {"loss", "pixels", "edges", "kept", "words", "adversarial", "discriminator"}
+    discriminator, refiner = list(objective.discriminator.parameters()), list(objective.refiner.parameters())
 
     def moves(loss, parameters):
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         return any(grad is not None and grad.abs().max() > 0 for grad in grads)
 
-    assert moves(losses["fooled"], refiner) and not moves(losses["fooled"], critic)
-    assert moves(losses["critic"], critic) and not moves(losses["critic"], refiner)
+    assert moves(losses["adversarial"], refiner) and not moves(losses["adversarial"], discriminator)
+    assert moves(losses["discriminator"], discriminator) and not moves(losses["discriminator"], refiner)
     assert moves(losses["words"], refiner) and moves(losses["kept"], refiner) and moves(losses["pixels"], refiner)
     assert not any(p.requires_grad for module in objective.frozen for p in module.parameters())

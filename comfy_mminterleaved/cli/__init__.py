@@ -1,4 +1,4 @@
-"""The command line: mminterleaved tell | write | draw | ask | caption | export | convert | info."""
+"""The command line: mminterleaved tell | write | draw | ask | caption | export | finetune | convert | info."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ MEMORY_HINT = (
 MEMORY_HINTS = {
     "convert": "close other programs and give the same command again, which goes on",
     "info": "close other programs",
+    "finetune": "a smaller --batch, --reconstruction 0 or --only llm takes less",
 }
 
 

@@ -61,6 +61,7 @@ def tell(args) -> int:
         pipeline.validate_plan(story, plan_panels(story, panels), *configs, args.drop_oldest_panels)
         settings = {
             "model": opening.model,
+            **({"lora": opening.lora} if opening.lora else {}),
             "seed": text_config.seed,
             "text_generation": to_file(text_config),
             "image_generation": to_file(image_config),

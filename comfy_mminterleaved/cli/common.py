@@ -58,6 +58,7 @@ class Opening:
     seed: int
     text_config: TextGenerationConfig
     image_config: ImageGenerationConfig
+    lora: str | None = None
 
 
 def read_opening(args, text_config: TextGenerationConfig | None = None, required: bool = True) -> Opening:
@@ -104,7 +105,10 @@ def read_opening(args, text_config: TextGenerationConfig | None = None, required
         flags["size"] = int(width), int(height)
     flags["denoise"] = _denoise(args)
     image_config = _replaced(image_config, {**flags, "seed": seed})
-    return Opening(story, book.title if book else "", model, seed, text_config, image_config)
+    lora = settings.get("lora") if getattr(args, "lora", None) is None else args.lora
+    if lora and not (isinstance(lora, str) and Path(lora).is_file()):
+        raise CheckpointError(f"The LoRA {lora!r:.200} does not exist; give a file that `finetune` wrote with --lora.")
+    return Opening(story, book.title if book else "", model, seed, text_config, image_config, lora or None)
 
 
 def _flags(args, fields: dict[str, str]) -> dict:
@@ -134,7 +138,6 @@ def load_pipeline(args, opening: Opening, *stories):
 
     if args.memory and resolve_device(args.device).type == "cpu":
         raise SettingError("--memory is of a card, but the model runs on the CPU; omit it.")
-    check_lora(args)
     if opening.model in ("tiny-random", "untrained"):
         print_status(f"Note: the model '{opening.model}' has random weights; its texts and images mean nothing.")
     pipeline = MMInterleavedPipeline.load(**load_options(args, opening))
@@ -148,11 +151,6 @@ def load_pipeline(args, opening: Opening, *stories):
     return pipeline
 
 
-def check_lora(args) -> None:
-    if args.lora is not None and not Path(args.lora).is_file():
-        raise CheckpointError(f"The LoRA {args.lora!r} does not exist; give a file that `finetune` wrote.")
-
-
 def load_options(args, opening: Opening) -> dict:
     """Arguments of `MMInterleavedPipeline.load`."""
     return {
@@ -164,7 +162,7 @@ def load_options(args, opening: Opening) -> dict:
         "cache_dtype": cache_dtype(args),
         "quantize": args.quantize,
         "image_size": opening.image_config.size,
-        "lora": args.lora,
+        "lora": opening.lora,
     }
 
 

@@ -61,7 +61,11 @@ def make_parser(commands: dict[str, Callable[[argparse.Namespace], int]]) -> arg
             choices=FORMATS[:2],
             help="quantize the LLM while it loads, with torchao; `convert --quantize` does it once for all",
         )
-        p.add_argument("--lora", metavar="FILE", help="a LoRA that `finetune` wrote, added to the model")
+        p.add_argument(
+            "--lora",
+            metavar="FILE",
+            help="a LoRA that `finetune` wrote, added to the model (default: that of --story; '' for none)",
+        )
         p.add_argument("--compile", action="store_true", help="torch.compile: slow to start, for many images")
         p.add_argument("--quiet", action="store_true", help="no progress bars")
 

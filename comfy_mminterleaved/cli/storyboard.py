@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from ..errors import SettingError
 from .common import (
     ProgressBars,
-    check_lora,
     emit,
     load_options,
     load_pipeline,
@@ -46,14 +45,14 @@ def tell_storyboard(args) -> int:
     batch_size = _batch_size(args.batch)
     plans = load_storyboard(args.storyboard)
     opening = read_opening(args, required=False)
-    check_lora(args)
     settings = BatchSettings(
         opening.model,
-        fingerprint(opening.model, args.lora),
+        fingerprint(opening.model, opening.lora),
         opening.text_config,
         opening.image_config,
         args.drop_oldest_panels,
         args.introduce,
+        opening.lora,
     )
     out = _run_folder(args)
     with output_folder(out), locked(out / ".lock", _busy(out)):

@@ -64,7 +64,7 @@ def load_stories(path: str | Path) -> list[Story]:
         return [load_story(path)]
     if not path.is_dir():
         return [plan.opening for plan in load_storyboard(path)]
-    folders = sorted(file.parent for file in path.glob("*/story.json"))
+    folders = sorted(file.parent for file in path.glob("[!.]*/story.json"))  # those with a dot are unfinished
     if not folders:
         raise StoryError(f"The folder {str(path)!r} holds no stories; give a folder that `tell` or Save Story wrote.")
     return [load_story(folder) for folder in folders]

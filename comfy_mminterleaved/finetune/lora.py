@@ -30,17 +30,21 @@ class TrainableLoRA:
     """peft's LoRA in the linear layers of a module whose whole name matches; everything else is frozen.
 
     Raises:
-        SettingError: If no layer matches, as in an LLM of quantized layers, or if peft is missing.
+        SettingError: If no layer matches, if layers are quantized, or if peft is missing.
     """
 
     def __init__(self, module: nn.Module, pattern: re.Pattern, rank: int, label: str = "The module"):
         peft = import_peft()
-        names = [n for n, layer in module.named_modules() if isinstance(layer, nn.Linear) and pattern.fullmatch(n)]
-        if not names:
-            raise SettingError(f"{label} has no layer that LoRA can train; quantized layers cannot be.")
+        layers = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear) and pattern.fullmatch(n)}
+        if not layers:
+            raise SettingError(f"{label} has no layer that LoRA can train.")
+        if any(type(layer) is not nn.Linear or not is_plain(layer.weight) for layer in layers.values()):
+            raise SettingError(f"{label} has quantized layers, which LoRA cannot train here; use a model in 16 bits.")
         module.requires_grad_(False)
-        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names), module)
+        peft.inject_adapter_in_model(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=[*layers]), module)
         self.module = module
+        for p in self.parameters.values():  # AdamW's averages need 32 bits; peft casts what goes in
+            p.data = p.data.float()
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -57,6 +61,12 @@ class TrainableLoRA:
             parent, _, child = name.rpartition(".")
             setattr(self.module.get_submodule(parent), child, layer.get_base_layer())
         vars(self.module).pop("peft_config", None)
+
+
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether a weight is of floating-point numbers of at least 16 bits, not of a quantized kind."""
+    is_tensor = type(weight) in (torch.Tensor, nn.Parameter)
+    return is_tensor and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 def story_lora_tensors(parts: Iterable[tuple[str, dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:

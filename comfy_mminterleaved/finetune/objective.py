@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..generation.latents import decode_latents, encode_latents
 from ..generation.reconstruction import retell
 from ..generation.schedulers import make_scheduler
-from ..generation.tokens import StoryTokens, tokenize_story
+from ..generation.tokens import StoryTokens
 from ..generation.unet_hooks import attach_mmfs
 from ..models.image_processor import preprocess_image
 from ..models.visual_tokenizer import ImageFeatures
@@ -130,8 +130,8 @@ class FinetuneObjective:
 
     def story_batch(self, stories: Sequence[Story]) -> TokenBatch:
         """Rows of encoded stories, each with a start-of-image token at its end."""
-        soi, text, c = self.llm.config.special_tokens.soi, self.pipeline.text, self.llm.config
-        rows = [tokenize_story(story, text.tokenizer, c) for story in stories]
+        soi = self.llm.config.special_tokens.soi
+        rows = [self.pipeline.text.tokenize(story) for story in stories]
         rows = [replace(tokens, input_ids=(*tokens.input_ids, soi)) for tokens in rows]
         # The user decides whether a story opens with an image, so its first token has no loss if it starts one.
         firsts = [1 if tokens.input_ids[1] != soi else 2 for tokens in rows]

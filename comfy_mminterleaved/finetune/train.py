@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import OutputError, SettingError
-from ..files import apply_umask, atomic_path, ensure_writable_dir
+from ..errors import OutputError, SettingError, is_out_of_memory
+from ..files import apply_umask, atomic_path, ensure_writable_dir, friendly_errors
 from ..stories.story import Story
 from .dataset import Panel, story_panels
 from .lora import LAYERS, TrainableLoRA, import_peft, story_lora_tensors
@@ -87,7 +88,8 @@ def finetune(
     Raises:
         StoryError: If the stories have no image with a text before it.
         StoryTooLongError: If the LLM cannot hold one of the stories.
-        SettingError: For a state beside `out` of other stories or settings, or a model that cannot be trained.
+        SettingError: For a checkpoint beside `out` of other stories, settings or weights, or a model that cannot be
+            trained.
         OutputError: If `out` exists or cannot be written.
     """
     out = check_output(out)
@@ -95,7 +97,9 @@ def finetune(
     for panel in panels:
         pipeline.text.truncate_to_context(panel.story, 1, None)
     if pipeline.placement is not None:
-        raise SettingError("The model must fit the card as a whole to be trained; it does not, or --memory forbids it.")
+        raise SettingError("The model must fit the card as a whole to be trained; this one takes turns on it.")
+    if pipeline.has_lora:
+        raise SettingError("The model has a LoRA already; call unload_lora before it is trained.")
     run = _Run(pipeline, panels, out, config)
     try:
         return run.train(on_step, should_stop)
@@ -133,7 +137,7 @@ class _Run:
                 torch.manual_seed(config.seed)
                 for block in config.blocks:
                     self.loras[block] = TrainableLoRA(modules[block], LAYERS[block], config.rank, f"The {block}")
-        except SettingError:
+        except BaseException:
             self.close()
             raise
         self.parameters = {
@@ -151,8 +155,11 @@ class _Run:
 
     @property
     def fingerprint(self) -> str:
-        """Of the settings, the panels and the model."""
+        """Of the settings, the panels and the model's weights."""
         about = [asdict(self.config), self.pipeline.encoder.encoder_id]
+        for weight in (self.pipeline.llm.soi_token, self.pipeline.unet.conv_out.weight):
+            data = weight.detach().half().cpu().numpy().tobytes()
+            about.append(hashlib.blake2b(data, digest_size=16).hexdigest())
         about += [[panel.story.text, panel.caption, panel.image.digest] for panel in self.panels]
         return hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
 
@@ -160,14 +167,21 @@ class _Run:
         if not self.state_path.exists():
             return None
         try:
-            state = torch.load(self.state_path, map_location=self.pipeline.device, weights_only=True)
+            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
             fingerprint = state["fingerprint"]
-        except Exception:  # torch.load raises errors of many types for a file that is no state
-            raise SettingError(f"{str(self.state_path)!r} is no state of fine-tuning; delete it.") from None
+        except OSError as error:
+            raise SettingError(f"{str(self.state_path)!r} cannot be read: {error.strerror or error}.") from None
+        except (pickle.UnpicklingError, KeyError, TypeError, EOFError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise SettingError(
+                f"{str(self.state_path)!r} is not a checkpoint of a fine-tuning run; move it away, or choose another "
+                "name."
+            ) from None
         if fingerprint != self.fingerprint:
             raise SettingError(
-                f"{str(self.state_path)!r} is of other stories or settings; choose another name, or delete it to start "
-                "anew."
+                f"{str(self.state_path)!r} is of other stories, settings or weights; choose another name, or "
+                "delete it to start anew."
             )
         return state
 
@@ -189,7 +203,7 @@ class _Run:
         return True
 
     def _step(self) -> dict[str, float]:
-        seed = self.config.seed * 1_000_003 + self.step
+        seed = (self.config.seed * 1_000_003 + self.step) % 2**63
         torch.manual_seed(seed)
         rng = random.Random(seed)
         count = min(self.config.batch_size, len(self.panels))
@@ -197,7 +211,11 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * self._schedule()
         self.optimizer.zero_grad()
-        losses = self.objective.from_images(batch) if self.step % 2 else self.objective.from_texts(batch)
+        learns_from_images = "llm" in self.loras or self.config.reconstruction_weight  # else captions teach nobody
+        if self.step % 2 and learns_from_images:
+            losses = self.objective.from_images(batch)
+        else:
+            losses = self.objective.from_texts(batch)
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), MAX_GRAD_NORM)
         self.optimizer.step()
@@ -219,7 +237,7 @@ class _Run:
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
         }
-        with atomic_path(self.state_path) as temp_path:
+        with friendly_errors(self.state_path, "The checkpoint"), atomic_path(self.state_path) as temp_path:
             torch.save(state, temp_path)
 
     def _save(self) -> None:
@@ -228,7 +246,7 @@ class _Run:
         parts = ((block, lora.parameters) for block, lora in self.loras.items())
         tensors = {key: t.detach().half().cpu().contiguous() for key, t in story_lora_tensors(parts).items()}
         about = {f.name: str(getattr(self.config, f.name)) for f in fields(self.config)}
-        with atomic_path(self.out) as temp_path:
+        with friendly_errors(self.out, "The LoRA"), atomic_path(self.out) as temp_path:
             save_file(tensors, temp_path, {"mm_interleaved": json.dumps({"finetune": about})})
             apply_umask(temp_path)
         self.state_path.unlink(missing_ok=True)

@@ -54,6 +54,11 @@ def prefill_bytes(
     return cache_bytes(c, num_tokens, num_images, itemsize, cache_itemsize) + max(forward, projection) * itemsize
 
 
+def refining_bytes(height: int, width: int) -> int:
+    """What refining an image takes, in float32: the refiner's maps at half, once and twice its sides."""
+    return 168 * height * width * 4
+
+
 def dequantization_bytes(c: LlamaMMFSConfig, itemsize: int) -> int:
     """Peak of one quantized layer at work: its weight in the dtype that is computed in, and on the way there."""
     if c.quantization is None:

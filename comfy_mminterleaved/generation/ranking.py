@@ -108,6 +108,13 @@ def has_panel_text(story: Story) -> bool:
     return bool(story.segments) and isinstance(story.segments[-1], TextSegment) and not is_answered
 
 
+def panel_text(story: Story) -> str:
+    """`ranking_text` of the image that comes next, or nothing if it has no text yet."""
+    if not has_panel_text(story) or not story.panels()[-1].text.strip():
+        return ""
+    return ranking_text(story)
+
+
 def check_rankable(story: Story) -> None:
     """Raises StoryError for a story that says nothing of its next image."""
     if not story.segments:

@@ -46,8 +46,7 @@ class ImageRefiner:
             SettingError: For an image that is too large, and for prompt embeddings of another model.
         """
         height, width = pixels.shape[-2:]
-        if max(height, width) > MAX_SIDE:
-            raise SettingError(f"An image to refine may have {MAX_SIDE} px a side at most, not {width} x {height}.")
+        check_size(width, height)
         if prompt_embeds is not None:
             if prompt_embeds.shape[-1] != self.model.config.prompt_dim:
                 raise SettingError(
@@ -62,6 +61,12 @@ class ImageRefiner:
         images = F.pad(pixels[None].to(self.device, torch.float32), (0, right, 0, below), mode="replicate")
         out = self.model(images, words, None, prompt_embeds)[0]
         return out[:, : SCALE * height, : SCALE * width].clamp(0, 1).float().cpu()
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises SettingError for an image that is too large to refine."""
+    if max(height, width) > MAX_SIDE:
+        raise SettingError(f"An image to refine may have {MAX_SIDE} px a side at most, not {width} x {height}.")
 
 
 def load_refiner(path: Path, embedder: FeatureEmbedder | None = None, device="cpu") -> ImageRefiner:

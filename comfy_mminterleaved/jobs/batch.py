@@ -32,7 +32,8 @@ class BatchSettings:
 
     Args:
         model: Its name, for the settings that are saved with each story.
-        model_fingerprint: Changes when the model's files do.
+        model_fingerprint: Changes when the model's files do, or its LoRA's.
+        lora: The LoRA's file, for the settings that are saved with each story.
     """
 
     model: str
@@ -41,6 +42,7 @@ class BatchSettings:
     image: ImageGenerationConfig
     drop_oldest: bool = False
     introduce: bool = True
+    lora: str | None = None
 
 
 def describe_plan(plan: StoryPlan) -> list:
@@ -241,6 +243,7 @@ class OpenStory:
         text, image = settings.text.with_seed_offset(self.plan.seed), settings.image.with_seed_offset(self.plan.seed)
         self.settings = {
             "model": settings.model,
+            **({"lora": settings.lora} if settings.lora else {}),
             "seed": text.seed,
             "text_generation": to_file(text),
             "image_generation": to_file(image),

@@ -20,13 +20,16 @@ class RefinerConfig:
 
     Args:
         hidden_size: Channels at half of the input's sides.
-        num_blocks: Residual blocks; the attention is in their middle.
+        num_blocks: Residual blocks there, half of them before and half after those in the middle.
+        mid_size, num_mid_blocks: The same at a quarter of the sides, where the attention is.
         word_dim: Of the words: `ContrastiveModel.text_hidden_states`.
         prompt_dim: Of the prompt embeddings, the story's states.
     """
 
     hidden_size: int = 64
-    num_blocks: int = 8
+    num_blocks: int = 6
+    mid_size: int = 96
+    num_mid_blocks: int = 4
     num_attention_heads: int = 4
     word_dim: int = 128
     prompt_dim: int = 192
@@ -55,7 +58,10 @@ class Refiner(nn.Module):
         width, half, quarter = c.hidden_size, c.hidden_size // 2, c.hidden_size // 4
         self.conv_in = operations.Conv2d(12, width, 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(width, operations) for _ in range(c.num_blocks))
+        self.down = operations.Conv2d(width, c.mid_size, 4, 2, 1)
         self.attention = WordAttention(c, operations)
+        self.mid_blocks = nn.ModuleList(ResidualBlock(c.mid_size, operations) for _ in range(c.num_mid_blocks))
+        self.up0 = operations.Conv2d(c.mid_size, 4 * width, 3, padding=1)
         self.up1 = operations.Conv2d(width, 4 * half, 3, padding=1)
         self.skip = operations.Conv2d(3, half, 3, padding=1)
         self.conv_mid = operations.Conv2d(half, half, 3, padding=1)
@@ -74,9 +80,14 @@ class Refiner(nn.Module):
         """
         x = self.conv_in(F.pixel_unshuffle(images * 2 - 1, 2))
         middle = len(self.blocks) // 2
-        for index, block in enumerate(self.blocks):
-            if index == middle:
-                x = x + self.attention(x, words, word_mask, prompt_embeds, prompt_mask)
+        for block in self.blocks[:middle]:
+            x = block(x)
+        mid = self.down(x)
+        mid = mid + self.attention(mid, words, word_mask, prompt_embeds, prompt_mask)
+        for block in self.mid_blocks:
+            mid = block(mid)
+        x = x + F.pixel_shuffle(self.up0(mid), 2)
+        for block in self.blocks[middle:]:
             x = block(x)
         x = F.silu(F.pixel_shuffle(self.up1(x), 2) + self.skip(images * 2 - 1))
         x = x + F.silu(self.conv_mid(x))
@@ -105,18 +116,18 @@ class WordAttention(nn.Module):
     def __init__(self, c: RefinerConfig, operations=nn):
         super().__init__()
         self.num_heads = c.num_attention_heads
-        self.query_norm = operations.GroupNorm(1, c.hidden_size)
-        self.to_q = operations.Conv2d(c.hidden_size, c.hidden_size, 1)
+        self.query_norm = operations.GroupNorm(1, c.mid_size)
+        self.to_q = operations.Conv2d(c.mid_size, c.mid_size, 1)
         self.word_norm = operations.LayerNorm(c.word_dim)
-        self.word_proj = operations.Linear(c.word_dim, 2 * c.hidden_size)
+        self.word_proj = operations.Linear(c.word_dim, 2 * c.mid_size)
         self.prompt_norm = operations.LayerNorm(c.prompt_dim)
-        self.prompt_proj = operations.Linear(c.prompt_dim, 2 * c.hidden_size)
-        self.empty = nn.Parameter(torch.zeros(1, 1, 2 * c.hidden_size))
-        self.to_out = operations.Conv2d(c.hidden_size, c.hidden_size, 1)
+        self.prompt_proj = operations.Linear(c.prompt_dim, 2 * c.mid_size)
+        self.empty = nn.Parameter(torch.zeros(1, 1, 2 * c.mid_size))
+        self.to_out = operations.Conv2d(c.mid_size, c.mid_size, 1)
 
     def forward(self, x, words=None, word_mask=None, prompt_embeds=None, prompt_mask=None) -> torch.Tensor:
-        """What the cells of `x` `(N, C, h, w)` read; computed at half of its sides."""
-        n, height, width = len(x), x.shape[-2] // 2, x.shape[-1] // 2
+        """What the cells of `x` `(N, mid_size, h, w)` read."""
+        n = len(x)
         keys = [self.empty.to(x).expand(n, -1, -1)]
         mask = [torch.ones(n, 1, dtype=torch.bool, device=x.device)]
         if words is not None:
@@ -127,11 +138,11 @@ class WordAttention(nn.Module):
             seen = mask[0] if prompt_mask is None else prompt_mask[:, None]
             mask.append(seen.expand(-1, prompt_embeds.shape[1]))
         k, v = torch.cat(keys, dim=1).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q = self.to_q(self.query_norm(F.avg_pool2d(x, 2))).flatten(2).transpose(1, 2)
+        q = self.to_q(self.query_norm(x)).flatten(2).transpose(1, 2)
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, torch.cat(mask, dim=1)[:, None, None])
-        out = out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(-1, (height, width))
-        return F.interpolate(self.to_out(out), x.shape[-2:], mode="nearest")
+        out = out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(-1, x.shape[-2:])
+        return self.to_out(out)
 
 
 def enlarge(images: torch.Tensor) -> torch.Tensor:

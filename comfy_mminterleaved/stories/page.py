@@ -9,6 +9,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,6 +89,13 @@ def save_story(
         with contextlib.suppress(OSError):
             (folder / name).unlink()
     return [*(folder / name for name in states), folder / "story.json", folder / "story.html"]
+
+
+def displayed_images(names: Sequence[str]) -> list[str]:
+    """Of a saved story's files the images that a page shows, one a panel: the refined one where there is one."""
+    images = [name for name in names if re.fullmatch(r"\d+(-refined)?\.(png|jpg|webp)", name)]
+    refined = {name.partition("-")[0] for name in images if "-refined" in name}
+    return [name for name in images if "-refined" in name or name.partition(".")[0] not in refined]
 
 
 def _png(image: ImageSegment, data: str | None, metadata: dict | None) -> bytes:

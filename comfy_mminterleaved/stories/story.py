@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import StoryError
+from ..errors import ImageError, StoryError
 from .images import ImageFile, decode_data_url, encode_data_url, encode_page_url, read_image_file, to_bytes, to_tensor
 
 if TYPE_CHECKING:
@@ -328,7 +328,10 @@ def _refined(value, folder, number: int) -> torch.Tensor | None:
         return None
     if not isinstance(value, str):
         raise StoryError(f"Segment {number} of the story file: refined must name an image, not {value!r:.60}.")
-    return open_named_image(value, folder).pixels
+    try:
+        return open_named_image(value, folder).pixels
+    except ImageError:  # the image itself is there: it can be refined again
+        return None
 
 
 def _alt(value, number: int) -> str | None:

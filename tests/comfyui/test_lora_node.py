@@ -120,18 +120,22 @@ def test_comfyuis_own_node_reads_the_same(comfyui, files):
 def test_the_library_reads_with_the_same_weights(comfyui, files):
     """Log-probabilities of answers: in ComfyUI by patches, in the library by hooks."""
     options, question = ["a fox", "a bear"], "Who is it?"
-    prompt = drawing("both.safetensors")
-    prompt = {key: prompt[key] for key in ("l", "a", "t")}
-    prompt["w"] = node(
-        "MMInterleavedChoose", llm=["a", 1], story=["t", 0], options="\n".join(options), question=question
-    )
-    table = comfyui.run(prompt)["outputs"]["w"]["text"][0]
+
+    def ranked(llm):
+        prompt = {key: each for key, each in anew(drawing("both.safetensors")).items() if key in ("l", "a", "t")}
+        prompt["w"] = node(
+            "MMInterleavedChoose", llm=llm, story=["t", 0], options="\n".join(options), question=question
+        )
+        table = comfyui.run(prompt)["outputs"]["w"]["text"][0]
+        return [float(line.split()[0]) for line in table.splitlines()]
+
+    before, scores, after = ranked(["l", 1]), ranked(["a", 1]), ranked(["l", 1])
     story = Story.of(TEXT)
     plain, adapted = (
         MMInterleavedPipeline.load("starter", "cpu", lora=lora).rank(story, options, question)
         for lora in (None, files / "both.safetensors")
     )
-    scores = [float(line.split()[0]) for line in table.splitlines()]
+    assert before == after == pytest.approx([option.log_prob for option in plain], abs=0.02)
     assert scores == pytest.approx([option.log_prob for option in adapted], abs=0.02)
     assert abs(plain[0].log_prob - adapted[0].log_prob) > 0.1
 

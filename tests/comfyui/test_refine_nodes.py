@@ -92,6 +92,9 @@ def test_a_story_is_told_with_both_forms(comfyui, model):
     }
     outputs = comfyui.run(prompt)["outputs"]
     saved = outputs["o"]["images"]
+    assert [each["filename"] for each in saved] == ["01-refined.png", "02-refined.png"]
+    panels = outputs["o"]["mm_interleaved_panels"]
+    assert [each["image"]["filename"] for each in panels] == ["01-refined.png", "02-refined.png"]
     folder = comfyui.folder / "output" / saved[0]["subfolder"]
     segments = json.loads((folder / "story.json").read_text())["segments"]
     names = [(s["image"], s["refined"]) for s in segments if "image" in s]
