@@ -56,7 +56,9 @@ class PatchedRefiner(ImageRefiner):
         return {key: t.float() for key, t in tensors.items()}, parse_system_metadata(metadata, name, repr(path.name))
 
     def refine(self, pixels, text: str = "", prompt_embeds: torch.Tensor | None = None) -> torch.Tensor:
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=refining_bytes(*pixels.shape[-2:]))
+        comfy.model_management.load_models_gpu(
+            [self.patcher], memory_required=refining_bytes(self.model.config, *pixels.shape[-2:])
+        )
         return super().refine(pixels, text, prompt_embeds)
 
 

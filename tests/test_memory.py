@@ -11,10 +11,12 @@ from comfy_mminterleaved.config import skip_channels
 from comfy_mminterleaved.generation import memory
 from comfy_mminterleaved.generation.config import TextGenerationConfig
 from comfy_mminterleaved.generation.peak_memory import PeakMemory
+from comfy_mminterleaved.generation.refine import ImageRefiner
 from comfy_mminterleaved.generation.text import TextGenerator
 from comfy_mminterleaved.models.build import build
 from comfy_mminterleaved.models.mmfs import fuse_mmfs
 from comfy_mminterleaved.models.quantization import FORMATS, quantized_linears
+from comfy_mminterleaved.models.refiner import Refiner, RefinerConfig
 from comfy_mminterleaved.models.visual_tokenizer import ImageFeatures
 from comfy_mminterleaved.presets import STARTER_DIR, tiny_config
 
@@ -177,3 +179,14 @@ def test_dequantizing_a_layer(name, dtype, width):
         FORMATS[name].dequantize(weight, scale, dtype)
     assert layer.weight.shape == weight.shape
     is_close(memory.dequantization_bytes(config, dtype.itemsize), memory_used.peak)
+
+
+@pytest.mark.parametrize("hidden_size", [32, 64, 128])
+@pytest.mark.parametrize("size", [(128, 128), (512, 256)])
+def test_refining(hidden_size, size):
+    config = RefinerConfig(hidden_size)
+    refiner = ImageRefiner(Refiner(config).eval().requires_grad_(False))
+    image = torch.rand(3, *size)
+    with torch.no_grad(), PeakMemory() as measured:
+        refiner.refine(image, prompt_embeds=torch.randn(16, config.prompt_dim))
+    is_close(memory.refining_bytes(config, *size), measured.peak)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..config import LlamaMMFSConfig, SynchronizerConfig, VisualTokenizerConfig
 from ..models.deform_attn import CHUNK_SIZE
 from ..models.llama_mmfs import CACHE_STEP
+from ..models.refiner import RefinerConfig
 from .decoding import MAX_OPTION_TOKENS
 from .text import PIECE
 
@@ -54,9 +55,10 @@ def prefill_bytes(
     return cache_bytes(c, num_tokens, num_images, itemsize, cache_itemsize) + max(forward, projection) * itemsize
 
 
-def refining_bytes(height: int, width: int) -> int:
-    """What refining an image takes, in float32: the refiner's maps at half, once and twice its sides."""
-    return 168 * height * width * 4
+def refining_bytes(c: RefinerConfig, height: int, width: int) -> int:
+    """What refining an image takes, in float32; the most where a quarter of the channels have twice its sides."""
+    per_pixel = c.hidden_size * 5 // 2 + 9
+    return per_pixel * height * width * _FLOAT32
 
 
 def dequantization_bytes(c: LlamaMMFSConfig, itemsize: int) -> int:
