@@ -21,7 +21,15 @@ from .dataset import StoryDataset
 from .targets import ConditioningTargets
 
 NUM_DRAWN = 2  # drawings of a batch, beside its pairs
-WEIGHTS = {"pixels": 1.0, "edges": 1.0, "kept": 1.0, "words": 0.01, "adversarial": 0.003, "discriminator": 1.0}
+WEIGHTS = {
+    "pixels": 1.0,
+    "squares": 5.0,
+    "edges": 1.0,
+    "kept": 1.0,
+    "words": 0.01,
+    "adversarial": 0.003,
+    "discriminator": 1.0,
+}
 TEXT_DROPOUT = PROMPT_DROPOUT = 0.3
 PROMPT_NOISE = 0.1  # standard deviation, of the prompt embeddings' own
 
@@ -94,6 +102,7 @@ class RefinerObjective(nn.Module):
         )
         losses = {
             "pixels": (refined - batch.large).abs().mean(),
+            "squares": F.mse_loss(refined.float(), batch.large),
             "edges": edge_distance(refined, batch.large),
             "kept": (F.avg_pool2d(drawn, SCALE) - batch.drawn).abs().mean(),
             "words": self.word_loss(drawn, words, batch.attention_mask, count),

@@ -906,7 +906,7 @@ def test_the_refiners_losses(tmp_path):
         torch.randn(4, 16, 192),
     )
     losses = objective.train()(batch)
-    assert set(losses) == {"loss", "pixels", "edges", "kept", "words", "adversarial", "discriminator"}
+    assert set(losses) == {"loss", "pixels", "squares", "edges", "kept", "words", "adversarial", "discriminator"}
     discriminator, refiner = list(objective.discriminator.parameters()), list(objective.refiner.parameters())
 
     def moves(loss, parameters):
