@@ -20,7 +20,7 @@ from .pick import PickImage
 from .probe_story import ChangedInside, ProbedInside, ProbeStory
 from .reconstruct import DescribedInside, DescribeForRedrawing, RoundTrip, RoundTripInside
 from .references import ApplyStoryReferences
-from .refine import LoadRefiner, RefineImage
+from .refine import LoadRefiner, RefineImage, refiner_models
 from .save import SaveStory
 from .segments import AddStoryImage, AddStoryText, IntroduceCharacter
 from .storyboard import LoadStoryboard
@@ -92,7 +92,9 @@ NODES = [
 
 class MMInterleavedExtension(ComfyExtension):
     async def get_node_list(self):
-        return [check_inputs(node) for node in NODES]
+        # Without a model that can be refined there is nothing to choose from.
+        nodes = [node for node in NODES if node not in (LoadRefiner, RefineImage) or refiner_models()]
+        return [check_inputs(node) for node in nodes]
 
 
 async def comfy_entrypoint():

@@ -149,7 +149,7 @@ def look_inside(w) -> None:
     told = w.add(
         "MMInterleavedStoryText", 420, 0, (340, 160), text="Mia waves in the village with an umbrella. It rains."
     )
-    shown = w.add("MMInterleavedStoryPicture", 420, 290, (340, 110), story=told[0], encoder=model[0], image=image[0])
+    shown = w.add("MMInterleavedStoryPicture", 420, 290, (340, 136), story=told[0], encoder=model[0], image=image[0])
     panel = w.add(
         "MMInterleavedStoryText", 420, 520, (340, 160), story=shown[0], text="Mia sits by the lake with a kite."
     )
@@ -182,38 +182,10 @@ def round_trip(w) -> None:
     w.group("4. Its pages", GREEN, pages)
 
 
-def twice_the_size(w) -> None:
-    w.note(0, -380, (760, 240), "Twice the size")
-    model = load(w)
-    refiner = w.add("MMInterleavedLoadRefiner", 0, 290, (300, 80), model="starter")
-    told = tell(
-        w,
-        model,
-        420,
-        opening="Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball.",
-        panels=4,
-        seed=3,
-        refiner=refiner[0],
-    )
-    pages = save(w, told[0], 920, title="Mia, in large")
-    picture = w.add("MMInterleavedExampleImage", 0, 480, (300, 360))
-    small = w.add(
-        "ImageScale", 0, 930, (300, 170), image=picture[0], upscale_method="area", width=128, height=128, crop="center"
-    )
-    large = w.add("MMInterleavedRefine", 420, 1000, (300, 120), refiner=refiner[0], image=small[0])
-    saved = w.add("SaveImage", 920, 900, (360, 420), images=large[0], filename_prefix="stories/large")
-    w.group("1. Model and refiner", BLUE, model, refiner)
-    w.group("2. The story", PURPLE, told)
-    w.group("3. Its pages", GREEN, pages)
-    w.group("4. A picture of your own", BROWN, picture, small)
-    w.group("5. Twice its size", GREEN, large, saved)
-
-
 TEMPLATES = {
     "Best of four": best_of_four,
     "Find an image": find_an_image,
     "Look inside": look_inside,
     "Redraw one thing": redraw_one_thing,
     "Round trip": round_trip,
-    "Twice the size": twice_the_size,
 }

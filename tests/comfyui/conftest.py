@@ -17,6 +17,24 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("comfyui")
 
 
+def make_random_refiner(folder: Path) -> None:
+    """A copy of the starter whose refiner has random weights, so that all that goes into it counts."""
+    import torch
+    from safetensors.torch import save_file
+
+    from comfy_mminterleaved.generation.embedders import system_metadata
+    from comfy_mminterleaved.models.refiner import Refiner, RefinerConfig
+    from comfy_mminterleaved.presets import STARTER_DIR
+
+    shutil.copytree(STARTER_DIR, folder)
+    torch.manual_seed(0)
+    refiner = Refiner(RefinerConfig())
+    for parameter in refiner.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    metadata = system_metadata(RefinerConfig().to_dict(), "refiner")
+    save_file(refiner.state_dict(), folder / "systems" / "refiner.safetensors", metadata)
+
+
 @pytest.fixture(scope="session")
 def comfyui(folder):
     """A running ComfyUI with this project in it; its log must hold no traceback that a test did not ask for."""
@@ -26,6 +44,7 @@ def comfyui(folder):
 
     (folder / "input").mkdir()
     shutil.copy(Path(COMFYUI) / "input" / "example.png", folder / "input")
+    make_random_refiner(folder / "models" / "mm_interleaved" / "random refiner")
     server = Server(folder, COMFYUI, PYTHON)
     yield server
     server.stop()

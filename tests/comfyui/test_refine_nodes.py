@@ -1,18 +1,13 @@
 """Load Refiner, Refine Image and a refined story in a real ComfyUI."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 from server import Failed
 from test_behaviour import node
 
-from comfy_mminterleaved.generation.embedders import system_metadata
-from comfy_mminterleaved.models.refiner import Refiner, RefinerConfig
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 from comfy_mminterleaved.presets import STARTER_DIR
 from comfy_mminterleaved.stories.images import to_tensor
@@ -22,18 +17,10 @@ TEXT = "Mia is a fox in a green coat with a hat. Mia waves by the lake with a ki
 DRAWING = {"seed": 1, "steps": 3, "cfg": 3.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(comfyui):
-    """A copy of the starter whose refiner has random weights, so that all that goes into it counts."""
-    folder = comfyui.folder / "models" / "mm_interleaved" / "random refiner"
-    shutil.copytree(STARTER_DIR, folder)
-    torch.manual_seed(0)
-    refiner = Refiner(RefinerConfig())
-    for parameter in refiner.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    metadata = system_metadata(RefinerConfig().to_dict(), "refiner")
-    save_file(refiner.state_dict(), folder / "systems" / "refiner.safetensors", metadata)
-    return folder
+    """The starter with a refiner of random weights (conftest)."""
+    return comfyui.folder / "models" / "mm_interleaved" / "random refiner"
 
 
 def refined(**inputs):
