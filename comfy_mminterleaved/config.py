@@ -6,7 +6,7 @@ Keys are those of the reference's and Hugging Face's configurations.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 from .errors import CheckpointError
 
@@ -155,6 +155,21 @@ PROMPTS = {
     "ask": "Based on the image, please answer the question. {story}{question} "
     "Please provide an accurate answer within one word. The answer is:",
 }
+
+
+class SystemConfig:
+    """Base of the configs of what stands beside a model, which are kept in the metadata of its file."""
+
+    @classmethod
+    def from_dict(cls, data: dict, label: str = "The config"):
+        """Raises CheckpointError for keys that it does not have."""
+        unknown = sorted(set(data) - {field.name for field in fields(cls)})
+        if unknown:
+            raise CheckpointError(f"{label} has settings that this release does not know: {', '.join(unknown)}.")
+        return cls(**data)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
 
 
 @dataclass(frozen=True)

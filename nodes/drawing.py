@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import comfy.samplers
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
-from .types import DEFAULTS, EncoderSocket, LLMSocket, SynchronizerSocket, advanced, seed_input
+from .types import DEFAULTS, EncoderSocket, LLMSocket, SynchronizerSocket, advanced, sampler_inputs, seed_input
 
 BLOCKS = ("llm", "synchronizer", "model")
 
@@ -29,20 +28,7 @@ def drawing_inputs(steps: int):
             step=0.1,
             tooltip="How strictly the drawings follow the caption.",
         ),
-        *advanced(
-            io.Combo.Input(
-                "sampler_name",
-                options=comfy.samplers.KSampler.SAMPLERS,
-                default="dpmpp_2m",
-                tooltip="Any of ComfyUI's samplers.",
-            ),
-            io.Combo.Input(
-                "scheduler",
-                options=comfy.samplers.KSampler.SCHEDULERS,
-                default="karras",
-                tooltip="Any of ComfyUI's schedules.",
-            ),
-        ),
+        *advanced(*sampler_inputs()),
     ]
 
 

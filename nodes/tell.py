@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import comfy.samplers
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
@@ -30,6 +29,7 @@ from .types import (
     drop_oldest_input,
     former,
     model_default_input,
+    sampler_inputs,
     sampling_inputs,
     seed_input,
     strength_input,
@@ -113,18 +113,7 @@ class TellStory(io.ComfyNode):
                     tooltip="How strictly the images follow the story.",
                 ),
                 *advanced(
-                    io.Combo.Input(
-                        "sampler_name",
-                        options=comfy.samplers.KSampler.SAMPLERS,
-                        default="dpmpp_2m",
-                        tooltip="Any of ComfyUI's samplers.",
-                    ),
-                    io.Combo.Input(
-                        "scheduler",
-                        options=comfy.samplers.KSampler.SCHEDULERS,
-                        default="karras",
-                        tooltip="Any of ComfyUI's schedules.",
-                    ),
+                    *sampler_inputs(),
                     former(WIDTH, "width", 0, 0, 4096, 8),
                     former(HEIGHT, "height", 0, 0, 4096, 8),
                     strength_input(),

@@ -1,5 +1,6 @@
 """The types of the wires, and inputs that several nodes share."""
 
+import comfy.samplers
 from comfy_api.latest import io
 
 from ..comfy_mminterleaved.generation.config import read_generation_config
@@ -101,6 +102,24 @@ def writer_input():
     return WriterSocket.Input(
         "writer", optional=True, tooltip="A language model of your own, which does this instead of the LLM."
     )
+
+
+def sampler_inputs():
+    """Which of ComfyUI's samplers and schedules draw."""
+    return [
+        io.Combo.Input(
+            "sampler_name",
+            options=comfy.samplers.KSampler.SAMPLERS,
+            default="dpmpp_2m",
+            tooltip="Any of ComfyUI's samplers.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=comfy.samplers.KSampler.SCHEDULERS,
+            default="karras",
+            tooltip="Any of ComfyUI's schedules.",
+        ),
+    ]
 
 
 def sampling_inputs():

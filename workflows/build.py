@@ -407,7 +407,7 @@ def own_picture(w: Workflow) -> None:
     model = load(w)
     picture = w.add("MMInterleavedExampleImage", 0, 290, (300, 360))
     begun = w.add("MMInterleavedStoryText", 400, 250, (320, 160), text="Mia runs in the meadow with a kite.")
-    shown = w.add("MMInterleavedStoryPicture", 400, 540, (320, 136), story=begun[0], encoder=model[0], image=picture[0])
+    shown = w.add("MMInterleavedStoryPicture", 400, 540, (320, 190), story=begun[0], encoder=model[0], image=picture[0])
     told = tell(w, model, 820, story=shown[0], panels=3, seed=8)
     pages = save(w, told, 1320, title="My picture")
     w.group("1. Model and picture", BLUE, model, picture)
@@ -421,7 +421,7 @@ def ask_and_caption(w: Workflow) -> None:
     w.note(0, -390, (340, 290), "4 Ask and caption")
     model = load(w)
     picture = w.add("MMInterleavedExampleImage", 0, 290, (300, 360))
-    story = w.add("MMInterleavedStoryPicture", 420, -160, (300, 136), encoder=model[0], image=picture[0])
+    story = w.add("MMInterleavedStoryPicture", 420, -160, (300, 190), encoder=model[0], image=picture[0])
     question = w.add("MMInterleavedAsk", 800, 0, (360, 240), llm=model[1], story=story[0], question="Where is it?")
     ranking = w.add(
         "MMInterleavedChoose",
@@ -433,7 +433,7 @@ def ask_and_caption(w: Workflow) -> None:
         options="a fox\na bear\na rabbit",
         question="Who is it?",
     )
-    caption = w.add("MMInterleavedCaption", 800, 770, (360, 200), llm=model[1], encoder=model[0], image=picture[0])
+    caption = w.add("MMInterleavedCaption", 800, 770, (360, 230), llm=model[1], encoder=model[0], image=picture[0])
     w.group("1. Model and picture", BLUE, model, picture)
     w.group("2. See", BROWN, story)
     w.group("3. Ask", PURPLE, question)

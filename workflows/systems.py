@@ -149,9 +149,9 @@ def look_inside(w) -> None:
     told = w.add(
         "MMInterleavedStoryText", 420, 0, (340, 160), text="Mia waves in the village with an umbrella. It rains."
     )
-    shown = w.add("MMInterleavedStoryPicture", 420, 290, (340, 136), story=told[0], encoder=model[0], image=image[0])
+    shown = w.add("MMInterleavedStoryPicture", 420, 290, (340, 190), story=told[0], encoder=model[0], image=image[0])
     panel = w.add(
-        "MMInterleavedStoryText", 420, 520, (340, 160), story=shown[0], text="Mia sits by the lake with a kite."
+        "MMInterleavedStoryText", 420, 580, (340, 160), story=shown[0], text="Mia sits by the lake with a kite."
     )
     seen = w.add("MMInterleavedLookInside", 880, 0, (400, 620), room=1100, story=panel[0], **blocks(model), seed=2)
     saved = w.add("SaveImage", 1380, 0, (460, 560), images=seen[0], filename_prefix="stories/inside")

@@ -2,13 +2,11 @@
 
 Reconstruction (2212.12249) ties reading and drawing together. A step from texts also has the LLM caption the image that
 the U-Net predicts in one step; a step from images also has the U-Net draw the image from the caption as the LLM reads
-it, as soft tokens. The captioner of predicted images only judges; it learns from true ones. Captioner and text encoder
-are one LLM here, so soft tokens are probabilities times its embeddings.
+it, as soft tokens. Captioner and text encoder are one LLM here, so soft tokens are probabilities times its embeddings.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -71,8 +69,7 @@ class FinetuneObjective:
             images = self.encoder_pixels(decode_latents(self.pipeline.vae, predicted[:count]))
             features = self.pipeline.encoder(images.to(self.dtype))
             captions = [panel.caption for panel in panels[:count]]
-            with frozen(self.llm):  # a captioner that learns from blurred predictions learns to guess
-                losses["caption_of_predicted"] = self.caption_loss(captions, [features[i] for i in range(count)])[0]
+            losses["caption_of_predicted"] = self.caption_loss(captions, [features[i] for i in range(count)])[0]
         return self.total(losses)
 
     def from_images(self, panels: Sequence[Panel]) -> dict[str, torch.Tensor]:
@@ -221,19 +218,6 @@ class FinetuneObjective:
             pred = pipeline.unet(noisy, t, encoder_hidden_states=prompt_embeds.to(latents)).sample
         loss = F.mse_loss(pred.float(), diffusion_target(scheduler, latents, noise, t).float())
         return loss, predicted_latents(scheduler, noisy, pred, t)
-
-
-@contextlib.contextmanager
-def frozen(module: torch.nn.Module):
-    """Context in which what is computed does not teach the module; gradients still pass through it."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
 
 
 def diffusion_target(scheduler, latents, noise, timesteps) -> torch.Tensor:

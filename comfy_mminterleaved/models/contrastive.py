@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import CheckpointError
+from ..config import SystemConfig
 from .visual_tokenizer import ImageFeatures
 
 MAX_LOGIT_SCALE = 100.0  # section 2.5 of the paper
 
 
 @dataclass(frozen=True)
-class ContrastiveConfig:
+class ContrastiveConfig(SystemConfig):
     """Sizes of a ContrastiveModel.
 
     Args:
@@ -37,17 +37,6 @@ class ContrastiveConfig:
     num_channels: int = 128
     grid_size: int = 8
     image_hidden_size: int = 384
-
-    @classmethod
-    def from_dict(cls, data: dict, label: str = "contrastive") -> ContrastiveConfig:
-        """Raises CheckpointError for keys that it does not have."""
-        unknown = sorted(set(data) - {field.name for field in fields(cls)})
-        if unknown:
-            raise CheckpointError(f"{label} has settings that this release does not know: {', '.join(unknown)}.")
-        return cls(**data)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 class ContrastiveModel(nn.Module):

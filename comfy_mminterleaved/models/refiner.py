@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import CheckpointError
+from ..config import SystemConfig
 
 SCALE = 2  # of the sides
 SIZE_MULTIPLE = 4  # of the sides of what goes in
 
 
 @dataclass(frozen=True)
-class RefinerConfig:
+class RefinerConfig(SystemConfig):
     """Sizes of a Refiner.
 
     Args:
@@ -33,17 +33,6 @@ class RefinerConfig:
     num_attention_heads: int = 4
     word_dim: int = 128
     prompt_dim: int = 192
-
-    @classmethod
-    def from_dict(cls, data: dict, label: str = "refiner") -> RefinerConfig:
-        """Raises CheckpointError for keys that it does not have."""
-        unknown = sorted(set(data) - {field.name for field in fields(cls)})
-        if unknown:
-            raise CheckpointError(f"{label} has settings that this release does not know: {', '.join(unknown)}.")
-        return cls(**data)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 class Refiner(nn.Module):
