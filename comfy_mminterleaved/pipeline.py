@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from .checkpoints import load as checkpoints
 from .checkpoints.tensors import read_tensors
 from .config import BLOCKS, Config
-from .errors import CheckpointError, SettingError
+from .errors import SettingError
 from .generation.config import (
     GeneratedText,
     GenerationConfig,
@@ -20,19 +18,20 @@ from .generation.config import (
     OnStep,
     RankedOption,
     TextGenerationConfig,
-    read_generation_config,
 )
-from .generation.embedders import FeatureEmbedder, load_contrastive, load_lora, system_path
+from .generation.embedders import FeatureEmbedder
 from .generation.image import ImageGenerator
-from .generation.placement import Placement, Plan, choose_batch_size, make_plan, parse_bytes
+from .generation.placement import Placement, choose_batch_size
+from .generation.prior import ImagePrior, check_embeds
 from .generation.ranking import RankedImage, check_rankable, panel_text, rank_images
-from .generation.refine import ImageRefiner, check_size, load_refiner
+from .generation.refine import ImageRefiner, check_size
+from .generation.systems import Systems
 from .generation.text import TextGenerator
+from .loading import load_model, resolve_device, tiny_random_blocks
 from .models.gmail_adapter import encode_image, features_id
 from .models.image_processor import preprocess_image
 from .models.lora import LoRA, read_kohya
 from .models.mmfs import fuse_mmfs
-from .models.quantization import quantize_with_torchao
 from .models.visual_tokenizer import ImageFeatures
 from .stories.story import ImageSegment, Story, TextSegment
 from .stories.storyboard import panel_seeds, plan_panels
@@ -55,17 +54,19 @@ class MMInterleavedPipeline:
         tokenizer=None,
         known_words: frozenset[str] | None = None,
         generation_config: GenerationConfig = GenerationConfig(),
+        folder: Path | None = None,
     ):
         self.config = config
         self.encoder, self.llm, self.synchronizer, self.unet, self.vae = (modules[name] for name in BLOCKS)
         self.text = TextGenerator(self.llm, config, tokenizer, known_words, generation_config)
         self.image = ImageGenerator(config, self.synchronizer, self.unet, self.vae)
         self.placement: Placement | None = None
-        self.folder: Path | None = None
+        self.folder = folder
+        self.systems = Systems(
+            folder, config.llm.special_tokens, self._encode_all, lambda: (self.device, self.llm.soi_token.dtype)
+        )
         self.drawn_adapter: LoRA | None = None
         self._lora_handles: list = []
-        self._embedder: FeatureEmbedder | None = None
-        self._refiner: ImageRefiner | None = None
 
     @classmethod
     def load(
@@ -104,66 +105,17 @@ class MMInterleavedPipeline:
             CheckpointError: If the device cannot be used, or tensors are missing, unexpected or of the wrong shape; the
                 error lists them.
         """
-        pipeline = cls._load(source, device, dtype, memory, cache_dtype, quantize, image_size, compile)
+        target = resolve_device(device)
+        model = load_model(source, target, dtype, compile, memory, cache_dtype, quantize, image_size)
+        pipeline = cls(
+            model.config, model.modules, model.tokenizer, model.known_words, model.generation_config, model.folder
+        )
+        if model.plan is not None:
+            pipeline.placement = Placement(model.plan, model.modules, target)
+        pipeline.llm.cache_dtype = cache_dtype
         if lora is not None:
             pipeline.load_lora(lora)
         return pipeline.compile() if compile else pipeline
-
-    @classmethod
-    def _load(
-        cls, source, device: str, dtype, memory, cache_dtype, quantize, image_size, compile: bool
-    ) -> MMInterleavedPipeline:
-        device = str(resolve_device(device))
-        folder = checkpoints.model_folder(source)
-        if folder is None:
-            pipeline = tiny_random_pipeline()
-            dtype = dtype or checkpoints.default_dtype(pipeline.config, torch.device(device))
-            for block in (pipeline.encoder, pipeline.llm, pipeline.synchronizer, pipeline.unet):
-                torch.nn.Module.to(block, device, dtype)  # diffusers' own `to` warns of every cast
-            pipeline.vae.to(device)
-        else:
-            plan = None
-            if quantize is not None:
-                if memory is not None:
-                    raise SettingError(
-                        "A model that is quantized while it loads must fit the card; omit --memory, or write it with "
-                        f"`convert --quantize {quantize}`."
-                    )
-                return cls._load_with_torchao(folder, torch.device(device), dtype, quantize, cache_dtype)
-            if memory is not None or torch.device(device).type == "cuda":
-                config = checkpoints.read_config(folder)
-                dtype = dtype or checkpoints.default_dtype(config, torch.device(device))
-                plan = _plan(config, memory, device, dtype, cache_dtype, image_size)
-            if plan is not None and compile:
-                raise SettingError(
-                    "Compiled blocks must stay on the card, but the model does not fit it; omit --compile, or give a "
-                    "model of `convert --quantize q4_0`."
-                )
-            placed = {} if plan is None else {"device": "cpu", "keep_linears": False}
-            config, modules = checkpoints.load_blocks(folder, dtype, **{"device": device, **placed})
-            tokenizer, words = checkpoints.read_tokenizer(folder, config), checkpoints.known_words(folder)
-            pipeline = cls(config, modules, tokenizer, words, read_generation_config(folder))
-            pipeline.folder = folder
-            if plan is not None:
-                pipeline.placement = Placement(plan, modules, torch.device(device))
-        pipeline.llm.cache_dtype = cache_dtype
-        return pipeline
-
-    @classmethod
-    def _load_with_torchao(cls, folder: Path, device: torch.device, dtype, quantize: str, cache_dtype):
-        config = checkpoints.read_config(folder)
-        if config.llm.quantization is not None:
-            raise CheckpointError(f"The model is stored as {config.llm.quantization} already; omit --quantize.")
-        dtype = dtype or checkpoints.default_dtype(config, device)
-        config, modules = checkpoints.load_blocks(folder, dtype, "cpu", keep_linears=False)
-        quantize_with_torchao(modules["llm"], quantize)
-        for module in modules.values():
-            torch.nn.Module.to(module, device)
-        tokenizer, words = checkpoints.read_tokenizer(folder, config), checkpoints.known_words(folder)
-        pipeline = cls(config, modules, tokenizer, words, read_generation_config(folder))
-        pipeline.folder = folder
-        pipeline.llm.cache_dtype = cache_dtype
-        return pipeline
 
     def compile(self, **options) -> MMInterleavedPipeline:
         """This pipeline with `torch.compile` (and its `options`) on the U-Net's blocks and the LLM's token step."""
@@ -229,6 +181,9 @@ class MMInterleavedPipeline:
 
         return story.map_images(encode)
 
+    def _encode_all(self, images: Sequence[ImageSegment]) -> Sequence[ImageSegment]:
+        return self.encode_images(Story.of(*images)).images
+
     def load_lora(self, path: str | Path, scale: float = 1.0) -> MMInterleavedPipeline:
         """Adds a LoRA file of `finetune` to the LLM and the U-Net, in place of one that was added before.
 
@@ -263,35 +218,22 @@ class MMInterleavedPipeline:
         Raises:
             CheckpointError: If the model has none, or one of another encoder.
         """
-        self.drawn_adapter = None
-        if is_on:
-            if self.folder is None:
-                raise CheckpointError("This model has no adapter for drawn images.")
-            adapter = load_lora(system_path(self.folder, "drawn"), "drawn", self.encoder.encoder_id)
-            adapter.check(self.encoder, "The adapter for drawn images")
-            self.drawn_adapter = adapter.to(self.device, self.llm.soi_token.dtype)
+        self.drawn_adapter = self.systems.load_drawn_adapter(self.encoder) if is_on else None
 
     @property
     def embedder(self) -> FeatureEmbedder:
-        """The model's own contrastive model, loaded when it is first used; raises CheckpointError if it has none."""
-        if self._embedder is None:
-            if self.folder is None:
-                raise CheckpointError("This model has no contrastive model to choose images by; omit best_of.")
-            path = system_path(self.folder, "contrastive")
-            special_tokens, dtype = self.config.llm.special_tokens, self.llm.soi_token.dtype
-            self._embedder = load_contrastive(
-                path, special_tokens, lambda images: self.encode_images(Story.of(*images)).images, dtype, self.device
-            )
-        return self._embedder
+        """The model's own contrastive model (`Systems.embedder`)."""
+        return self.systems.embedder
 
     @property
     def refiner(self) -> ImageRefiner:
-        """The model's refiner, loaded when it is first used; raises CheckpointError if it has none."""
-        if self._refiner is None:
-            if self.folder is None:
-                raise CheckpointError("This model has no refiner; omit refine.")
-            self._refiner = load_refiner(system_path(self.folder, "refiner"), self.embedder, self.device)
-        return self._refiner
+        """The model's refiner (`Systems.refiner`)."""
+        return self.systems.refiner
+
+    @property
+    def prior(self) -> ImagePrior:
+        """The model's prior of image embeddings (`Systems.prior`)."""
+        return self.systems.prior
 
     def refine_image(self, image: ImageSegment, story: Story = Story()) -> ImageSegment:
         """An image with a refined form of twice its size.
@@ -317,7 +259,7 @@ class MMInterleavedPipeline:
 
     def rank_images(self, story: Story, images: Sequence[ImageSegment]) -> list[RankedImage]:
         """Candidates for the image that comes next in a story, the best first (`ranking.rank_images`)."""
-        return rank_images(self.embedder, story, self.encode_images(Story.of(*images)).images)
+        return rank_images(self.embedder, story, self._encode_all(images))
 
     def prefill(self, story: Story, on_progress: Callable[[int, int], object] | None = None) -> None:
         """Encodes a story and runs the LLM on it ahead of its use (`TextGenerator.prefill`)."""
@@ -455,6 +397,60 @@ class MMInterleavedPipeline:
             for i, story in enumerate(full)
         ]
         return self._refine_outputs(outputs, full, context, config)
+
+    @torch.no_grad()
+    def generate_from_embeds(
+        self,
+        image_embeds: torch.Tensor,
+        config: ImageGenerationConfig | None = None,
+        story: Story = Story(),
+        init_image: ImageSegment | None = None,
+        on_step: OnStep | None = None,
+        batch_size: int = 8,
+        seeds: Sequence[int] | None = None,
+    ) -> list[ImageSegment]:
+        """Draws an image for each image embedding (unCLIP, 2204.06125, section 2.1).
+
+        One vector does not say which of two heroes wears what; the images of a story do.
+
+        Args:
+            image_embeds: `(N, D)`, from `embedder.image_embeds`, `prior.sample`, or made of such.
+            story: Its images are attended to; its texts are not read.
+            init_image: To start from, with `config.denoise`.
+            seeds: One per embedding; by default the config's and those after it.
+
+        Raises:
+            SettingError: For embeddings of another model, and for a config with best_of.
+        """
+        config = config or self.generation_config.image
+        conditioner = self.systems.embedding_conditioner
+        check_embeds(image_embeds, conditioner.proj.weight)
+        if config.best_of > 1:
+            raise SettingError("An image embedding has no text to choose an image by; set best_of to 1.")
+        if seeds is not None and len(seeds) != len(image_embeds):
+            raise SettingError(f"Each of {len(image_embeds)} embeddings needs a seed; there are {len(seeds)} seeds.")
+        self.image.check(config)
+        self.check_refine(config)
+        story, n = self.encode_images(story), len(image_embeds)
+        self._place("draw")
+        weight = conditioner.proj.weight
+        prompt_embeds = conditioner(image_embeds.to(weight.device, weight.dtype)).to(self.llm.soi_token.dtype)
+        outputs = self.image.generate(
+            [story] * n,
+            None,
+            config,
+            1,
+            None if init_image is None else [init_image] * n,
+            on_step,
+            1 if self.placement is not None else batch_size,
+            [config.seed + i for i in range(n)] if seeds is None else seeds,
+            prompt_embeds,
+        )
+        images = [image for (image,) in outputs]
+        if not config.refine:
+            return images
+        rows = zip(images, prompt_embeds)
+        return [replace(i, refined=self.refiner.refine(i.pixels, prompt_embeds=row)) for i, row in rows]
 
     @torch.no_grad()
     def _refine_outputs(self, outputs, stories, context, config: ImageGenerationConfig) -> list[list[ImageSegment]]:
@@ -644,63 +640,7 @@ class _Author:
         return [image for (image,) in images]
 
 
-def _plan(config: Config, memory, device: str, dtype: torch.dtype, cache_dtype, image_size) -> Plan | None:
-    """The plan for a card; None if everything fits, which a small model is taken to do unless `memory` is given."""
-    if memory is None and not checkpoints.is_large(config):
-        return None
-    if isinstance(memory, str):
-        memory = parse_bytes(memory)
-    capacity = memory
-    if torch.device(device).type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        capacity = free if memory is None else min(memory, free)
-    plan = make_plan(config, capacity, dtype, image_size, cache_dtype=cache_dtype)
-    return None if plan.mode == "resident" else plan
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device of a name; "auto" takes CUDA if there is one. Raises CheckpointError for one that cannot be used."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with _friendly_errors(device):
-        return torch.empty(0, device=device).device
-
-
-@contextlib.contextmanager
-def _friendly_errors(device: str):
-    try:
-        yield
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise CheckpointError(f"The device {device!r} cannot be used: {reason}.") from None
-
-
 def tiny_random_pipeline(seed: int = 0) -> MMInterleavedPipeline:
     """A tiny model with random weights and a byte-level vocabulary; it runs all code, and its output is meaningless."""
     config, modules, tokenizer = tiny_random_blocks(seed)
     return MMInterleavedPipeline(config, {name: fuse_mmfs(block) for name, block in modules.items()}, tokenizer)
-
-
-def tiny_random_blocks(seed: int = 0):
-    """Config, unfused modules and tokenizer of `tiny_random_pipeline`.
-
-    Biases give letters their frequency in English, and images colours that are not all black.
-    """
-    from .models.build import init_modules
-    from .presets import tiny_config
-    from .tokenizer import Tokenizer, byte_level
-
-    config = tiny_config()
-    modules = {name: block.eval().requires_grad_(False) for name, block in init_modules(config, seed).items()}
-    limit = config.llm.vocab_size - config.llm.num_added_tokens
-    tokenizer = Tokenizer(byte_level(limit), config.llm.special_tokens, limit)
-    ids = tokenizer.encode(
-        "once there was a small bear who lived near the sea. every morning it went out to see what the tide had left: "
-        "a shell, some wood, and one day a letter in a bottle, which it could not read but kept for good, of course."
-    )
-    counts = torch.bincount(torch.tensor(ids), minlength=config.llm.vocab_size)
-    modules["llm"].head.bias.copy_((counts + 1e-3).log())
-    last = [layer for layer in modules["vae"].decoder.modules() if isinstance(layer, torch.nn.Conv2d)][-1]
-    last.weight.mul_(8.0)
-    last.bias.fill_(0.5)
-    return config, modules, tokenizer

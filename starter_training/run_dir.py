@@ -18,6 +18,7 @@ from comfy_mminterleaved.generation.embedders import SYSTEMS, system_metadata
 from comfy_mminterleaved.generation.latents import encode_latents
 from comfy_mminterleaved.models.build import check_shapes, diffusers_model, init_modules, param_shapes
 from comfy_mminterleaved.models.contrastive import ContrastiveConfig
+from comfy_mminterleaved.models.prior import PriorConfig
 from comfy_mminterleaved.models.refiner import RefinerConfig
 
 from . import world
@@ -37,6 +38,7 @@ STAGES = (
     "drawn",
     "drawn-both",
     "refine",
+    "prior",
 )
 # The stage folder in which `begin` puts each block.
 TRAINED_BY = {"vae": "vae", "encoder": "encoder", "llm": "language", "synchronizer": "look", "unet": "decoder"}
@@ -184,6 +186,7 @@ def export_systems(run_dir: Path, folder: Path) -> None:
         "contrastive": (run_dir / "contrastive" / "contrastive.safetensors", ContrastiveConfig().to_dict()),
         "drawn": (run_dir / "drawn" / "lora.safetensors", {}),
         "refiner": (run_dir / "refine" / "refiner.safetensors", RefinerConfig().to_dict()),
+        "prior": (run_dir / "prior" / "prior.safetensors", PriorConfig().to_dict()),
     }
     encoder = load_run(run_dir)[1]["encoder"].half().float()  # as the checkpoint has it
     for name, (path, config) in systems.items():

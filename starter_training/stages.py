@@ -15,6 +15,7 @@ from comfy_mminterleaved.config import Config
 from comfy_mminterleaved.files import atomic_path, atomic_write
 from comfy_mminterleaved.models.build import diffusers_model
 from comfy_mminterleaved.models.contrastive import ContrastiveConfig, ContrastiveModel
+from comfy_mminterleaved.models.prior import DiffusionPrior, PriorConfig
 from comfy_mminterleaved.models.refiner import Refiner, RefinerConfig
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
@@ -32,6 +33,7 @@ from .dataset import StoryDataset, error_weights
 from .drawn_images import decoded_images, drawn_images, large_images, neighbour_images
 from .drawn_training import LAYERS, DrawnObjective, with_lora
 from .pretraining import EncoderObjective, UNetObjective, VAEDecoderObjective, VAEObjective
+from .prior_training import PriorBatches, PriorObjective, embeds_of
 from .refiner_training import RefinerBatches, RefinerObjective
 from .run_dir import (
     cached_latents,
@@ -321,6 +323,13 @@ def contrastive_stage(stage: Stage) -> TrainingSetup:
     return TrainingSetup(objective, {"contrastive": model}, get_batch, held_out_batches(get_batch, stage))
 
 
+def load_contrastive(run_dir: Path) -> ContrastiveModel:
+    """What the stage `contrastive` made."""
+    model = ContrastiveModel(ContrastiveConfig())
+    model.load_state_dict(read_tensors(run_dir / "contrastive" / "contrastive.safetensors"))
+    return model
+
+
 def drawn_indices(data: StoryDataset, count: int) -> list[int]:
     """The images that are drawn again."""
     return random.Random("drawn").sample(range(len(data)), min(count, len(data)))
@@ -329,8 +338,7 @@ def drawn_indices(data: StoryDataset, count: int) -> list[int]:
 def drawn_stage(stage: Stage) -> TrainingSetup:
     """The stages `drawn` and `drawn-both`."""
     encoder, config = stage.blocks["encoder"].eval(), stage.model_config
-    contrastive = ContrastiveModel(ContrastiveConfig())
-    contrastive.load_state_dict(read_tensors(stage.run_dir / "contrastive" / "contrastive.safetensors"))
+    contrastive = load_contrastive(stage.run_dir)
     vae = latest_slim_vae(stage.run_dir, config).eval().requires_grad_(False)
     latents, drawn = stage.latents(), {}
     for data, count in ((stage.train_set, NUM_DRAWN), (stage.held_out, NUM_DRAWN_HELD_OUT)):
@@ -352,10 +360,40 @@ def drawn_stage(stage: Stage) -> TrainingSetup:
     return TrainingSetup(objective, {"lora": lora}, get_batch, held_out_batches(get_batch, stage))
 
 
+def prior_stage(stage: Stage) -> TrainingSetup:
+    config, tokenizer, encoder = stage.model_config, run_tokenizer(stage.run_dir), stage.blocks["encoder"].eval()
+    encoder.to(memory_format=torch.channels_last)
+    contrastive = load_contrastive(stage.run_dir).eval()
+    vae = latest_slim_vae(stage.run_dir, config).eval().requires_grad_(False)
+    c, perceiver, latents = contrastive.config, config.synchronizer.perceiver, stage.latents()
+    model = DiffusionPrior(
+        PriorConfig(c.projection_dim, num_queries=perceiver.num_queries, cross_attention_dim=perceiver.hidden_size)
+    )
+    targets, batches = ConditioningTargets(perceiver.num_queries, perceiver.hidden_size), {}
+    for data, count in ((stage.train_set, NUM_DRAWN), (stage.held_out, NUM_DRAWN_HELD_OUT)):
+        indices = drawn_indices(data, count)
+        drawn = drawn_images(stage.run_dir, data, latents[data], stage.blocks, vae, config, indices)
+        features = (
+            cached_features(stage.run_dir, data, encoder, vae, latents[data], c.grid_size, False),
+            features_of(stage.run_dir / f"drawn-{data.name}", drawn, encoder, c.grid_size),
+        )
+        embeds, drawn_embeds = (embeds_of(contrastive, *each) for each in features)
+        if data is stage.train_set:
+            model.set_statistics(embeds)
+        batches[data] = PriorBatches(
+            data, embeds, indices, drawn_embeds, tokenizer, stage.config.batch, model.config.num_embeddings
+        )
+    objective = PriorObjective(model, contrastive, targets)
+
+    def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
+        return (batches[data].build(seed).to(device_of(objective)),)
+
+    return TrainingSetup(objective, {"prior": model}, get_batch, held_out_batches(get_batch, stage))
+
+
 def refiner_stage(stage: Stage) -> TrainingSetup:
     config, tokenizer = stage.model_config, run_tokenizer(stage.run_dir)
-    contrastive = ContrastiveModel(ContrastiveConfig())
-    contrastive.load_state_dict(read_tensors(stage.run_dir / "contrastive" / "contrastive.safetensors"))
+    contrastive = load_contrastive(stage.run_dir)
     vae = latest_slim_vae(stage.run_dir, config).eval().requires_grad_(False)
     perceiver = config.synchronizer.perceiver
     # Channels last and --precision bf16 are three times as fast on processors with bfloat16 units.
@@ -399,6 +437,7 @@ STAGE_FUNCTIONS = {
     "drawn": drawn_stage,
     "drawn-both": drawn_stage,
     "refine": refiner_stage,
+    "prior": prior_stage,
 }
 
 

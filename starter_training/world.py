@@ -267,6 +267,23 @@ def introduction(cast: tuple[Hero, ...]) -> str:
     return " ".join(f"{hero.name} is {looks(hero)}." for hero in cast)
 
 
+OMISSIBLE = ("colour", "accessory", "far", "sky", "place", "prop")
+
+
+def partial_caption(scene: Scene, omitted: frozenset[str] = frozenset()) -> str:
+    """A caption that leaves out what is in `omitted`, of all heroes."""
+    who = []
+    for hero in scene.heroes:
+        look = looks(hero)
+        start, rest = look.split(f" in a{'n' if hero.colour[0] in 'aeiou' else ''} {hero.colour} coat")
+        coat = look[len(start) : len(look) - len(rest)]
+        who.append(start + coat * ("colour" not in omitted) + rest * ("accessory" not in omitted))
+    does = ACTIONS[scene.action][len(scene.heroes) > 1] + " far away" * (scene.far and "far" not in omitted)
+    where, prop = f" {PLACES[scene.place]}", f" with {PROPS[scene.prop]}"
+    text = f"{' and '.join(who)} {does}{where * ('place' not in omitted)}{prop * ('prop' not in omitted)}."
+    return f"{text[0].upper()}{text[1:]} {SKIES[scene.sky] * ('sky' not in omitted)}".strip()
+
+
 def caption(scene: Scene, template: str = TEMPLATES[0]) -> str:
     """Describes an image without names."""
     who = " and ".join(looks(hero) for hero in scene.heroes)

@@ -53,8 +53,8 @@ def wide(tmp_path_factory):
     """A folder of a model whose LLM is the largest block by far, as at full size."""
     config = tiny_config()
     llm = replace(config.llm, num_hidden_layers=24, intermediate_size=2048, max_position_embeddings=1024)
+    from comfy_mminterleaved.loading import tiny_random_blocks
     from comfy_mminterleaved.models.build import init_modules
-    from comfy_mminterleaved.pipeline import tiny_random_blocks
 
     config = replace(config, llm=llm)
     blocks = {name: module.state_dict() for name, module in init_modules(config).items()}

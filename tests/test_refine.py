@@ -43,7 +43,7 @@ def embedder(tiny_random):
 def pipeline(tiny_random, embedder, monkeypatch):
     """The tiny model with a refiner of its widths."""
     config = RefinerConfig(8, 2, 8, 2, 2, 16, tiny_random.config.synchronizer.perceiver.hidden_size)
-    monkeypatch.setattr(tiny_random, "_refiner", ImageRefiner(make_refiner(config), embedder))
+    monkeypatch.setitem(vars(tiny_random.systems), "refiner", ImageRefiner(make_refiner(config), embedder))
     return tiny_random
 
 

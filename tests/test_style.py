@@ -76,6 +76,7 @@ LAYERS = (
     ("stories",),
     ("models", "books"),
     ("checkpoints", "generation", "writers"),
+    ("loading",),
     ("pipeline", "storyteller", "finetune"),
     ("jobs",),
     ("cli", "__main__"),

@@ -879,7 +879,7 @@ def test_the_starter_is_fine_tuned_and_measured(tmp_path):
 def test_the_refiners_figures(tmp_path):
     """A model whose refiner is bicubic interpolation is as good as bicubic interpolation, and as sharp."""
     pipeline = MMInterleavedPipeline.load("starter", "cpu")
-    pipeline._refiner = ImageRefiner(Refiner(RefinerConfig()).eval())
+    vars(pipeline.systems)["refiner"] = ImageRefiner(Refiner(RefinerConfig()).eval())
     figures = refined.pairs(pipeline, 20, 2)
     assert figures["psnr"]["refined"]["mean"] == pytest.approx(figures["psnr"]["bicubic"]["mean"], abs=1e-3)
     assert figures["spectrum"]["refined"]["against bicubic"]["mean"] == pytest.approx(0, abs=1e-3)

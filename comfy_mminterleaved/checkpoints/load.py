@@ -186,7 +186,7 @@ def read(source: str | Path) -> Saved:
 
     folder = model_folder(source)
     if folder is None:
-        from ..pipeline import tiny_random_blocks
+        from ..loading import tiny_random_blocks
 
         config, modules, tokenizer = tiny_random_blocks()
         blocks = {name: module.state_dict() for name, module in modules.items()}

@@ -223,7 +223,8 @@ def finetune(args) -> int:
     from ..finetune import finetune as train
     from ..finetune.train import check_output
     from ..jobs.run_folder import stop_after_step
-    from ..pipeline import MMInterleavedPipeline, resolve_device
+    from ..loading import resolve_device
+    from ..pipeline import MMInterleavedPipeline
 
     flags = {
         "steps": args.steps,

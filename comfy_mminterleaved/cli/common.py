@@ -134,7 +134,8 @@ def _denoise(args) -> float:
 
 def load_pipeline(args, opening: Opening, *stories):
     """Loads the model; prints a note if stories have words, or settings a size, that it was not trained on."""
-    from ..pipeline import MMInterleavedPipeline, resolve_device
+    from ..loading import resolve_device
+    from ..pipeline import MMInterleavedPipeline
 
     if args.memory and resolve_device(args.device).type == "cpu":
         raise SettingError("--memory is of a card, but the model runs on the CPU; omit it.")

@@ -103,16 +103,19 @@ class FeatureEmbedder:
     @torch.no_grad()
     def text_embeds(self, texts: Sequence[str]) -> torch.Tensor:
         """`(N, projection_dim)`, of unit length."""
-        parts = [self._token_ids(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
+        parts = [self.token_ids(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
         return torch.cat([self.model.encode_text(*part) for part in parts])
 
     @torch.no_grad()
     def word_states(self, text: str) -> torch.Tensor:
         """The text tower's hidden states of a text's tokens, `(L, hidden_size)`."""
-        return self.model.text_hidden_states(*self._token_ids([text]))[0]
+        return self.model.text_hidden_states(*self.token_ids([text]))[0]
 
-    def _token_ids(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, mask = pad_ids([self.tokenizer.encode(text) for text in texts], self.model.config.max_position_embeddings)
+    def token_ids(self, texts: Sequence[str], length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask `(N, L)`, on the model's device; with a length, padded and cut to it."""
+        limit = self.model.config.max_position_embeddings
+        rows = [self.tokenizer.encode(text) for text in texts]
+        ids, mask = pad_ids(rows, min(length or limit, limit), length is not None)
         return ids.to(self.device), mask.to(self.device)
 
     @torch.no_grad()
@@ -122,7 +125,7 @@ class FeatureEmbedder:
         On deep feature maps it is a weak guide to places, for every cell knows what the image shows
         (`word_masks.occlusion_map` is the better one).
         """
-        ids, mask = self._token_ids([text])
+        ids, mask = self.token_ids([text])
         side = self.model.config.grid_size
         feature_map = next(m for m in self.features([image]).feature_maps if m.shape[-1] == side)
         words = self.model.encode_words(self.model.text_hidden_states(ids, mask))

@@ -66,27 +66,30 @@ class ImageGenerator:
     def generate(
         self,
         stories: Sequence[Story],
-        context: Sequence[torch.Tensor],
+        context: Sequence[torch.Tensor] | None,
         config: ImageGenerationConfig,
         num_outputs: int = 1,
         init_images: Sequence[ImageSegment] | None = None,
         on_step: OnStep | None = None,
         batch_size: int = 8,
         seeds: Sequence[int] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
     ) -> list[list[ImageSegment]]:
         """Draws `num_outputs` images for each story, independent of the other stories.
 
         Args:
             stories: Their images carry features.
-            context: LLM hidden states of each story (`TextGenerator.context_features`).
+            context: LLM hidden states of each story (`TextGenerator.context_features`); None with `prompt_embeds`.
             init_images: An image to start from for each story, with `config.denoise`.
             on_step: Called with the step from 1, their number, and a function that returns a small preview.
             batch_size: How many images share a pass of the U-Net; memory grows with it, results do not change.
             seeds: Of each story's first image, instead of `config.seed` for all.
+            prompt_embeds: `(N, num_queries, C)`, instead of those of the context.
         """
         seeds = [config.seed] * len(stories) if seeds is None else seeds
         scheduler, size = self.check(config)
-        prompt_embeds = self.synchronizer.conditioner.prompt_embeds(list(context))
+        if prompt_embeds is None:
+            prompt_embeds = self.synchronizer.conditioner.prompt_embeds(list(context))
         jobs = [(i, seed + k) for i, seed in enumerate(seeds) for k in range(num_outputs)]
         images = []
         for start in range(0, len(jobs), batch_size):

@@ -158,10 +158,10 @@ class TextLayer(nn.Module):
         return hidden_states + self.fc2(F.gelu(self.fc1(self.layer_norm2(hidden_states))))
 
 
-def pad_ids(rows: list[list[int]], limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_ids(rows: list[list[int]], limit: int, pad_to_limit: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask `(N, L)` of texts; longer ones are cut at the front, for a text ends with what it says."""
     rows = [row[-limit:] or [0] for row in rows]
-    length = max(map(len, rows))
+    length = limit if pad_to_limit else max(map(len, rows))
     ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
     mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
     return ids, mask

@@ -1,0 +1,83 @@
+"""What stands beside a model's blocks, in its folder `systems`: each read when it is first used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ..config import SpecialTokens
+from ..errors import CheckpointError
+from ..models.lora import LoRA
+from ..models.prior import EmbeddingConditioner
+from ..stories.story import ImageSegment
+from .embedders import FeatureEmbedder, load_contrastive, load_lora, system_path
+from .prior import ImagePrior, load_prior
+from .refine import ImageRefiner, load_refiner
+
+
+class Systems:
+    """The systems of one model; what it does not have is a CheckpointError of one sentence.
+
+    Args:
+        folder: Of the model, None for one that has none.
+        encode: Gives images features of the model's encoder.
+        placement: The device, and the dtype of what is computed.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        special_tokens: SpecialTokens,
+        encode: Callable[[Sequence[ImageSegment]], Sequence[ImageSegment]],
+        placement: Callable[[], tuple[torch.device, torch.dtype]],
+    ):
+        self.folder, self.special_tokens, self.encode, self.placement = folder, special_tokens, encode, placement
+
+    def path(self, name: str, sentence: str) -> Path:
+        """A system's file.
+
+        Args:
+            sentence: For a model without a folder.
+        """
+        if self.folder is None:
+            raise CheckpointError(sentence)
+        return system_path(self.folder, name)
+
+    @cached_property
+    def embedder(self) -> FeatureEmbedder:
+        """The contrastive model."""
+        path = self.path("contrastive", "This model has no contrastive model to choose images by; omit best_of.")
+        device, dtype = self.placement()
+        return load_contrastive(path, self.special_tokens, self.encode, dtype, device)
+
+    @cached_property
+    def refiner(self) -> ImageRefiner:
+        """What doubles the size of images."""
+        path = self.path("refiner", "This model has no refiner; omit refine.")
+        return load_refiner(path, self.embedder, self.placement()[0])
+
+    @cached_property
+    def _prior(self) -> tuple[ImagePrior, EmbeddingConditioner]:
+        path = self.path("prior", "This model has no prior, so it cannot draw image embeddings.")
+        return load_prior(path, self.embedder, self.placement()[0])
+
+    @property
+    def prior(self) -> ImagePrior:
+        """Samples image embeddings for texts."""
+        return self._prior[0]
+
+    @property
+    def embedding_conditioner(self) -> EmbeddingConditioner:
+        """Has the U-Net draw image embeddings."""
+        return self._prior[1]
+
+    def load_drawn_adapter(self, encoder) -> LoRA:
+        """The encoder's adapter for drawn images (GMAIL); raises CheckpointError for one of another encoder."""
+        path = self.path("drawn", "This model has no adapter for drawn images.")
+        adapter = load_lora(path, "drawn", encoder.encoder_id)
+        adapter.check(encoder, "The adapter for drawn images")
+        device, dtype = self.placement()
+        return adapter.to(device, dtype)
