@@ -17,6 +17,14 @@ from .look_inside import InspectInside, LookInside, VariantInside
 from .lora import ApplyStoryLoRA
 from .panels import PanelsInside, PanelsToStory, StoryToPanels
 from .pick import PickImage
+from .prior import (
+    ApplyImageEmbedding,
+    BlendEmbeddings,
+    EmbedImage,
+    LoadPrior,
+    MoveEmbedding,
+    TextToImageEmbedding,
+)
 from .probe_story import ChangedInside, ProbedInside, ProbeStory
 from .reconstruct import DescribedInside, DescribeForRedrawing, RoundTrip, RoundTripInside
 from .references import ApplyStoryReferences
@@ -61,6 +69,12 @@ NODES = [
     BestPanel,
     FindImage,
     WordMask,
+    LoadPrior,
+    TextToImageEmbedding,
+    EmbedImage,
+    BlendEmbeddings,
+    MoveEmbedding,
+    ApplyImageEmbedding,
     DescribeForRedrawing,
     DescribedInside,
     RoundTrip,

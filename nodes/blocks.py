@@ -286,15 +286,19 @@ class PatchedLLM(PatchedBlock):
 
     def check(self, story: Story) -> None:
         """Raises StoryError for a story whose images this LLM cannot use."""
-        width = self.config.llm.hidden_size
-        for image in story.images:
-            if image.features is None:
-                raise StoryError("An image of the story was not encoded; connect an encoder where it is added.")
-            if image.features.visual_tokens.shape[-1] != width:
-                raise StoryError(
-                    f"The encoder gives visual tokens of width {image.features.visual_tokens.shape[-1]}, but the LLM has width "
-                    f"{width}; use an encoder and an LLM of the same model."
-                )
+        check_features(story, self.config.llm.hidden_size)
+
+
+def check_features(story: Story, width: int) -> None:
+    """Raises StoryError for a story whose images are not encoded for an LLM of this width."""
+    for image in story.images:
+        if image.features is None:
+            raise StoryError("An image of the story was not encoded; connect an encoder where it is added.")
+        if image.features.visual_tokens.shape[-1] != width:
+            raise StoryError(
+                f"The encoder gives visual tokens of width {image.features.visual_tokens.shape[-1]}, but the LLM has width "
+                f"{width}; use an encoder and an LLM of the same model."
+            )
 
 
 class PatchedSynchronizer(PatchedBlock):

@@ -29,7 +29,7 @@ from ..comfy_mminterleaved.models.visual_tokenizer import ImageFeatures
 from ..comfy_mminterleaved.stories.story import ImageSegment, Story
 from .blocks import PatchedEncoder, block_patcher, progress
 from .context_images import embed_images
-from .load import load_block, model_folder, models, read, sentence
+from .load import check_systems, load_block, model_folder, models_with, read, read_system, sentence
 from .segments import images_from_batch
 from .types import CATEGORY, ContrastiveSocket, EncoderSocket, StorySocket, advanced
 
@@ -66,6 +66,22 @@ class PatchedContrastive(FeatureEmbedder):
     def text_embeds(self, texts) -> torch.Tensor:
         comfy.model_management.load_models_gpu([self.patcher])
         return super().text_embeds(texts)
+
+
+class PatchedReader(FeatureEmbedder):
+    """A model's text tower, without its encoder; whoever holds it loads it.
+
+    Args:
+        device: Where that is.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, folder: Path):
+        tensors, about = read_system(folder, "contrastive")
+        special_tokens = read_config(folder).llm.special_tokens
+        model, tokenizer = build_contrastive(tensors, about, "contrastive", special_tokens, comfy.ops.manual_cast)
+        super().__init__(model, tokenizer, lambda images: images)
 
 
 class PatchedCLIP(CLIPEmbedder):
@@ -126,20 +142,12 @@ class ClipVisionEmbedder:
 
 def contrastive_models() -> list[str]:
     """Models with a contrastive model of their own, and folders of transformers in models/clip_vision."""
-    names = [name for name in models() if _has_system(name)]
+    names = models_with("contrastive")
     for folder in map(Path, folder_paths.get_folder_paths(CLIP_FOLDER)):
         for path, _, files in sorted(os.walk(folder, followlinks=True)):
             if "config.json" in files and any(file.endswith(".safetensors") for file in files) and Path(path) != folder:
                 names.append(f"{CLIP_FOLDER}/{Path(path).relative_to(folder).as_posix()}")
     return list(dict.fromkeys(names))
-
-
-def _has_system(name: str) -> bool:
-    try:
-        system_path(model_folder(name), "contrastive")
-    except CheckpointError:
-        return False
-    return True
 
 
 def clip_path(name: str) -> Path | None:
@@ -155,7 +163,7 @@ def clip_path(name: str) -> Path | None:
 
 def _check(name: str) -> None:
     if clip_path(name) is None:
-        system_path(model_folder(name), "contrastive")
+        check_systems(name, "contrastive")
 
 
 class LoadContrastive(io.ComfyNode):

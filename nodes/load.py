@@ -15,6 +15,7 @@ from ..comfy_mminterleaved.checkpoints.native import block_file, check_formats, 
 from ..comfy_mminterleaved.config import BLOCKS
 from ..comfy_mminterleaved.errors import CheckpointError
 from ..comfy_mminterleaved.generation.config import GenerationConfig, read_generation_config
+from ..comfy_mminterleaved.generation.embedders import parse_system_metadata, system_path
 from ..comfy_mminterleaved.presets import STARTER_DIR
 from .blocks import PatchedEncoder, PatchedLLM, PatchedSynchronizer
 from .native import load_unet, load_vae, set_preview_factors
@@ -60,6 +61,24 @@ def read(path: str | Path) -> tuple[dict, dict | None]:
     except Exception as error:  # ComfyUI and safetensors raise what they like for a file that is cut off
         reason = str(error).splitlines()[0].rstrip(".")
         raise CheckpointError(f"The file {str(path)!r} cannot be read as safetensors: {reason}.") from None
+
+
+def read_system(folder: Path, name: str) -> tuple[dict, dict]:
+    """Float32 tensors and metadata of what stands beside a model's blocks; raises CheckpointError."""
+    path = system_path(folder, name)
+    tensors, metadata = read(path)
+    return {key: t.float() for key, t in tensors.items()}, parse_system_metadata(metadata, name, repr(path.name))
+
+
+def models_with(*systems: str) -> list[str]:
+    """The models that have all these systems."""
+    return [name for name in models() if sentence(lambda name=name: check_systems(name, *systems)) is True]
+
+
+def check_systems(name: str, *systems: str) -> None:
+    """Raises CheckpointError for a model that lacks one of these systems."""
+    for system in systems:
+        system_path(model_folder(name), system)
 
 
 def load_block(kind, path: str | Path):

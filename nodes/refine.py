@@ -7,53 +7,31 @@ import comfy.ops
 import torch
 from comfy_api.latest import io
 
-from ..comfy_mminterleaved.checkpoints.load import read_config
-from ..comfy_mminterleaved.generation.embedders import (
-    FeatureEmbedder,
-    build_contrastive,
-    parse_system_metadata,
-    system_path,
-)
 from ..comfy_mminterleaved.generation.memory import refining_bytes
 from ..comfy_mminterleaved.generation.ranking import panel_text
 from ..comfy_mminterleaved.generation.refine import ImageRefiner, build_refiner
 from ..comfy_mminterleaved.stories.story import Story
 from .blocks import block_patcher, progress
-from .load import model_folder, models, read, sentence
+from .contrastive import PatchedReader
+from .load import check_systems, model_folder, models_with, read_system, sentence
 from .segments import images_from_batch
 from .types import CATEGORY, RefinerSocket, StorySocket
-
-
-class PatchedReader(FeatureEmbedder):
-    """The text tower of a contrastive model; whoever holds it loads it."""
-
-    device = torch.device("cpu")
 
 
 class PatchedRefiner(ImageRefiner):
     """A model's refiner, and the text tower that reads for it, as ComfyUI holds them."""
 
     def __init__(self, folder):
-        tensors, about = self._read(folder, "contrastive")
-        special_tokens = read_config(folder).llm.special_tokens
-        model, tokenizer = build_contrastive(tensors, about, "contrastive", special_tokens, comfy.ops.manual_cast)
-        embedder = PatchedReader(model, tokenizer, lambda images: images)
-        tensors, about = self._read(folder, "refiner")
-        super().__init__(build_refiner(tensors, about, "refiner", comfy.ops.manual_cast), embedder)
+        embedder = PatchedReader(folder)
+        super().__init__(build_refiner(*read_system(folder, "refiner"), "refiner", comfy.ops.manual_cast), embedder)
         management = comfy.model_management
         devices = management.text_encoder_device(), management.text_encoder_offload_device()
-        self.patcher = block_patcher(torch.nn.ModuleList([self.model, model]), *devices)
+        self.patcher = block_patcher(torch.nn.ModuleList([self.model, embedder.model]), *devices)
         embedder.device = self.device
 
     @property
     def device(self) -> torch.device:
         return self.patcher.load_device
-
-    @staticmethod
-    def _read(folder, name: str):
-        path = system_path(folder, name)
-        tensors, metadata = read(path)
-        return {key: t.float() for key, t in tensors.items()}, parse_system_metadata(metadata, name, repr(path.name))
 
     def refine(self, pixels, text: str = "", prompt_embeds: torch.Tensor | None = None) -> torch.Tensor:
         comfy.model_management.load_models_gpu(
@@ -64,12 +42,7 @@ class PatchedRefiner(ImageRefiner):
 
 def refiner_models() -> list[str]:
     """Models that have a refiner."""
-    return [name for name in models() if sentence(lambda name=name: _check(name)) is True]
-
-
-def _check(name: str) -> None:
-    for system in ("contrastive", "refiner"):
-        system_path(model_folder(name), system)
+    return models_with("contrastive", "refiner")
 
 
 class LoadRefiner(io.ComfyNode):
@@ -86,7 +59,7 @@ class LoadRefiner(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model):
-        return model is None or sentence(lambda: _check(model))
+        return model is None or sentence(lambda: check_systems(model, "contrastive", "refiner"))
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:

@@ -39,6 +39,12 @@ def check_blocks(llm: PatchedLLM, synchronizer: PatchedSynchronizer, model) -> N
             f"The LLM has width {llm.config.llm.hidden_size}, but the synchronizer was made for an LLM of width "
             f"{c.llm_hidden_size}; use an LLM and a synchronizer of the same model."
         )
+    check_unet(synchronizer, model)
+
+
+def check_unet(synchronizer: PatchedSynchronizer, model) -> None:
+    """Raises SettingError for a U-Net that the synchronizer was not made for."""
+    c = synchronizer.config.synchronizer
     channels = skip_channels_of(model)
     if channels is None:
         raise SettingError(

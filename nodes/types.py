@@ -19,6 +19,7 @@ PagesSocket = io.Custom("STORY_PAGES")
 WriterSocket = io.Custom("STORY_WRITER")
 ContrastiveSocket = io.Custom("MMI_CONTRASTIVE")
 RefinerSocket = io.Custom("MMI_REFINER")
+PriorSocket = io.Custom("MMI_PRIOR")
 
 
 def search_aliases(*names: str) -> dict[str, list[str]]:

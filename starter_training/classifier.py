@@ -39,6 +39,8 @@ class Prediction:
     action: str
     place: str
     prop: str
+    sky: str = "day"
+    far: bool = False
 
 
 class ResidualBlock(nn.Module):
@@ -86,7 +88,8 @@ class AttributeClassifier(nn.Module):
             attributes = {name: ATTRIBUTES[name][indices[i]] for name, indices in classes.items()}
             looks = [tuple(attributes[f"{part}{position}"] for part in APPEARANCE) for position in (0, 1)]
             present = tuple(look for look in looks if ABSENT not in look)
-            predictions.append(Prediction(present, attributes["action"], attributes["place"], attributes["prop"]))
+            scene = (attributes[name] for name in ("action", "place", "prop", "sky"))
+            predictions.append(Prediction(present, *scene, attributes["far"] == "far"))
         return predictions
 
 

@@ -43,8 +43,17 @@ class ImagePrior:
         self.model, self.scheduler, self.encode_texts, self.is_unit = model, scheduler, encode_texts, is_unit
 
     @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
     def embedding_dim(self) -> int:
         return self.model.config.embedding_dim
+
+    @torch.no_grad()
+    def text_embeds(self, texts: Sequence[str]) -> torch.Tensor:
+        """The texts' embeddings `(N, D)` in the space of images; their length means nothing."""
+        return self.encode_texts(texts).text_embeds.float()
 
     @torch.no_grad()
     def sample(
@@ -74,7 +83,7 @@ class ImagePrior:
             raise SettingError(f"The prior needs at least 2 steps, not {num_inference_steps}.")
         if not guidance_scale >= 0:
             raise SettingError(f"The guidance scale must be at least 0, not {guidance_scale:g}.")
-        model, device, dtype = self.model, self.model.device, self.model.dtype
+        model, device, dtype = self.model, self.device, self.model.dtype
         n, has_guidance = count * NUM_CANDIDATES, guidance_scale != 1
         states = self.encode_texts([text, ""] if has_guidance else [text])
         target = states.text_embeds[:1].float()
