@@ -12,6 +12,7 @@ from .checkpoints.tensors import read_tensors
 from .config import BLOCKS, Config
 from .errors import SettingError
 from .generation.config import (
+    CANDIDATE_STEP,
     GeneratedText,
     GenerationConfig,
     ImageGenerationConfig,
@@ -36,8 +37,6 @@ from .models.visual_tokenizer import ImageFeatures
 from .stories.story import ImageSegment, Story, TextSegment
 from .stories.storyboard import panel_seeds, plan_panels
 from .storyteller import run_plan, run_plans
-
-CANDIDATE_STEP = 2**32  # between the seeds of an image's candidates; panels have consecutive ones
 
 
 class MMInterleavedPipeline:

@@ -8,7 +8,7 @@ import torch
 from tiny_clip import make_clip
 
 from comfy_mminterleaved.errors import CheckpointError, SettingError, StoryError
-from comfy_mminterleaved.generation.config import ImageGenerationConfig
+from comfy_mminterleaved.generation.config import CANDIDATE_STEP, ImageGenerationConfig
 from comfy_mminterleaved.generation.embedders import CLIPEmbedder, FeatureEmbedder, cosines
 from comfy_mminterleaved.generation.ranking import find_images, rank_images, ranking_text, score_images
 from comfy_mminterleaved.generation.word_masks import grow_mask, occlusion_map, rival_texts, word_mask
@@ -389,3 +389,9 @@ def test_a_model_without_a_contrastive_model_says_so():
         pipeline.generate_image(Story.of("Mia waves."), ImageGenerationConfig(best_of=2))
     with pytest.raises(SettingError, match="best_of must be at least 1 and at most 64, not 65"):
         ImageGenerationConfig(best_of=65)
+
+
+def test_candidates_have_noise_of_their_own():
+    """torch's generators look at the lowest 32 bits of a seed."""
+    seeds = {(panel + n * CANDIDATE_STEP) % 2**32 for panel in range(100) for n in range(64)}
+    assert len(seeds) == 6400

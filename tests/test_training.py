@@ -22,7 +22,7 @@ from comfy_mminterleaved.checkpoints.tensors import read_tensors
 from comfy_mminterleaved.config import BLOCKS
 from comfy_mminterleaved.errors import CheckpointError, SettingError
 from comfy_mminterleaved.finetune import story_panels
-from comfy_mminterleaved.generation.config import ImageGenerationConfig
+from comfy_mminterleaved.generation.config import CANDIDATE_STEP, ImageGenerationConfig
 from comfy_mminterleaved.generation.embedders import parse_system_metadata
 from comfy_mminterleaved.generation.latents import encode_latents
 from comfy_mminterleaved.generation.refine import ImageRefiner
@@ -30,7 +30,7 @@ from comfy_mminterleaved.generation.schedulers import make_scheduler
 from comfy_mminterleaved.models.build import init_modules
 from comfy_mminterleaved.models.contrastive import ContrastiveConfig, ContrastiveModel
 from comfy_mminterleaved.models.refiner import Refiner, RefinerConfig, enlarge
-from comfy_mminterleaved.pipeline import CANDIDATE_STEP, MMInterleavedPipeline
+from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 from comfy_mminterleaved.presets import STARTER_DIR, tiny_config
 from comfy_mminterleaved.stories.story import Story
 from comfy_mminterleaved.tokenizer import Tokenizer, byte_level
@@ -826,6 +826,7 @@ def test_the_systems_are_trained_exported_and_measured(tmp_path):
     story = Story.of("Mia is a fox in a red coat with a hat. Mia waves by the lake with a kite.")
     single = replace(config, best_of=1)
     candidates = [pipeline.generate_image(story, single.with_seed_offset(n * CANDIDATE_STEP)) for n in range(2)]
+    assert (candidates[0].pixels - candidates[1].pixels).abs().max() > 1e-2
     best = pipeline.generate_image(story, config)
     ranked = pipeline.rank_images(story, candidates)
     assert torch.allclose(best.pixels, ranked[0].image.pixels, atol=1e-3)  # a batch differs in last bits

@@ -10,6 +10,9 @@ from pathlib import Path
 from ..errors import CheckpointError, SettingError
 
 GENERATION_CONFIG_FILE = "generation_config.json"
+# Between the seeds of candidates; panels have consecutive ones. Odd, because torch's generators on the CPU look at the
+# lowest 32 bits of a seed alone.
+CANDIDATE_STEP = 2_654_435_761
 KEYS = {"text_generation", "image_generation", "image_first", "introduction"}
 
 OnToken = Callable[[int, list[int]], object]  # number of the text, its token ids so far; a true result ends that text

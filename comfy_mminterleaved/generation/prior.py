@@ -13,10 +13,10 @@ from ..checkpoints.tensors import read_json
 from ..errors import CheckpointError, SettingError
 from ..models.contrastive import ContrastiveModel
 from ..models.prior import DiffusionPrior, EmbeddingConditioner, PriorConfig
+from .config import CANDIDATE_STEP
 from .embedders import FeatureEmbedder, read_system
 
 NUM_CANDIDATES = 2  # section 2.2: of two samples, the one nearer to the text is kept
-CANDIDATE_STEP = 2**32  # between their seeds; those of several embeddings are consecutive
 TEXT_STRENGTH = 0.35  # section 3.3: 0.25 to 0.5
 
 
