@@ -33,7 +33,7 @@ from .dataset import StoryDataset, error_weights
 from .drawn_images import decoded_images, drawn_images, large_images, neighbour_images
 from .drawn_training import LAYERS, DrawnObjective, with_lora
 from .pretraining import EncoderObjective, UNetObjective, VAEDecoderObjective, VAEObjective
-from .prior_training import PriorBatches, PriorObjective, embeds_of
+from .prior_training import PriorBatches, PriorObjective, embeds_of, look_variants, scene_embeds
 from .refiner_training import RefinerBatches, RefinerObjective
 from .run_dir import (
     cached_latents,
@@ -378,10 +378,15 @@ def prior_stage(stage: Stage) -> TrainingSetup:
             features_of(stage.run_dir / f"drawn-{data.name}", drawn, encoder, c.grid_size),
         )
         embeds, drawn_embeds = (embeds_of(contrastive, *each) for each in features)
+        scenes = [panel.scene for story in data.stories for panel in story]
         if data is stage.train_set:
             model.set_statistics(embeds)
+            variants = look_variants(scenes)
+            path = stage.run_dir / f"variant-embeds-{data.name}.npy"
+            embeds = torch.cat([embeds, scene_embeds(path, variants, encoder, contrastive)])
+            scenes += variants
         batches[data] = PriorBatches(
-            data, embeds, indices, drawn_embeds, tokenizer, stage.config.batch, model.config.num_embeddings
+            scenes, embeds, indices, drawn_embeds, tokenizer, stage.config.batch, model.config.num_embeddings
         )
     objective = PriorObjective(model, contrastive, targets)
 
