@@ -142,6 +142,78 @@ def redraw_one_thing(w) -> None:
     w.group("5. The picture", GREEN, saved)
 
 
+def ideas_and_variations(w) -> None:
+    w.note(0, -420, (820, 280), "Ideas and variations")
+    model = load(w)
+    prior = w.add("MMInterleavedLoadPrior", 0, 290, (300, 80), model="starter")
+    idea = w.add(
+        "MMInterleavedTextToImageEmbedding",
+        420,
+        0,
+        (340, 320),
+        prior=prior[0],
+        text="A fox waves on the beach.",
+        count=4,
+    )
+    ideas = draw_embedding(w, model, prior, idea, 860, 0, 4, "ideas", seed=1)
+    scorer = compare(w, model, 0, 790)
+    picture = w.add("MMInterleavedExampleImage", 0, 980, (300, 360))
+    embedded = w.add("MMInterleavedEmbedImage", 420, 790, (340, 90), contrastive=scorer[0], image=picture[0])
+    moved = w.add(
+        "MMInterleavedMoveEmbedding",
+        420,
+        990,
+        (340, 320),
+        prior=prior[0],
+        embedding=embedded[0],
+        text=CAPTION.replace("It rains.", "It is night."),
+        neutral=CAPTION,
+    )
+    story = w.add("MMInterleavedStoryPicture", 420, 1420, (340, 190), encoder=model[0], image=picture[0])
+    night = draw_embedding(w, model, prior, moved, 860, 790, 2, "night", seed=1, story=story[0])
+    w.bend_below(scorer, "encoder", model)
+    w.group("1. Model and prior", BLUE, model, prior)
+    w.group("2. What the text leaves open", BROWN, idea)
+    w.group("3. Four ideas", GREEN, *ideas)
+    w.group("4. A picture", BLUE, scorer, picture)
+    w.group("5. The same, but at night", BROWN, embedded, moved, story)
+    w.group("6. Two variations", GREEN, *night)
+
+
+def draw_embedding(w, model, prior, embedding, x: int, y: int, count: int, name: str, seed: int, **inputs):
+    """The nodes that draw `count` images of image embeddings."""
+    ready = w.add(
+        "MMInterleavedApplyImageEmbedding",
+        x,
+        y,
+        (320, 200),
+        prior=prior[0],
+        synchronizer=model[2],
+        model=model[3],
+        embedding=embedding[0],
+        **inputs,
+    )
+    latent = w.add("EmptyLatentImage", x, y + 300, (320, 140), width=128, height=128, batch_size=count)
+    drawn = w.add(
+        "KSampler",
+        x + 420,
+        y,
+        (320, 480),
+        model=ready[0],
+        positive=ready[1],
+        negative=ready[2],
+        latent_image=latent[0],
+        seed=seed,
+        steps=20,
+        cfg=3.0,
+        sampler_name="dpmpp_2m",
+        scheduler="karras",
+    )
+    decoded = w.add("VAEDecode", x + 420, y + 560, (320, 80), samples=drawn[0], vae=model[4])
+    saved = w.add("SaveImage", x + 840, y, (420, 480), images=decoded[0], filename_prefix=f"stories/{name}")
+    return ready, latent, drawn, decoded, saved
+
+
 def look_inside(w) -> None:
     w.note(0, -400, (820, 260), "Look inside")
     model = load(w)
@@ -185,6 +257,7 @@ def round_trip(w) -> None:
 TEMPLATES = {
     "Best of four": best_of_four,
     "Find an image": find_an_image,
+    "Ideas and variations": ideas_and_variations,
     "Look inside": look_inside,
     "Redraw one thing": redraw_one_thing,
     "Round trip": round_trip,

@@ -32,4 +32,17 @@ class RunScript:
         return {"ui": {"text": [json.dumps(module.checks())]}}
 
 
-NODE_CLASS_MAPPINGS = {"RunScript": RunScript}
+class ShowEmbedding:
+    """Shows the image embeddings of a CLIP vision output as JSON."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "run", "tests", True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"embedding": ("CLIP_VISION_OUTPUT", {})}}
+
+    def run(self, embedding):
+        return {"ui": {"text": [json.dumps(embedding.image_embeds.tolist())]}}
+
+
+NODE_CLASS_MAPPINGS = {"RunScript": RunScript, "ShowEmbedding": ShowEmbedding}

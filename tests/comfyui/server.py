@@ -61,6 +61,7 @@ class Server:
                             kind: str(folder / "models" / kind)
                             for kind in (
                                 "clip_vision",
+                                "diffusers",
                                 "text_encoders",
                                 "model_patches",
                                 "vae",
