@@ -171,7 +171,13 @@ class TextToImageEmbedding(io.ComfyNode):
                 io.String.Input(
                     "text", multiline=True, default="", dynamic_prompts=False, tooltip="What the image should show."
                 ),
-                io.Int.Input("count", default=1, min=1, max=64, tooltip="How many embeddings, each another idea."),
+                io.Int.Input(
+                    "count",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="How many embeddings, each another idea. Core's unCLIPConditioning mixes several into one.",
+                ),
                 io.Float.Input(
                     "guidance",
                     default=4.0,

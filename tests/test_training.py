@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import random
 import subprocess
@@ -43,11 +44,13 @@ from starter_training.classifier import load as load_classifier
 from starter_training.dataset import StoryDataset, error_weights
 from starter_training.muon import Muon, is_matrix, orthogonalized
 from starter_training.pretraining import OracleMMFS, UNetObjective, VAEDecoderObjective, VAEObjective, diffusion_loss
+from starter_training.prior_training import look_variants
 from starter_training.refiner_training import RefinerBatch, RefinerObjective
 from starter_training.run_dir import STAGES, begin, export, export_systems, latest_slim_vae, load_run
 from starter_training.story_training import MMFS_TARGET_SCALE, MMFSObjective, StoryObjective, previous_images
 from starter_training.systems import contrastive as contrastive_figures
 from starter_training.systems import drawn, finetuned, insight, reconstruction, refined
+from starter_training.systems import prior as prior_figures
 from starter_training.targets import (
     APPEARANCE_HEADS,
     ATTRIBUTES,
@@ -844,6 +847,13 @@ def test_the_systems_are_trained_exported_and_measured(tmp_path):
     refiner = MMInterleavedPipeline.load(run / "model").refiner.model.state_dict()
     for name, tensor in read_tensors(run / "refine" / "refiner.safetensors").items():
         assert torch.allclose(refiner[name], tensor, atol=1e-2), name
+    assert main(["prior", "--out", str(run), "--stories", "3", "--batch", "4", "--steps", "1"]) == 0
+    export_systems(run, run / "model")
+    trained = MMInterleavedPipeline.load(run / "model")
+    prior = {f"prior.{name}": tensor for name, tensor in trained.prior.model.state_dict().items()}
+    for name, tensor in read_tensors(run / "prior" / "prior.safetensors").items():
+        assert name.startswith("conditioner.") or torch.allclose(prior[name], tensor, atol=1e-2), name
+    assert trained.prior.model.clip_std.min() > 0
     cache, adapters = tmp_path / "cache", {"none": (None, False), "both": (pipeline.drawn_adapter, True)}
     judge = AttributeClassifier()
     assert set(drawn.wrong_facts(pipeline, judge, 20, 1, cache, adapters)) == set(adapters)
@@ -853,6 +863,44 @@ def test_the_systems_are_trained_exported_and_measured(tmp_path):
     with pytest.raises(CheckpointError, match="holds 'contrastive', not 'prior'"):
         path = run / "model" / "systems" / "contrastive.safetensors"
         parse_system_metadata(safe_open(path, "pt").metadata(), "prior", path.name)
+
+
+def test_captions_that_leave_things_out():
+    heroes = (world.Hero("fox", "orange", "glasses", "Mia"), world.Hero("bear", "red", "hat", "Otto"))
+    scene = world.Scene(heroes, "wave", "lake", "kite", "rain", far=True)
+    assert world.partial_caption(scene) == (
+        "A fox in an orange coat with glasses and a bear in a red coat with a hat wave far away by the lake with a "
+        "kite. It rains."
+    )
+    assert world.partial_caption(scene, frozenset(world.OMISSIBLE)) == "A fox and a bear wave."
+    assert world.partial_caption(scene, frozenset({"colour", "far", "place"})) == (
+        "A fox with glasses and a bear with a hat wave with a kite. It rains."
+    )
+    for panel in world.make_story(3):
+        assert world.partial_caption(panel.scene) == world.caption(panel.scene)
+
+
+def test_look_variants_change_looks_alone():
+    scenes = [panel.scene for panel in world.make_story(5)]
+    variants = look_variants(scenes)
+    assert len(variants) == 3 * len(scenes)
+    for k, variant in enumerate(variants):
+        scene = scenes[k // 3]
+        assert replace(variant, heroes=scene.heroes) == scene
+        assert not any(world.is_held_out_appearance(*hero.look) for hero in variant.heroes)
+        assert all(a.look != b.look and a.name == b.name for a, b in zip(variant.heroes, scene.heroes))
+
+
+def test_the_priors_figures():
+    """With the weights that ship: what a held-out image's embedding keeps, what a text tells, one fact moved."""
+    pipeline, judge = MMInterleavedPipeline.load("starter", "cpu"), load_classifier()
+    figures = prior_figures.from_embeddings(pipeline, judge, 10, 6)
+    assert figures["place and prop"]["image embedding"]["cases"] == 6
+    texts = prior_figures.from_texts(pipeline, judge, 10, 3)
+    assert texts["told"]["prior"]["mean"] > 0.5 and texts["untold coats"]["prior"]["cases"] == 2
+    moved = prior_figures.differences(pipeline, judge, 10, 4)
+    assert set(moved) == {"changed", "kept", *prior_figures.CHANGES}
+    assert prior_figures.entropy(["a", "b"]) == pytest.approx(math.log(2))
 
 
 def test_the_starter_is_fine_tuned_and_measured(tmp_path):

@@ -33,7 +33,7 @@ class RunScript:
 
 
 class ShowEmbedding:
-    """Shows the image embeddings of a CLIP vision output as JSON."""
+    """Shows as JSON the image embeddings of a CLIP vision output, and what core's unCLIP makes of the first."""
 
     RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "run", "tests", True
 
@@ -42,7 +42,18 @@ class ShowEmbedding:
         return {"required": {"embedding": ("CLIP_VISION_OUTPUT", {})}}
 
     def run(self, embedding):
-        return {"ui": {"text": [json.dumps(embedding.image_embeds.tolist())]}}
+        from comfy.ldm.modules.encoders.noise_aug_modules import CLIPEmbeddingNoiseAugmentation
+        from comfy.model_base import unclip_adm
+
+        schedule = {"timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+        augmentor = CLIPEmbeddingNoiseAugmentation(
+            noise_schedule_config=schedule, timestep_dim=embedding.image_embeds.shape[-1]
+        )
+        single = type(embedding)()
+        single.image_embeds = embedding.image_embeds[:1]
+        unclip = [{"clip_vision_output": single, "strength": 1.0, "noise_augmentation": 0.0}]
+        shown = embedding.image_embeds, unclip_adm(unclip, "cpu", augmentor, seed=0)
+        return {"ui": {"text": [json.dumps([each.tolist() for each in shown])]}}
 
 
 NODE_CLASS_MAPPINGS = {"RunScript": RunScript, "ShowEmbedding": ShowEmbedding}

@@ -18,7 +18,7 @@ from comfy_mminterleaved.stories.images import to_tensor
 from comfy_mminterleaved.stories.story import ImageSegment
 
 sys.path.append(str(Path(__file__).parents[1]))
-from tiny_prior import make_prior  # noqa: E402
+from tiny_prior import make_prior
 
 TEXT = "A fox in a red coat with a crown waves on the beach with a kite."
 SAMPLING = {"steps": 8, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
@@ -125,7 +125,7 @@ def test_blends(comfyui):
 
 
 def test_karlos_layout(comfyui):
-    """A prior of diffusers, tiny, gives the embeddings that the library gives; the starter does not draw them."""
+    """A prior of diffusers, tiny, gives what the library gives, for unCLIP models; the starter does not draw it."""
     folder = comfyui.folder / "models" / "diffusers" / "tiny karlo"
     if not folder.exists():
         make_prior(folder)
@@ -137,9 +137,12 @@ def test_karlos_layout(comfyui):
         "t": imagined("a fox.", 2, 1, 3, "k"),
         "o": node("ShowEmbedding", embedding=["t", 0]),
     }
-    (values,) = comfyui.run(prompt)["outputs"]["o"]["text"]
-    expected = load_prior_folder(folder).sample("a fox.", 2, 4.0, 3, seed=1)
-    assert np.abs(np.array(json.loads(values)) - expected.numpy()).max() < 1e-3
+    (text,) = comfyui.run(prompt)["outputs"]["o"]["text"]
+    embeds, conditioning = map(np.array, json.loads(text))
+    expected = load_prior_folder(folder).sample("a fox.", 2, 4.0, 3, seed=1).numpy()
+    assert np.abs(embeds - expected).max() < 1e-3
+    # Core's unCLIP adds its least noise to the embedding, and says how much.
+    assert conditioning.shape == (1, 32) and np.abs(conditioning[0, :16] - expected[0]).max() < 0.2
     prompt = {**drawing(["t", 0]), "q": prompt["k"], "t": imagined("a fox.", 1, 1, 3, "q")}
     prompt["a"]["inputs"]["prior"] = ["q", 0]
     with pytest.raises(Failed, match="unCLIPConditioning"):
