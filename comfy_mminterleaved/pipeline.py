@@ -23,9 +23,10 @@ from .generation.config import (
 from .generation.embedders import FeatureEmbedder
 from .generation.image import ImageGenerator
 from .generation.placement import Placement, choose_batch_size
-from .generation.prior import ImagePrior, check_embeds
+from .generation.prior import ImagePrior, check_embeds, turn
 from .generation.ranking import RankedImage, check_rankable, panel_text, rank_images
 from .generation.refine import ImageRefiner, check_size
+from .generation.sound import SOUND_STRENGTH
 from .generation.systems import Systems
 from .generation.text import TextGenerator
 from .loading import load_model, resolve_device, tiny_random_blocks
@@ -450,6 +451,26 @@ class MMInterleavedPipeline:
             return images
         rows = zip(images, prompt_embeds)
         return [replace(i, refined=self.refiner.refine(i.pixels, prompt_embeds=row)) for i, row in rows]
+
+    def draw_sound_over(
+        self,
+        image: ImageSegment,
+        waveform: torch.Tensor,
+        sampling_rate: int,
+        config: ImageGenerationConfig | None = None,
+        amount: float = SOUND_STRENGTH,
+        on_step: OnStep | None = None,
+    ) -> ImageSegment:
+        """Draws an image again as it would sound: rain over it, night over it (2112.00007).
+
+        Args:
+            waveform: `(channels, samples)`.
+            config: With `denoise` below 1, layout is kept too.
+            amount: How far its embedding is turned towards the sound, 0 to 1.
+        """
+        embed = self.embedder.image_embeds([image])
+        moved = turn(embed, self.systems.sounds.direction(waveform, sampling_rate), amount)
+        return self.generate_from_embeds(moved, config, Story.of(image), image, on_step)[0]
 
     @torch.no_grad()
     def _refine_outputs(self, outputs, stories, context, config: ImageGenerationConfig) -> list[list[ImageSegment]]:

@@ -31,6 +31,14 @@ from .references import ApplyStoryReferences
 from .refine import LoadRefiner, RefineImage, refiner_models
 from .save import SaveStory
 from .segments import AddStoryImage, AddStoryText, IntroduceCharacter
+from .sound import (
+    DescribeSound,
+    ExampleSound,
+    LoadSoundModel,
+    SoundOverInside,
+    SoundOverPanel,
+    SoundToEmbedding,
+)
 from .storyboard import LoadStoryboard
 from .synchronize import ApplySynchronizer
 from .tell import TellStory
@@ -75,6 +83,12 @@ NODES = [
     BlendEmbeddings,
     MoveEmbedding,
     ApplyImageEmbedding,
+    LoadSoundModel,
+    ExampleSound,
+    DescribeSound,
+    SoundToEmbedding,
+    SoundOverPanel,
+    SoundOverInside,
     DescribeForRedrawing,
     DescribedInside,
     RoundTrip,

@@ -88,7 +88,6 @@ def draw_panel(graph: GraphBuilder, number: int, conditioned, latent, vae, **sam
         positive=conditioned.out(1),
         negative=conditioned.out(2),
         latent_image=latent.out(0),
-        denoise=1.0,
-        **sampling,
+        **{"denoise": 1.0, **sampling},
     )
     return graph.node("VAEDecode", f"decode {number}", samples=samples.out(0), vae=vae)

@@ -20,6 +20,7 @@ WriterSocket = io.Custom("STORY_WRITER")
 ContrastiveSocket = io.Custom("MMI_CONTRASTIVE")
 RefinerSocket = io.Custom("MMI_REFINER")
 PriorSocket = io.Custom("MMI_PRIOR")
+SoundSocket = io.Custom("MMI_SOUND")
 
 
 def search_aliases(*names: str) -> dict[str, list[str]]:

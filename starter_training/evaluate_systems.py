@@ -19,7 +19,7 @@ from comfy_mminterleaved.models.lora import LoRA
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
 from .classifier import SHIPPED, load
-from .systems import contrastive, drawn, finetuned, insight, prior, reconstruction, refined
+from .systems import contrastive, drawn, finetuned, insight, prior, reconstruction, refined, sound
 
 FIRST_SEED = 20  # of stories; those before chose weights and settings
 PARTS = {
@@ -48,6 +48,8 @@ PARTS = {
     "embeddings": lambda pipeline, judge, args: prior.from_embeddings(pipeline, judge, args.seed, args.cases),
     "prior": lambda pipeline, judge, args: prior.from_texts(pipeline, judge, args.seed, args.cases),
     "differences": lambda pipeline, judge, args: prior.differences(pipeline, judge, args.seed, args.cases // 3),
+    "heard": lambda pipeline, judge, args: sound.heard(pipeline, args.seed, max(1, args.cases // 25)),
+    "sound-over": lambda pipeline, judge, args: sound.over_images(pipeline, judge, args.seed, args.cases // 3),
     "sources": lambda pipeline, judge, args: insight.sources(pipeline, judge, args.seed, args.cases // 3),
     "robustness": lambda pipeline, judge, args: insight.robustness(pipeline, judge, args.seed, args.cases // 5),
     "bias": lambda pipeline, judge, args: insight.name_bias(pipeline, judge, args.seed, max(1, args.cases // 50)),

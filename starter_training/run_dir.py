@@ -16,14 +16,17 @@ from comfy_mminterleaved.errors import CheckpointError, SettingError
 from comfy_mminterleaved.files import atomic_path, ensure_writable_dir, write_json
 from comfy_mminterleaved.generation.embedders import SYSTEMS, system_metadata
 from comfy_mminterleaved.generation.latents import encode_latents
+from comfy_mminterleaved.generation.sound import PHRASES
+from comfy_mminterleaved.models.audio_encoder import AudioEncoderConfig
 from comfy_mminterleaved.models.build import check_shapes, diffusers_model, init_modules, param_shapes
 from comfy_mminterleaved.models.contrastive import ContrastiveConfig
 from comfy_mminterleaved.models.prior import PriorConfig
 from comfy_mminterleaved.models.refiner import RefinerConfig
 
-from . import world
+from . import sounds, world
 from .dataset import StoryDataset
 from .slim_vae import crop_to_slim, pad_to_stock, slim_autoencoder
+from .sound_training import phrase
 from .starter_config import GENERATION, TEXT_VOCAB_SIZE, make_tokenizer, starter_config
 
 STAGES = (
@@ -39,6 +42,7 @@ STAGES = (
     "drawn-both",
     "refine",
     "prior",
+    "sound",
 )
 # The stage folder in which `begin` puts each block.
 TRAINED_BY = {"vae": "vae", "encoder": "encoder", "llm": "language", "synchronizer": "look", "unet": "decoder"}
@@ -178,6 +182,11 @@ def export(run_dir: Path) -> Path:
     return run_dir / "model"
 
 
+def sound_config() -> dict:
+    """Of the audio encoder, with the phrases that it was trained on."""
+    return {**AudioEncoderConfig().to_dict(), PHRASES: [phrase(*name) for name in sounds.NAMES]}
+
+
 def export_systems(run_dir: Path, folder: Path) -> None:
     """Writes what the run has beside the model into a checkpoint's folder, in float16."""
     from safetensors.torch import save_file
@@ -187,6 +196,7 @@ def export_systems(run_dir: Path, folder: Path) -> None:
         "drawn": (run_dir / "drawn" / "lora.safetensors", {}),
         "refiner": (run_dir / "refine" / "refiner.safetensors", RefinerConfig().to_dict()),
         "prior": (run_dir / "prior" / "prior.safetensors", PriorConfig().to_dict()),
+        "sound": (run_dir / "sound" / "sound.safetensors", sound_config()),
     }
     encoder = load_run(run_dir)[1]["encoder"].half().float()  # as the checkpoint has it
     for name, (path, config) in systems.items():

@@ -13,13 +13,14 @@ import torch
 from comfy_mminterleaved.checkpoints.tensors import read_tensors
 from comfy_mminterleaved.config import Config
 from comfy_mminterleaved.files import atomic_path, atomic_write
+from comfy_mminterleaved.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from comfy_mminterleaved.models.build import diffusers_model
-from comfy_mminterleaved.models.contrastive import ContrastiveConfig, ContrastiveModel
+from comfy_mminterleaved.models.contrastive import ContrastiveConfig, ContrastiveModel, pad_ids
 from comfy_mminterleaved.models.prior import DiffusionPrior, PriorConfig
 from comfy_mminterleaved.models.refiner import Refiner, RefinerConfig
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
-from . import samples
+from . import samples, sounds
 from .augmentation import augment, reconstruct_some
 from .batches import StoryBatches, TextBatch
 from .contrastive_training import (
@@ -44,6 +45,7 @@ from .run_dir import (
     set_scaling_factor,
 )
 from .slim_vae import slim_autoencoder
+from .sound_training import SoundBatches, SoundObjective, class_means, phrase
 from .story_training import MMFSObjective, StoryObjective
 from .targets import ConditioningTargets
 from .trainer import StageConfig, device_of, train
@@ -396,6 +398,26 @@ def prior_stage(stage: Stage) -> TrainingSetup:
     return TrainingSetup(objective, {"prior": model}, get_batch, held_out_batches(get_batch, stage))
 
 
+def sound_stage(stage: Stage) -> TrainingSetup:
+    contrastive, tokenizer = load_contrastive(stage.run_dir).eval(), run_tokenizer(stage.run_dir)
+    encoder = stage.blocks["encoder"].eval().to(memory_format=torch.channels_last)
+    side, data = contrastive.config.grid_size, stage.train_set
+    features = cached_features(stage.run_dir, data, encoder, None, None, side, False)
+    scenes = [panel.scene for story in data.stories for panel in story]
+    means = class_means(scenes, embeds_of(contrastive, *features))
+    with torch.no_grad():
+        ids = [tokenizer.encode(phrase(*name)) for name in sounds.NAMES]
+        phrases = contrastive.encode_text(*pad_ids(ids, contrastive.config.max_position_embeddings))
+    model = AudioEncoder(AudioEncoderConfig(embedding_dim=contrastive.config.projection_dim))
+    objective = SoundObjective(model, phrases, means)
+    batches = {data: SoundBatches(False), stage.held_out: SoundBatches(True, 8)}
+
+    def get_batch(seed: int, data: StoryDataset = data) -> tuple:
+        return (batches[data].build(seed).to(device_of(objective)),)
+
+    return TrainingSetup(objective, {"sound": model}, get_batch, held_out_batches(get_batch, stage))
+
+
 def refiner_stage(stage: Stage) -> TrainingSetup:
     config, tokenizer = stage.model_config, run_tokenizer(stage.run_dir)
     contrastive = load_contrastive(stage.run_dir)
@@ -443,6 +465,7 @@ STAGE_FUNCTIONS = {
     "drawn-both": drawn_stage,
     "refine": refiner_stage,
     "prior": prior_stage,
+    "sound": sound_stage,
 }
 
 

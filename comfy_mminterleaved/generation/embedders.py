@@ -175,7 +175,7 @@ class CLIPEmbedder:
             batch = [to_pil(image.pixels) for image in images[i : i + BATCH]]
             inputs = self.processor(images=batch, return_tensors="pt")
             pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
-            parts.append(_pooled(self.model.get_image_features(pixel_values=pixels)))
+            parts.append(pooled(self.model.get_image_features(pixel_values=pixels)))
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
     @torch.no_grad()
@@ -192,11 +192,11 @@ class CLIPEmbedder:
             # Other names, such as token types, are the tokenizer's; SigLIP was trained without a mask.
             names = ("input_ids",) if is_siglip else ("input_ids", "attention_mask")
             inputs = {name: inputs[name].to(self.model.device) for name in names if name in inputs}
-            parts.append(_pooled(self.model.get_text_features(**inputs)))
+            parts.append(pooled(self.model.get_text_features(**inputs)))
         return F.normalize(torch.cat(parts).float(), dim=-1)
 
 
-def _pooled(output) -> torch.Tensor:
+def pooled(output) -> torch.Tensor:
     """The embeddings in what transformers' methods return: a tensor, or since version 5 an object."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 

@@ -162,8 +162,14 @@ def move(
     difference = F.normalize(text_embed.float(), dim=-1) - F.normalize(neutral.float(), dim=-1)
     if (difference.norm(dim=-1) < 1e-4).any():
         raise SettingError("The two texts say the same to the model, so there is nothing to change; write another one.")
+    return turn(embed, difference, amount)
+
+
+def turn(embed: torch.Tensor, direction: torch.Tensor, amount: float) -> torch.Tensor:
+    """An embedding `(..., D)` turned towards a direction, on the arc between them; it keeps its length."""
+    check_embeds(embed, direction)
     length = embed.float().norm(dim=-1, keepdim=True)
-    return blend(embed, F.normalize(difference, dim=-1) * length.to(difference.device), amount)
+    return blend(embed, F.normalize(direction.float(), dim=-1).to(embed.device) * length, amount)
 
 
 def check_embeds(*embeds: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from ..stories.story import ImageSegment
 from .embedders import FeatureEmbedder, load_contrastive, load_lora, system_path
 from .prior import ImagePrior, load_prior
 from .refine import ImageRefiner, load_refiner
+from .sound import SoundEmbedder, load_sound
 
 
 class Systems:
@@ -73,6 +74,12 @@ class Systems:
     def embedding_conditioner(self) -> EmbeddingConditioner:
         """Has the U-Net draw image embeddings."""
         return self._prior[1]
+
+    @cached_property
+    def sounds(self) -> SoundEmbedder:
+        """Embeds sounds in the space of the contrastive model."""
+        path = self.path("sound", "This model has no audio encoder, so it cannot hear.")
+        return load_sound(path, self.embedder, self.placement()[0])
 
     def load_drawn_adapter(self, encoder) -> LoRA:
         """The encoder's adapter for drawn images (GMAIL); raises CheckpointError for one of another encoder."""

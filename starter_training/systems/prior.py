@@ -26,10 +26,15 @@ CHANGES = ("sky", "place", "prop", "coat")
 
 
 def draw(
-    pipeline: MMInterleavedPipeline, judge: AttributeClassifier, embeds: torch.Tensor, seed: int, **options
+    pipeline: MMInterleavedPipeline,
+    judge: AttributeClassifier,
+    embeds: torch.Tensor,
+    seed: int,
+    denoise: float = 1.0,
+    **options,
 ) -> list[Prediction]:
     """What the judge reads from drawings of image embeddings."""
-    config = replace(pipeline.generation_config.image, num_inference_steps=STEPS, seed=seed)
+    config = replace(pipeline.generation_config.image, num_inference_steps=STEPS, seed=seed, denoise=denoise)
     images = pipeline.generate_from_embeds(embeds, config, **options)
     return judge.predict(torch.stack([image.pixels for image in images]))
 
