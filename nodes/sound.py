@@ -64,8 +64,9 @@ class PatchedSounds(SoundEmbedder):
     def device(self) -> torch.device:
         return self.patcher.load_device
 
-    def load(self) -> None:
+    def embed(self, waveform, sampling_rate: int) -> torch.Tensor:
         comfy.model_management.load_models_gpu([self.patcher])
+        return super().embed(waveform, sampling_rate)
 
 
 class PatchedClap(ClapSounds):
@@ -77,8 +78,9 @@ class PatchedClap(ClapSounds):
         devices = management.text_encoder_device(), management.text_encoder_offload_device()
         self.patcher = block_patcher(torch.nn.ModuleList([model]), *devices)
 
-    def load(self) -> None:
+    def hear(self, waveform, sampling_rate: int, phrases=()):
         comfy.model_management.load_models_gpu([self.patcher])
+        return super().hear(waveform, sampling_rate, phrases)
 
 
 def _clap_folders() -> list[Path]:
@@ -195,7 +197,6 @@ class DescribeSound(io.ComfyNode):
 
     @classmethod
     def execute(cls, sound_model, audio, phrases) -> io.NodeOutput:
-        sound_model.load()
         heard = sound_model.hear(*waveform_of(audio), phrases.splitlines())
         rows = "\n".join(f"{score:6.3f}  {phrase}" for phrase, score in heard[:8])
         return io.NodeOutput(heard[0][0], heard[0][1], ui=ui.PreviewText(rows))
@@ -228,7 +229,6 @@ class SoundToEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, sound_model, audio, amount, embedding=None) -> io.NodeOutput:
-        sound_model.load()
         if embedding is None:
             return io.NodeOutput(as_output(sound_model.embed(*waveform_of(audio))[None]))
         embeds = embeds_of(embedding)
@@ -295,7 +295,6 @@ class SoundOverPanel(io.ComfyNode):
     @classmethod
     def execute(cls, image, audio, synchronizer, model, seed, steps, cfg, denoise, amount, **options) -> io.NodeOutput:
         check_unet(synchronizer, model)
-        options["sound_model"].load()
         options["sound_model"].embed(*waveform_of(audio))  # what cannot be heard is an error before anything is drawn
         sampling = {name: options[name] for name in ("sampler_name", "scheduler")}
         drawing = Drawing(cls.hidden, synchronizer, 1, steps=steps, cfg=cfg, denoise=denoise, **sampling)

@@ -254,6 +254,40 @@ def round_trip(w) -> None:
     w.group("4. Its pages", GREEN, pages)
 
 
+def sound_over_a_panel(w) -> None:
+    w.note(0, -420, (820, 280), "Sound over a panel")
+    model = load(w)
+    scorer = compare(w, model)
+    prior = w.add("MMInterleavedLoadPrior", 0, 490, (300, 80), model="starter")
+    hearing = w.add("MMInterleavedLoadSound", 0, 670, (300, 130), model="starter")
+    picture = w.add("MMInterleavedExampleImage", 420, 0, (320, 360))
+    audio = w.add("MMInterleavedExampleSound", 420, 460, (320, 80), sound="night")
+    heard = w.add("MMInterleavedDescribeSound", 420, 640, (320, 240), sound_model=hearing[0], audio=audio[0])
+    over = w.add(
+        "MMInterleavedSoundOverPanel",
+        860,
+        0,
+        (340, 620),
+        room=700,
+        image=picture[0],
+        audio=audio[0],
+        sound_model=hearing[0],
+        contrastive=scorer[0],
+        prior=prior[0],
+        encoder=model[0],
+        synchronizer=model[2],
+        model=model[3],
+        vae=model[4],
+        seed=1,
+    )
+    saved = w.add("SaveImage", 1300, 0, (380, 440), images=over[0], filename_prefix="stories/sound")
+    w.bend_below(scorer, "encoder", model)
+    w.group("1. Model, and what hears", BLUE, model, scorer, prior, hearing)
+    w.group("2. A picture and a sound", BROWN, picture, audio, heard)
+    w.group("3. The sound over the picture", PURPLE, over)
+    w.group("4. The picture", GREEN, saved)
+
+
 TEMPLATES = {
     "Best of four": best_of_four,
     "Find an image": find_an_image,
@@ -261,4 +295,5 @@ TEMPLATES = {
     "Look inside": look_inside,
     "Redraw one thing": redraw_one_thing,
     "Round trip": round_trip,
+    "Sound over a panel": sound_over_a_panel,
 }

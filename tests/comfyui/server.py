@@ -62,6 +62,7 @@ class Server:
                             for kind in (
                                 "clip_vision",
                                 "diffusers",
+                                "audio_encoders",
                                 "text_encoders",
                                 "model_patches",
                                 "vae",
