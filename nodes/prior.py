@@ -47,7 +47,7 @@ class PatchedPrior(ImagePrior):
         module = build_prior(*read_system(folder, "prior"), "prior", comfy.ops.manual_cast)
         check_prior(module, reader, "The prior")
         encode = of_embedder(reader, module.config.num_embeddings)
-        super().__init__(module.prior, make_prior_scheduler(), encode, is_unit=True)
+        super().__init__(module.prior, make_prior_scheduler(), encode, True, module.config.guidance_scale)
         self.conditioner = module.conditioner
         self.patcher = _patcher(module, reader.model)
         reader.device = self.device
@@ -180,11 +180,12 @@ class TextToImageEmbedding(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "guidance",
-                    default=4.0,
+                    default=1.0,
                     min=0.0,
                     max=20.0,
                     step=0.1,
-                    tooltip="How strictly the embedding follows the text; 1 for no guidance.",
+                    tooltip="How strictly the embedding follows the text. 1 is no guidance, which leaves the most open; "
+                    "for Karlo and Kandinsky take 4.",
                 ),
                 io.Int.Input("steps", default=25, min=2, max=1000, tooltip="Denoising steps; they cost little."),
                 seed_input("the embeddings"),

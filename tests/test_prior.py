@@ -30,7 +30,7 @@ QUICK = ImageGenerationConfig(num_inference_steps=1, guidance_scale=1.0)
 
 
 def make_config(queries: int = 4, channels: int = 12) -> PriorConfig:
-    return PriorConfig(WIDTH, 10, 2, 8, 1, queries, channels, 16)
+    return PriorConfig(WIDTH, 10, 2, 8, 1, queries, channels, 16, 2.0)
 
 
 def random_prior(config=None, seed=0) -> DiffusionPrior:
@@ -51,7 +51,9 @@ def embedder(tiny_random):
 
 @pytest.fixture
 def prior(embedder):
-    return ImagePrior(random_prior().prior, make_prior_scheduler(), of_embedder(embedder, 10), is_unit=True)
+    return ImagePrior(
+        random_prior().prior, make_prior_scheduler(), of_embedder(embedder, 10), is_unit=True, guidance_scale=2.0
+    )
 
 
 # ---- sampling ----
@@ -83,7 +85,7 @@ def test_guidance_of_one_is_none(prior):
     calls = []
     prior.model.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     prior.sample("a fox", num_inference_steps=2, guidance_scale=1.0)
-    prior.sample("a fox", num_inference_steps=2, guidance_scale=2.0)
+    prior.sample("a fox", num_inference_steps=2)
     assert calls == [2, 2, 4, 4]
 
 
@@ -190,7 +192,7 @@ def test_files(tmp_path, embedder):
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, path, metadata)
     prior, conditioner = load_prior(path, embedder)
-    expected = ImagePrior(model.prior, make_prior_scheduler(), of_embedder(embedder, 10), is_unit=True)
+    expected = ImagePrior(model.prior, make_prior_scheduler(), of_embedder(embedder, 10), True, 2.0)
     options = {"num_inference_steps": 3, "seed": 2}
     assert torch.allclose(prior.sample("a fox", **options), expected.sample("a fox", **options), atol=1e-4)
     assert torch.allclose(conditioner(torch.ones(1, WIDTH)), model.conditioner(torch.ones(1, WIDTH)), atol=1e-5)

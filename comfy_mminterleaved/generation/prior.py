@@ -37,10 +37,19 @@ class ImagePrior:
         encode_texts: The states of texts, each `model.config.num_embeddings` tokens long.
         is_unit: Whether embeddings are of unit length, as the starter's; those of Karlo and Kandinsky are as CLIP
             gives them.
+        guidance_scale: Of `sample`, by default; 4 is that of the large ones.
     """
 
-    def __init__(self, model, scheduler, encode_texts: Callable[[Sequence[str]], TextStates], is_unit: bool = False):
-        self.model, self.scheduler, self.encode_texts, self.is_unit = model, scheduler, encode_texts, is_unit
+    def __init__(
+        self,
+        model,
+        scheduler,
+        encode_texts: Callable[[Sequence[str]], TextStates],
+        is_unit: bool = False,
+        guidance_scale: float = 4.0,
+    ):
+        self.model, self.scheduler, self.encode_texts = model, scheduler, encode_texts
+        self.is_unit, self.guidance_scale = is_unit, guidance_scale
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +69,7 @@ class ImagePrior:
         self,
         text: str,
         count: int = 1,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         num_inference_steps: int = 25,
         seed: int = 0,
         on_step: Callable[[int, int], object] | None = None,
@@ -68,13 +77,14 @@ class ImagePrior:
         """Image embeddings for a text, `(count, D)`; each is the better of two samples.
 
         Args:
-            guidance_scale: 1 for none.
+            guidance_scale: 1 for no guidance, None for the prior's own.
             seed: Of the first; the others' follow. Drawn on the CPU, so that it does not depend on the device.
             on_step: Called with the step from 1, and their number.
 
         Raises:
             SettingError: For an empty text, a count below 1, fewer than 2 steps, or a guidance scale below 0.
         """
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if not text.strip():
             raise SettingError("The text to make an image embedding from is empty; write one.")
         if count < 1:
@@ -219,7 +229,8 @@ def load_prior(path: Path, embedder: FeatureEmbedder, device="cpu") -> tuple[Ima
     model = build_prior({name: t.to(device, torch.float32) for name, t in tensors.items()}, about, repr(path.name))
     check_prior(model, embedder, repr(path.name))
     encode = of_embedder(embedder, model.config.num_embeddings)
-    return ImagePrior(model.prior, make_prior_scheduler(), encode, is_unit=True), model.conditioner
+    guidance = model.config.guidance_scale
+    return ImagePrior(model.prior, make_prior_scheduler(), encode, True, guidance), model.conditioner
 
 
 def check_prior(model: DiffusionPrior, embedder: FeatureEmbedder, label: str) -> None:

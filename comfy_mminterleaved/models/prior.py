@@ -21,6 +21,8 @@ class PriorConfig(SystemConfig):
         num_attention_heads, attention_head_dim, num_layers: Of diffusers' `PriorTransformer`.
         num_queries, cross_attention_dim: Of the prompt embeddings that the U-Net takes.
         conditioner_hidden_size: Of what makes them.
+        guidance_scale: That the prior is sampled with unless told otherwise. Guidance makes what a text leaves open less
+            diverse.
     """
 
     embedding_dim: int = 256
@@ -31,6 +33,7 @@ class PriorConfig(SystemConfig):
     num_queries: int = 16
     cross_attention_dim: int = 192
     conditioner_hidden_size: int = 384
+    guidance_scale: float = 1.0
 
 
 class DiffusionPrior(nn.Module):
