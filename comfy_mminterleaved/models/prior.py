@@ -21,8 +21,7 @@ class PriorConfig(SystemConfig):
         num_attention_heads, attention_head_dim, num_layers: Of diffusers' `PriorTransformer`.
         num_queries, cross_attention_dim: Of the prompt embeddings that the U-Net takes.
         conditioner_hidden_size: Of what makes them.
-        guidance_scale: That the prior is sampled with unless told otherwise. Guidance makes what a text leaves open less
-            diverse.
+        guidance_scale: That the prior is sampled with by default. More makes what a text leaves open less diverse.
     """
 
     embedding_dim: int = 256
