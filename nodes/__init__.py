@@ -28,7 +28,7 @@ from .prior import (
 from .probe_story import ChangedInside, ProbedInside, ProbeStory
 from .reconstruct import DescribedInside, DescribeForRedrawing, RoundTrip, RoundTripInside
 from .references import ApplyStoryReferences
-from .refine import LoadRefiner, RefineImage, refiner_models
+from .refine import LoadRefiner, RefineImage
 from .save import SaveStory
 from .segments import AddStoryImage, AddStoryText, IntroduceCharacter
 from .sound import (
@@ -120,9 +120,7 @@ NODES = [
 
 class MMInterleavedExtension(ComfyExtension):
     async def get_node_list(self):
-        # Without a model that can be refined there is nothing to choose from.
-        nodes = [node for node in NODES if node not in (LoadRefiner, RefineImage) or refiner_models()]
-        return [check_inputs(node) for node in nodes]
+        return [check_inputs(node) for node in NODES]
 
 
 async def comfy_entrypoint():

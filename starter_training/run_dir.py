@@ -177,7 +177,9 @@ def export(run_dir: Path) -> Path:
     config, blocks = load_run(run_dir, ("vae", "encoder", "llm", "synchronizer", "unet"))
     tensors = {name: block.state_dict() for name, block in blocks.items()}
     vocabulary = frozenset(world.words())
-    native.save(run_dir / "model", config, tensors, run_tokenizer(run_dir), torch.float16, GENERATION, vocabulary)
+    has_refiner = (run_dir / "refine" / "refiner.safetensors").exists()
+    generation = replace(GENERATION, image=replace(GENERATION.image, refine=has_refiner))
+    native.save(run_dir / "model", config, tensors, run_tokenizer(run_dir), torch.float16, generation, vocabulary)
     export_systems(run_dir, run_dir / "model")
     return run_dir / "model"
 

@@ -311,6 +311,10 @@ def load(w: Workflow, x=0, y=0) -> Node:
     return w.add("MMInterleavedLoad", x, y, (300, 170))
 
 
+def load_refiner(w: Workflow, y: int) -> Node:
+    return w.add("MMInterleavedLoadRefiner", 0, y, (300, 80), model="starter")
+
+
 def tell(w: Workflow, model: Node, x: int, **inputs) -> Node:
     blocks = {name: model[output] for output, name in enumerate(("encoder", "llm", "synchronizer", "model", "vae"))}
     return w.add("MMInterleavedTellStory", x, 0, TELL, room=TELL_ROOM, **blocks, **inputs)
@@ -326,9 +330,10 @@ def save(w: Workflow, told: Node, x: int, **inputs) -> Node:
 def tell_a_story(w: Workflow) -> None:
     w.note(0, -360, (720, 220), "1 Tell a story")
     model = load(w)
-    told = tell(w, model, 380, opening=MIA, panels=4, seed=3)
+    refiner = load_refiner(w, 290)
+    told = tell(w, model, 380, opening=MIA, panels=4, seed=3, refiner=refiner[0])
     pages = save(w, told, 860, title="Mia")
-    w.group("1. Model", BLUE, model)
+    w.group("1. Model", BLUE, model, refiner)
     w.group("2. The story", PURPLE, told)
     w.group("3. Its pages", GREEN, pages)
 
@@ -408,9 +413,10 @@ def own_picture(w: Workflow) -> None:
     picture = w.add("MMInterleavedExampleImage", 0, 290, (300, 360))
     begun = w.add("MMInterleavedStoryText", 400, 250, (320, 160), text="Mia runs in the meadow with a kite.")
     shown = w.add("MMInterleavedStoryPicture", 400, 540, (320, 190), story=begun[0], encoder=model[0], image=picture[0])
-    told = tell(w, model, 820, story=shown[0], panels=3, seed=8)
+    refiner = load_refiner(w, 750)
+    told = tell(w, model, 820, story=shown[0], panels=3, seed=8, refiner=refiner[0])
     pages = save(w, told, 1320, title="My picture")
-    w.group("1. Model and picture", BLUE, model, picture)
+    w.group("1. Model and picture", BLUE, model, picture, refiner)
     w.bend_below(shown, "story", begun)
     w.group("2. The story begins", BROWN, begun, shown)
     w.group("3. and goes on", PURPLE, told)
@@ -445,11 +451,12 @@ def storyboard_batch(w: Workflow) -> None:
     w.note(0, -390, (760, 250), "5 Storyboard batch")
     model = load(w)
     board = w.add("MMInterleavedLoadStoryboard", 0, 290, (300, 260), encoder=model[0], storyboard=EXAMPLE)
-    told = tell(w, model, 420, story=board[0], panels=board[1], seed=board[2], plan=board[4])
+    refiner = load_refiner(w, 660)
+    told = tell(w, model, 420, story=board[0], panels=board[1], seed=board[2], plan=board[4], refiner=refiner[0])
     pages = save(w, told, 920, title=board[3], filename_prefix="storyboard/story")
     w.bend_below(board, "encoder", model)
     w.bend(pages, "title", (370, 440), (390, -50), (860, -50))
-    w.group("1. Model and storyboard", BLUE, model, board)
+    w.group("1. Model and storyboard", BLUE, model, board, refiner)
     w.group("2. Tell", PURPLE, told)
     w.group("3. Save", GREEN, pages)
 
@@ -502,9 +509,10 @@ def own_sampler(w: Workflow) -> None:
 def reroll(w: Workflow) -> None:
     w.note(0, -390, (760, 250), "7 Draw a panel anew")
     model = load(w)
-    told = tell(w, model, 420, opening=MIA, panels=4, seed=3, seeds=", , 42")
+    refiner = load_refiner(w, 290)
+    told = tell(w, model, 420, opening=MIA, panels=4, seed=3, seeds=", , 42", refiner=refiner[0])
     pages = save(w, told, 920, title="Mia, another way")
-    w.group("1. Model", BLUE, model)
+    w.group("1. Model", BLUE, model, refiner)
     w.group("2. Change the third of the seeds", PURPLE, told)
     w.group("3. Its pages", GREEN, pages)
 

@@ -38,10 +38,11 @@ def best_of_four(w) -> None:
     w.note(0, -380, (760, 240), "Best of four")
     model = load(w)
     scorer = compare(w, model)
-    told = tell(w, model, 420, opening=PAIR, panels=4, seed=21, best_of=4, contrastive=scorer[0])
+    refiner = w.add("MMInterleavedLoadRefiner", 0, 490, (300, 80), model="starter")
+    told = tell(w, model, 420, opening=PAIR, panels=4, seed=21, best_of=4, contrastive=scorer[0], refiner=refiner[0])
     pages = save(w, told[0], 920, title="Mia and Otto")
     w.bend_below(scorer, "encoder", model)
-    w.group("1. Model, and what compares", BLUE, model, scorer)
+    w.group("1. Model, and what compares", BLUE, model, scorer, refiner)
     w.group("2. The story, each panel four times", PURPLE, told)
     w.group("3. Its pages", GREEN, pages)
 
@@ -288,6 +289,33 @@ def sound_over_a_panel(w) -> None:
     w.group("4. The picture", GREEN, saved)
 
 
+def twice_the_size(w) -> None:
+    w.note(0, -380, (760, 240), "Twice the size")
+    model = load(w)
+    refiner = w.add("MMInterleavedLoadRefiner", 0, 290, (300, 80), model="starter")
+    told = tell(
+        w,
+        model,
+        420,
+        opening="Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball.",
+        panels=4,
+        seed=3,
+        refiner=refiner[0],
+    )
+    pages = save(w, told[0], 920, title="Mia, in large")
+    picture = w.add("MMInterleavedExampleImage", 0, 480, (300, 360))
+    small = w.add(
+        "ImageScale", 0, 930, (300, 170), image=picture[0], upscale_method="area", width=128, height=128, crop="center"
+    )
+    large = w.add("MMInterleavedRefine", 0, 1230, (300, 120), refiner=refiner[0], image=small[0])
+    saved = w.add("SaveImage", 0, 1440, (300, 380), images=large[0], filename_prefix="stories/large")
+    w.group("1. Model and refiner", BLUE, model, refiner)
+    w.group("2. The story", PURPLE, told)
+    w.group("3. Its pages", GREEN, pages)
+    w.group("4. A picture of your own", BROWN, picture, small)
+    w.group("5. Twice its size", GREEN, large, saved)
+
+
 TEMPLATES = {
     "Best of four": best_of_four,
     "Find an image": find_an_image,
@@ -296,4 +324,5 @@ TEMPLATES = {
     "Redraw one thing": redraw_one_thing,
     "Round trip": round_trip,
     "Sound over a panel": sound_over_a_panel,
+    "Twice the size": twice_the_size,
 }

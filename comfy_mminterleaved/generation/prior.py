@@ -17,7 +17,7 @@ from .config import CANDIDATE_STEP
 from .embedders import FeatureEmbedder, read_system
 
 NUM_CANDIDATES = 2  # section 2.2: of two samples, the one nearer to the text is kept
-TEXT_STRENGTH = 0.35  # section 3.3: 0.25 to 0.5
+TEXT_STRENGTH = 0.3  # section 3.3: 0.25 to 0.5
 
 
 class TextStates(NamedTuple):

@@ -34,7 +34,9 @@ def draw(
     **options,
 ) -> list[Prediction]:
     """What the judge reads from drawings of image embeddings."""
-    config = replace(pipeline.generation_config.image, num_inference_steps=STEPS, seed=seed, denoise=denoise)
+    config = replace(
+        pipeline.generation_config.image, num_inference_steps=STEPS, seed=seed, denoise=denoise, refine=False
+    )
     images = pipeline.generate_from_embeds(embeds, config, **options)
     return judge.predict(torch.stack([image.pixels for image in images]))
 
