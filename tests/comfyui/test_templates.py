@@ -47,7 +47,7 @@ def test_template(comfyui, definitions, path):
     shown = pictures(comfyui, done["outputs"])
     for images in shown.values():
         for image in images:
-            sizes = ((128, 128), (512, 512), Image.open(comfyui.folder / "input" / "example.png").size)
+            sizes = ((128, 128), (256, 256), (512, 512), Image.open(comfyui.folder / "input" / "example.png").size)
             assert image.size in sizes or path.stem == "Look inside"  # a sheet of several
             pixels = np.asarray(image.convert("RGB"), dtype=float)
             assert pixels.std() > 8, "a picture of one colour"
@@ -57,12 +57,19 @@ def test_template(comfyui, definitions, path):
             folder = comfyui.folder / "output" / saved["images"][0]["subfolder"]
             story = json.loads((folder / "story.json").read_text(encoding="utf-8"))
             texts = [segment["text"] for segment in story["segments"] if "text" in segment]
-            assert [p.name for p in sorted(folder.glob("*.png"))] == [image["filename"] for image in saved["images"]]
+            files = [image["filename"] for image in saved["images"]]
+            names = {path.name for path in folder.glob("*.png")}
+            numbers = sorted(name[:2] for name in names if "-" not in name)
+            refined = {number: f"{number}-refined.png" for number in numbers}
+            assert files == [refined[n] if refined[n] in names else f"{n}.png" for n in numbers]
+            has_refiner = any("refiner" in each["inputs"] for each in prompt.values())
+            assert any(name in names for name in refined.values()) == has_refiner
             assert len(saved["images"]) >= 3 and all(text in " ".join(texts) for text in saved["text"][0].split("\n"))
             assert all(text.strip() for text in texts) and "<img" in (folder / "story.html").read_text(encoding="utf-8")
-            kept = json.loads(Image.open(folder / "01.png").text["prompt"])  # dropped on the canvas, it is back
-            graphs = [{n: (e["class_type"], e["inputs"]) for n, e in graph.items()} for graph in (kept, prompt)]
-            assert graphs[0] == graphs[1]
+            for file in {"01.png", files[0]}:  # dropped on the canvas, it is back
+                kept = json.loads(Image.open(folder / file).text["prompt"])
+                graphs = [{n: (e["class_type"], e["inputs"]) for n, e in graph.items()} for graph in (kept, prompt)]
+                assert graphs[0] == graphs[1]
         if entry["class_type"] in ("MMInterleavedAsk", "MMInterleavedCaption", "MMInterleavedChoose"):
             assert done["outputs"][node]["text"][0].strip()
     assert shown or "4 Ask" in path.stem
