@@ -57,7 +57,9 @@ def test_from_a_photograph_to_a_page(photo, tmp_path):
     story = json.loads(done.stdout)["stories"][0]
     assert [list(s)[0] for s in story["segments"]] == ["text", "text", "image"] + ["text", "image"] * 2
     assert story["segments"][0]["text"].startswith("Mia is a ")
-    assert sorted(p.name for p in out.iterdir()) == ["01.jpg", "02.png", "03.png", "story.html", "story.json"]
+    files = ["01.jpg", "02-refined.png", "02.png", "03-refined.png", "03.png", "story.html", "story.json"]
+    assert sorted(p.name for p in out.iterdir()) == files
+    assert Image.open(out / "03-refined.png").size == (256, 256)
     assert (out / "01.jpg").read_bytes() == photo.read_bytes()
     sizes = [Image.open(out / name).size for name in ("01.jpg", "02.png", "03.png")]
     assert sizes == [(451, 300), (128, 128), (128, 128)]
@@ -225,7 +227,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(MMInterleavedPipeline, "generate_images", interrupted)
     assert main(["tell", "--text", "Otto.", "--panels", "3", "--out", str(tmp_path), *FAST]) == 130
     assert "what was finished is kept" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["01.png", "story.html", "story.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["01-refined.png", "01.png", "story.html", "story.json"]
     assert len(load_story(tmp_path / "story.json")) == 3  # the opening, its picture, and the text of the second panel
 
 

@@ -1,6 +1,7 @@
 """Refining: images at twice their size, beside those that later panels see."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,15 +9,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from comfy_mminterleaved.books.render import fitted
+from comfy_mminterleaved.cli import main
 from comfy_mminterleaved.cli.commands import COMMANDS
 from comfy_mminterleaved.cli.parser import make_parser
 from comfy_mminterleaved.errors import CheckpointError, SettingError, StoryError
-from comfy_mminterleaved.generation.config import ImageGenerationConfig, to_file
+from comfy_mminterleaved.generation.config import ImageGenerationConfig, read_generation_config, to_file
 from comfy_mminterleaved.generation.embedders import FeatureEmbedder, system_metadata
 from comfy_mminterleaved.generation.ranking import panel_text
 from comfy_mminterleaved.generation.refine import ImageRefiner, load_refiner
 from comfy_mminterleaved.models.contrastive import ContrastiveConfig, ContrastiveModel
 from comfy_mminterleaved.models.refiner import Refiner, RefinerConfig, enlarge
+from comfy_mminterleaved.presets import STARTER_DIR
 from comfy_mminterleaved.stories.page import displayed_images, load_story, save_story
 from comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
 
@@ -216,3 +219,24 @@ def test_story_files_with_a_bad_name(told, tmp_path, value, sentence):
     data["segments"][1]["refined"] = value
     with pytest.raises(StoryError, match=sentence):
         Story.from_json(data, tmp_path)
+
+
+def test_the_starters_stories_are_refined_and_other_models_are_not(tmp_path):
+    """By default, where there is a refiner; a story that was not stays so, and `draw` gives the size it is asked for."""
+    fast = ["--steps", "1", "--max-new-tokens", "4", "--device", "cpu", "--quiet"]
+    starter, bare = read_generation_config(STARTER_DIR), tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(STARTER_DIR / "generation_config.json", bare)
+    assert starter.image.refine and not read_generation_config(bare).image.refine
+    assert main(["tell", "--text", "Mia waves.", "--panels", "1", "--out", str(tmp_path / "a"), *fast]) == 0
+    assert Image.open(tmp_path / "a" / "01-refined.png").size == (256, 256)
+    plain = ["--panels", "1", "--no-refine", "--out", str(tmp_path / "b")]
+    assert main(["tell", "--text", "Mia waves.", *plain, *fast]) == 0
+    going_on = ["--story", str(tmp_path / "b"), "--panels", "1", "--out", str(tmp_path / "c")]
+    assert main(["tell", *going_on, *fast]) == 0
+    assert not [*(tmp_path / "b").glob("*refined*"), *(tmp_path / "c").glob("*refined*")]
+    for flag, size in (([], (128, 128)), (["--refine"], (256, 256))):
+        assert (
+            main(["draw", "--text", "Mia waves.", "--out", str(tmp_path / "d.png"), *flag, *fast[:2], *fast[4:]]) == 0
+        )
+        assert Image.open(tmp_path / "d.png").size == size

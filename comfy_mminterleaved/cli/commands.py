@@ -149,6 +149,8 @@ def draw(args) -> int:
     if out.suffix.lower() != ".png":
         raise OutputError(f"--out must be a .png file, not {args.out!r}.")
     init_images = [ImageSegment.of(args.init_image)] if args.init_image else None
+    if args.refine is None:  # the model's default is for pages; here --size says how large the file is
+        opening.image_config = dataclasses.replace(opening.image_config, refine=False)
     with output_folder(out.parent):
         pipeline, bars = load_pipeline(args, opening, opening.story), ProgressBars(args.quiet)
         with contextlib.closing(bars):

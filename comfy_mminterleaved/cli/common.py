@@ -93,7 +93,10 @@ def read_opening(args, text_config: TextGenerationConfig | None = None, required
 
     if text_config is None:
         text_config = _replaced(generation.text, saved(("text_generation", "sampling"), text_settings))
-    image_config = _replaced(generation.image, saved(("image_generation", "drawing"), image_settings))
+    image_values = saved(("image_generation", "drawing"), image_settings)
+    if image_values:  # a story's settings are complete but for what it did not use
+        image_values.setdefault("refine", False)
+    image_config = _replaced(generation.image, image_values)
     text_config = _replaced(text_config, {**_flags(args, TEXT_FLAGS), "seed": seed})
     if getattr(args, "greedy", False):
         text_config = _replaced(text_config, {"do_sample": False})

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import CheckpointError, SettingError
 
 GENERATION_CONFIG_FILE = "generation_config.json"
+SYSTEMS = "systems"  # folder of a model with what stands beside its blocks
 # Between the seeds of candidates; panels have consecutive ones. Odd, because torch's generators on the CPU look at the
 # lowest 32 bits of a seed alone.
 CANDIDATE_STEP = 2_654_435_761
@@ -256,11 +257,17 @@ def _settings(data, cls, old_names: dict[str, str], label: str) -> dict:
 
 
 def read_generation_config(folder: str | Path) -> GenerationConfig:
-    """The GenerationConfig of a checkpoint folder; the reference's defaults if it has no file of its own."""
+    """The GenerationConfig of a checkpoint folder; the reference's defaults if it has no file of its own.
+
+    That images are refined is a default only where there is a refiner, which a converted model may lack.
+    """
     from ..checkpoints.tensors import read_json
 
     path = Path(folder) / GENERATION_CONFIG_FILE
     data = read_json(path) if path.is_file() else {}
     if not set(data) & KEYS:  # none, or one that transformers wrote
         return GenerationConfig()
-    return GenerationConfig.from_dict(data, repr(str(path)))
+    config = GenerationConfig.from_dict(data, repr(str(path)))
+    if config.image.refine and not (Path(folder) / SYSTEMS / "refiner.safetensors").is_file():
+        config = replace(config, image=replace(config.image, refine=False))
+    return config

@@ -18,8 +18,8 @@ from ..models.visual_tokenizer import ImageFeatures
 from ..stories.images import to_pil
 from ..stories.story import ImageSegment
 from ..tokenizer import Tokenizer
+from .config import SYSTEMS
 
-SYSTEMS = "systems"  # folder of a model with what stands beside its blocks
 METADATA = "mm-interleaved-system"
 BATCH = 32  # images and texts that are embedded at once, so that memory does not grow with their number
 
