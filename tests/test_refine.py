@@ -222,7 +222,7 @@ def test_story_files_with_a_bad_name(told, tmp_path, value, sentence):
 
 
 def test_the_starters_stories_are_refined_and_other_models_are_not(tmp_path):
-    """By default, where there is a refiner; a story that was not stays so, and `draw` gives the size it is asked for."""
+    """By default, where there is a refiner; a story that was not stays so, and `draw` keeps the size asked for."""
     fast = ["--steps", "1", "--max-new-tokens", "4", "--device", "cpu", "--quiet"]
     starter, bare = read_generation_config(STARTER_DIR), tmp_path / "bare"
     bare.mkdir()
