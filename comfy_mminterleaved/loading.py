@@ -11,7 +11,7 @@ import torch
 from .checkpoints import load as checkpoints
 from .config import Config
 from .errors import CheckpointError, SettingError
-from .generation.config import GenerationConfig, read_generation_config
+from .generation.config import GenerationConfig, usable_generation_config
 from .generation.placement import Plan, make_plan, parse_bytes
 from .models.mmfs import fuse_mmfs
 from .models.quantization import quantize_with_torchao
@@ -72,7 +72,7 @@ def load_model(
         modules,
         checkpoints.read_tokenizer(folder, config),
         checkpoints.known_words(folder),
-        read_generation_config(folder),
+        usable_generation_config(folder),
         folder,
         plan,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -62,9 +63,6 @@ class MMInterleavedPipeline:
         self.image = ImageGenerator(config, self.synchronizer, self.unet, self.vae)
         self.placement: Placement | None = None
         self.folder = folder
-        self.systems = Systems(
-            folder, config.llm.special_tokens, self._encode_all, lambda: (self.device, self.llm.soi_token.dtype)
-        )
         self.drawn_adapter: LoRA | None = None
         self._lora_handles: list = []
 
@@ -147,6 +145,12 @@ class MMInterleavedPipeline:
         """`text`, with the LLM where it computes."""
         self._place("text")
         return self.text
+
+    @cached_property
+    def systems(self) -> Systems:
+        """What stands beside the blocks. It holds the pipeline, so it is made when it is first used."""
+        special_tokens = self.config.llm.special_tokens
+        return Systems(self.folder, special_tokens, self._encode_all, lambda: (self.device, self.llm.soi_token.dtype))
 
     def clear_cache(self) -> None:
         """Frees the LLM's cache of the most recent story."""
@@ -424,6 +428,10 @@ class MMInterleavedPipeline:
         """
         config = config or self.generation_config.image
         conditioner = self.systems.embedding_conditioner
+        if image_embeds.ndim != 2 or not len(image_embeds):
+            raise SettingError(
+                f"Image embeddings must be one a row, (N, D), not of the shape {tuple(image_embeds.shape)}."
+            )
         check_embeds(image_embeds, conditioner.proj.weight)
         if config.best_of > 1:
             raise SettingError("An image embedding has no text to choose an image by; set best_of to 1.")

@@ -76,7 +76,12 @@ class PatchedPriorFolder(ImagePrior):
         return self.patcher.load_device
 
     def load(self) -> None:
-        comfy.model_management.load_models_gpu([self.patcher])
+        load_whole(self.patcher)
+
+
+def load_whole(patcher) -> None:
+    """Loads a model of another library, whose layers cannot stay in the computer's memory while they compute."""
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
 
 
 def _patcher(*modules: torch.nn.Module):
@@ -122,7 +127,7 @@ def as_output(image_embeds: torch.Tensor):
 def embeds_of(output) -> torch.Tensor:
     """The image embeddings `(N, D)` of a CLIP vision output; raises SettingError if it has none."""
     embeds = getattr(output, "image_embeds", None)
-    if embeds is None:
+    if embeds is None or not embeds.numel():
         raise SettingError("This CLIP vision output has no image embedding; use one of a CLIP that has a projection.")
     return embeds.reshape(-1, embeds.shape[-1]).float()
 
@@ -333,6 +338,11 @@ class ApplyImageEmbedding(io.ComfyNode):
         check_unet(synchronizer, model)
         story, embeds = story or Story(), embeds_of(embedding)
         check_embeds(embeds, prior.conditioner.proj.weight)
+        width, expected = prior.conditioner.fc2.weight.shape[0], synchronizer.config.synchronizer.perceiver.hidden_size
+        if width != expected:
+            raise SettingError(
+                f"The prior gives conditioning of width {width}, but the U-Net takes {expected}; use the prior of its model."
+            )
         check_features(story, synchronizer.config.synchronizer.llm_hidden_size)
         prior.load()
         device = comfy.model_management.intermediate_device()

@@ -27,7 +27,7 @@ from .blocks import block_patcher
 from .contrastive import PatchedReader
 from .drawing import Drawing, draw_panel
 from .load import check_systems, model_folder, models_with, read_system, sentence
-from .prior import as_output, embeds_of
+from .prior import as_output, embeds_of, load_whole
 from .synchronize import check_unet
 from .types import (
     CATEGORY,
@@ -79,7 +79,7 @@ class PatchedClap(ClapSounds):
         self.patcher = block_patcher(torch.nn.ModuleList([model]), *devices)
 
     def hear(self, waveform, sampling_rate: int, phrases=()):
-        comfy.model_management.load_models_gpu([self.patcher])
+        load_whole(self.patcher)
         return super().hear(waveform, sampling_rate, phrases)
 
 
@@ -117,7 +117,9 @@ def _check(name: str) -> None:
 
 
 def waveform_of(audio) -> tuple[torch.Tensor, int]:
-    """The first sound of ComfyUI's AUDIO: `(channels, samples)` and its rate."""
+    """The first sound of ComfyUI's AUDIO: `(channels, samples)` and its rate; raises SettingError for none."""
+    if audio is None or not len(audio["waveform"]):
+        raise SettingError("There is no sound in this AUDIO; give one that can be heard.")
     return audio["waveform"][0], int(audio["sample_rate"])
 
 
@@ -320,7 +322,7 @@ class SoundOverPanel(io.ComfyNode):
             strength=1.0,
             **drawing.given("prior", "synchronizer", "model"),
         )
-        latent = graph.node("VAEEncode", "latent", pixels=small, vae=drawing.links["vae"])
+        latent = graph.node("VAEEncode", "encoded", pixels=small, vae=drawing.links["vae"])
         drawn = draw_panel(graph, 1, conditioned, latent, drawing.links["vae"], seed=seed, **drawing.sampling)
         changed = graph.node("MMInterleavedSoundOverInside", "changed", before=small, image=drawn.out(0))
         return drawing.output(changed, 2)

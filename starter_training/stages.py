@@ -384,7 +384,8 @@ def prior_stage(stage: Stage) -> TrainingSetup:
         if data is stage.train_set:
             model.set_statistics(embeds)
             variants = look_variants(scenes)
-            path = stage.run_dir / f"variant-embeds-{data.name}.npy"
+            version = int((stage.run_dir / "contrastive" / "contrastive.safetensors").stat().st_mtime)
+            path = stage.run_dir / f"variant-embeds-{data.name}-{version}.npy"
             embeds = torch.cat([embeds, scene_embeds(path, variants, encoder, contrastive)])
             scenes += variants
         batches[data] = PriorBatches(

@@ -1,7 +1,9 @@
 """DALL-E 2's prior: image embeddings from texts, embeddings that are moved, and images drawn from them."""
 
+import gc
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -20,9 +22,11 @@ from comfy_mminterleaved.generation.prior import (
     make_prior_scheduler,
     move,
     of_embedder,
+    turn,
 )
 from comfy_mminterleaved.models.contrastive import ContrastiveConfig, ContrastiveModel
 from comfy_mminterleaved.models.prior import DiffusionPrior, PriorConfig
+from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 from comfy_mminterleaved.stories.story import Story
 
 WIDTH = 32
@@ -127,7 +131,9 @@ def test_text_differences_turn_towards_what_is_new():
     assert moved.norm().item() == pytest.approx(2, abs=1e-4)
     assert moved @ text > 0.1 and moved @ neutral < -0.1 and moved @ image > 1
     assert torch.allclose(move(image, text, neutral, 0), image, atol=1e-4)
-    with pytest.raises(SettingError, match="the same"):
+    with pytest.raises(SettingError, match="no difference"):
+        turn(image, torch.zeros(3), 0.5)
+    with pytest.raises(SettingError, match="no difference"):
         move(image, text, 5 * text)
 
 
@@ -173,9 +179,23 @@ def test_bad_embeddings_are_refused_before_drawing(pipeline, monkeypatch):
         ((embeds * math.nan, QUICK), "not a number"),
         ((embeds, ImageGenerationConfig(best_of=2)), "best_of"),
         ((embeds, QUICK, Story(), None, None, 8, [1]), "2 embeddings"),
+        ((embeds[0], QUICK), r"one a row, \(N, D\), not of the shape \(32,\)"),
+        ((embeds[:0], QUICK), r"shape \(0, 32\)"),
     ):
         with pytest.raises(SettingError, match=sentence):
             pipeline.generate_from_embeds(*arguments)
+
+
+def test_a_pipeline_that_is_dropped_is_freed():
+    gc.collect()
+    gc.disable()
+    try:
+        pipeline = MMInterleavedPipeline.load("tiny-random", "cpu")
+        unet = weakref.ref(pipeline.unet)
+        del pipeline
+        assert unet() is None
+    finally:
+        gc.enable()
 
 
 def test_a_model_without_a_prior(tiny_random):

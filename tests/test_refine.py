@@ -13,7 +13,7 @@ from comfy_mminterleaved.cli import main
 from comfy_mminterleaved.cli.commands import COMMANDS
 from comfy_mminterleaved.cli.parser import make_parser
 from comfy_mminterleaved.errors import CheckpointError, SettingError, StoryError
-from comfy_mminterleaved.generation.config import ImageGenerationConfig, read_generation_config, to_file
+from comfy_mminterleaved.generation.config import ImageGenerationConfig, to_file, usable_generation_config
 from comfy_mminterleaved.generation.embedders import FeatureEmbedder, system_metadata
 from comfy_mminterleaved.generation.ranking import panel_text
 from comfy_mminterleaved.generation.refine import ImageRefiner, load_refiner
@@ -224,10 +224,10 @@ def test_story_files_with_a_bad_name(told, tmp_path, value, sentence):
 def test_the_starters_stories_are_refined_and_other_models_are_not(tmp_path):
     """By default, where there is a refiner; a story that was not stays so, and `draw` keeps the size asked for."""
     fast = ["--steps", "1", "--max-new-tokens", "4", "--device", "cpu", "--quiet"]
-    starter, bare = read_generation_config(STARTER_DIR), tmp_path / "bare"
+    starter, bare = usable_generation_config(STARTER_DIR), tmp_path / "bare"
     bare.mkdir()
     shutil.copy(STARTER_DIR / "generation_config.json", bare)
-    assert starter.image.refine and not read_generation_config(bare).image.refine
+    assert starter.image.refine and not usable_generation_config(bare).image.refine
     assert main(["tell", "--text", "Mia waves.", "--panels", "1", "--out", str(tmp_path / "a"), *fast]) == 0
     assert Image.open(tmp_path / "a" / "01-refined.png").size == (256, 256)
     plain = ["--panels", "1", "--no-refine", "--out", str(tmp_path / "b")]

@@ -103,6 +103,8 @@ def test_embeddings(system):
     with_silence = torch.cat([torch.zeros(1, 64_000), x], dim=1)  # windows in which nothing is heard do not count
     assert system.embed(with_silence, 16_000) @ embed > 0.9
     assert system.embed(x[:, :800], 16_000).isfinite().all()
+    late = torch.cat([torch.zeros(1, 32_000), x[:, :15_000]], dim=1)  # all of it is in what a whole window leaves over
+    assert system.embed(late, 16_000).isfinite().all()
 
 
 def test_phrases(system):
@@ -117,6 +119,8 @@ def test_phrases(system):
     [
         (torch.zeros(1, 16_000), 16_000, "silent"),
         (torch.zeros(1, 0), 16_000, "silent"),
+        (torch.zeros(0, 100), 16_000, "silent"),
+        (torch.stack([torch.ones(100), -torch.ones(100)]), 16_000, "silent"),  # its channels cancel out
         (torch.full((1, 100), math.nan), 16_000, "not numbers"),
         (torch.ones(1, 100), 0, "at least 1000 Hz, not 0"),
         (torch.ones(1, 601_000), 1000, "lasts 601 s"),
@@ -159,14 +163,20 @@ def test_clap_by_phrases(tmp_path, embedder):
     weights = (torch.tensor([heard[each] for each in phrases]) / 0.05).softmax(0)
     assert torch.allclose(embed, torch.nn.functional.normalize(weights @ texts, dim=-1), atol=1e-5)
     assert torch.allclose(system.direction(x, 24_000), embed - texts.mean(0), atol=1e-5)
+    long = torch.cat([x, tone(2000, 2.3, 24_000)], dim=1)  # longer than CLAP takes at once
+    assert system.hear(long, 24_000) == system.hear(long, 24_000) != system.hear(x, 24_000)
     with pytest.raises(SettingError, match="no phrases"):
         ClapSounds.load(folder, embedder, [" "])
+    with pytest.raises(SettingError, match="one phrase, 'fox'"):
+        ClapSounds.load(folder, embedder, ["fox"]).direction(x, 24_000)
     (folder / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="cannot be read as a CLAP"):
         ClapSounds.load(folder, embedder, phrases)
     (folder / "config.json").write_text(json.dumps({"model_type": "clip"}), encoding="utf-8")
     with pytest.raises(CheckpointError, match="holds no CLAP"):
         ClapSounds.load(folder, embedder, phrases)
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    assert not is_clap_folder(folder)
 
 
 # ---- over images ----

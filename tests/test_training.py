@@ -51,6 +51,7 @@ from starter_training.story_training import MMFS_TARGET_SCALE, MMFSObjective, St
 from starter_training.systems import contrastive as contrastive_figures
 from starter_training.systems import drawn, finetuned, insight, reconstruction, refined
 from starter_training.systems import prior as prior_figures
+from starter_training.systems import sound as sound_figures
 from starter_training.targets import (
     APPEARANCE_HEADS,
     ATTRIBUTES,
@@ -854,6 +855,10 @@ def test_the_systems_are_trained_exported_and_measured(tmp_path):
     for name, tensor in read_tensors(run / "prior" / "prior.safetensors").items():
         assert name.startswith("conditioner.") or torch.allclose(prior[name], tensor, atol=1e-2), name
     assert trained.prior.model.clip_std.min() > 0
+    assert main(["sound", "--out", str(run), "--stories", "3", "--steps", "1"]) == 0
+    export_systems(run, run / "model")
+    trained = MMInterleavedPipeline.load(run / "model")
+    assert len(trained.systems.sounds.phrases) == 40 and trained.generation_config.image.refine is False
     cache, adapters = tmp_path / "cache", {"none": (None, False), "both": (pipeline.drawn_adapter, True)}
     judge = AttributeClassifier()
     assert set(drawn.wrong_facts(pipeline, judge, 20, 1, cache, adapters)) == set(adapters)
@@ -891,8 +896,10 @@ def test_look_variants_change_looks_alone():
         assert all(a.look != b.look and a.name == b.name for a, b in zip(variant.heroes, scene.heroes))
 
 
-def test_the_priors_figures():
+def test_the_priors_figures(monkeypatch):
     """With the weights that ship: what a held-out image's embedding keeps, what a text tells, one fact moved."""
+    monkeypatch.setattr(prior_figures, "NUM_SAMPLES", 4)
+    monkeypatch.setattr(prior_figures, "STEPS", 6)
     pipeline, judge = MMInterleavedPipeline.load("starter", "cpu"), load_classifier()
     figures = prior_figures.from_embeddings(pipeline, judge, 10, 6)
     assert figures["place and prop"]["image embedding"]["cases"] == 6
@@ -900,6 +907,9 @@ def test_the_priors_figures():
     assert texts["told"]["prior"]["mean"] > 0.5 and texts["untold coats"]["prior"]["cases"] == 2
     moved = prior_figures.differences(pipeline, judge, 10, 4)
     assert set(moved) == {"changed", "kept", *prior_figures.CHANGES}
+    assert sound_figures.heard(pipeline, 10, 1)["all"]["mean"] > 0.9
+    over = sound_figures.over_images(pipeline, judge, 10, 2)
+    assert over["sky as heard"]["sound"]["cases"] == 2 and set(over) == {"sky as heard", "rest kept", "both"}
     assert prior_figures.entropy(["a", "b"]) == pytest.approx(math.log(2))
 
 

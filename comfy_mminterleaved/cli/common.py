@@ -69,7 +69,14 @@ def read_opening(args, text_config: TextGenerationConfig | None = None, required
     """
     from ..checkpoints.load import model_folder
     from ..errors import StoryError
-    from ..generation.config import GenerationConfig, image_settings, read_generation_config, text_settings
+    from ..generation.config import (
+        MAX_REFINED_SIDE,
+        GenerationConfig,
+        can_refine,
+        image_settings,
+        read_generation_config,
+        text_settings,
+    )
     from ..stories.page import load_book
     from ..stories.story import ImageSegment, Story
 
@@ -108,6 +115,10 @@ def read_opening(args, text_config: TextGenerationConfig | None = None, required
         flags["size"] = int(width), int(height)
     flags["denoise"] = _denoise(args)
     image_config = _replaced(image_config, {**flags, "seed": seed})
+    if getattr(args, "refine", None) is None and image_config.refine:  # a default, which gives way
+        is_large = max(image_config.size or (0,)) > MAX_REFINED_SIDE
+        if is_large or folder is None or not can_refine(folder):
+            image_config = _replaced(image_config, {"refine": False})
     lora = settings.get("lora") if getattr(args, "lora", None) is None else args.lora
     if lora and not (isinstance(lora, str) and Path(lora).is_file()):
         raise CheckpointError(f"The LoRA {lora!r:.200} does not exist; give a file that `finetune` wrote with --lora.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import CheckpointError, SettingError
 
 GENERATION_CONFIG_FILE = "generation_config.json"
+MAX_REFINED_SIDE = 1024  # px of an image before it is refined
 SYSTEMS = "systems"  # folder of a model with what stands beside its blocks
 # Between the seeds of candidates; panels have consecutive ones. Odd, because torch's generators on the CPU look at the
 # lowest 32 bits of a seed alone.
@@ -256,18 +257,28 @@ def _settings(data, cls, old_names: dict[str, str], label: str) -> dict:
     return data
 
 
-def read_generation_config(folder: str | Path) -> GenerationConfig:
-    """The GenerationConfig of a checkpoint folder; the reference's defaults if it has no file of its own.
+def can_refine(folder: str | Path) -> bool:
+    """Whether a checkpoint folder has a refiner, and the contrastive model that reads for it."""
+    return all((Path(folder) / SYSTEMS / f"{name}.safetensors").is_file() for name in ("refiner", "contrastive"))
 
-    That images are refined is a default only where there is a refiner, which a converted model may lack.
-    """
+
+def read_generation_config(folder: str | Path) -> GenerationConfig:
+    """The GenerationConfig of a checkpoint folder; the reference's defaults if it has no file of its own."""
     from ..checkpoints.tensors import read_json
 
     path = Path(folder) / GENERATION_CONFIG_FILE
     data = read_json(path) if path.is_file() else {}
     if not set(data) & KEYS:  # none, or one that transformers wrote
         return GenerationConfig()
-    config = GenerationConfig.from_dict(data, repr(str(path)))
-    if config.image.refine and not (Path(folder) / SYSTEMS / "refiner.safetensors").is_file():
+    return GenerationConfig.from_dict(data, repr(str(path)))
+
+
+def usable_generation_config(folder: str | Path) -> GenerationConfig:
+    """`read_generation_config`, but images are refined by default only where there is a refiner.
+
+    A converted model has the defaults of the one that it was made of, and may lack its systems.
+    """
+    config = read_generation_config(folder)
+    if config.image.refine and not can_refine(folder):
         config = replace(config, image=replace(config.image, refine=False))
     return config

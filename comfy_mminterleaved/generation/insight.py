@@ -185,7 +185,7 @@ def inspect(
         SettingError: For no questions.
     """
     check_inspectable(story, questions)
-    config = replace(config or pipeline.generation_config.image, best_of=1)
+    config = replace(config or pipeline.generation_config.image, best_of=1, refine=False)
     stories, drawn = variants(pipeline.encode_images(story)), []
     for each in stories:
         drawn.append(pipeline.generate_image(each, config))
@@ -239,7 +239,7 @@ def attended(pipeline, story: Story, config: ImageGenerationConfig | None = None
     Returns:
         The drawing, its `AttentionMaps`, and the `gradient_maps` of its last step.
     """
-    config = replace(config or pipeline.generation_config.image, best_of=1)
+    config = replace(config or pipeline.generation_config.image, best_of=1, refine=False)
     story = pipeline.encode_images(story)
     net = pipeline.synchronizer.mmfs_module
     with record_attention(net) as attention, record_calls(net) as calls:

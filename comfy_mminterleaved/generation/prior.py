@@ -166,18 +166,18 @@ def move(
         amount: Of the turn; 0 leaves the embedding as it is.
 
     Raises:
-        SettingError: For texts that say the same.
+        SettingError: For texts that say the same to the model.
     """
     check_embeds(embed, text_embed, neutral)
     difference = F.normalize(text_embed.float(), dim=-1) - F.normalize(neutral.float(), dim=-1)
-    if (difference.norm(dim=-1) < 1e-4).any():
-        raise SettingError("The two texts say the same to the model, so there is nothing to change; write another one.")
     return turn(embed, difference, amount)
 
 
 def turn(embed: torch.Tensor, direction: torch.Tensor, amount: float) -> torch.Tensor:
     """An embedding `(..., D)` turned towards a direction, on the arc between them; it keeps its length."""
     check_embeds(embed, direction)
+    if (direction.float().norm(dim=-1) < 1e-4).any():
+        raise SettingError("There is no difference to turn an image embedding by; give another text or sound.")
     length = embed.float().norm(dim=-1, keepdim=True)
     return blend(embed, F.normalize(direction.float(), dim=-1).to(embed.device) * length, amount)
 
@@ -234,8 +234,13 @@ def load_prior(path: Path, embedder: FeatureEmbedder, device="cpu") -> tuple[Ima
 
 
 def check_prior(model: DiffusionPrior, embedder: FeatureEmbedder, label: str) -> None:
-    """Raises CheckpointError unless prior and contrastive model are of one space."""
-    width = embedder.model.config.projection_dim
+    """Raises CheckpointError unless prior and contrastive model belong together."""
+    width, limit = embedder.model.config.projection_dim, embedder.model.config.max_position_embeddings
+    if model.config.num_embeddings > limit:
+        raise CheckpointError(
+            f"{label} reads {model.config.num_embeddings} tokens, but the contrastive model {limit}; use those of one "
+            "model."
+        )
     if width != model.config.embedding_dim:
         raise CheckpointError(
             f"{label} is for embeddings of width {model.config.embedding_dim}, but the contrastive model gives "

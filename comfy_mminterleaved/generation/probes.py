@@ -156,7 +156,7 @@ def probe(
         pipeline: An `MMInterleavedPipeline`.
         change: One of `CHANGES`.
     """
-    config = replace(config or pipeline.generation_config.image, best_of=1)
+    config = replace(config or pipeline.generation_config.image, best_of=1, refine=False)
     pairs = [(story, changed_story(story, change)) for story in stories]
     results = []
     for pair in pairs:
@@ -222,7 +222,8 @@ def bias(
     first, *others = lists
     if any(f"{{{name}}}" not in template for name in lists) or len(lists[first]) < 2:
         raise SettingError("The template must have a {blank} for each list, and the first list at least two values.")
-    config, rng, pairs = replace(config or pipeline.generation_config.image, best_of=1), random.Random(0), []
+    config = replace(config or pipeline.generation_config.image, best_of=1, refine=False)
+    rng, pairs = random.Random(0), []
     for value in lists[first]:
         for number in range(count):
             text = template.format(**{first: value, **{name: rng.choice(lists[name]) for name in others}})

@@ -51,6 +51,8 @@ def embed_images(
     embedder: Embedder, images: Sequence[ImageSegment], on_progress: Callable[[int, int], object] | None = None
 ) -> torch.Tensor:
     """`(N, D)`, a few images at a time, so that a caller can show progress and stop."""
+    if not images:
+        raise SettingError("There are no images to embed; give at least one.")
     parts = []
     for start in range(0, len(images), BATCH):
         parts.append(embedder.image_embeds(images[start : start + BATCH]))

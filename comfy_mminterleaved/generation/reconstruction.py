@@ -111,7 +111,7 @@ def describe(
     Raises:
         StoryError: If the model writes nothing about the image.
     """
-    config = replace(config, best_of=1)
+    config = replace(config, best_of=1, refine=False)
     (image,) = pipeline.encode_images(Story.of(image)).images
     captions = caption_candidates(pipeline, image, num_captions, config.seed)
     log_probs = pipeline.score(pipeline.text.caption_story(Story.of(image)), captions)
@@ -160,7 +160,7 @@ def round_trip(
         raise StoryError("The story has no images to tell again; add one.")
     images = pipeline.encode_images(story).images
     captions = [caption_candidates(pipeline, image, 1)[0] for image in images]
-    config = replace(config or pipeline.generation_config.image, best_of=1)
+    config = replace(config or pipeline.generation_config.image, best_of=1, refine=False)
     texts = retell(captions, pipeline.generation_config.introduction)
     pipeline.text.check_context_length(Story(), [[TextSegment(text), Step.IMAGE] for text in texts])
     retold, similarities = Story(), []

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 
 from ..errors import CheckpointError, SettingError
 from ..models.refiner import SCALE, SIZE_MULTIPLE, Refiner, RefinerConfig
+from .config import MAX_REFINED_SIDE
 from .embedders import FeatureEmbedder, read_system
-
-MAX_SIDE = 1024  # px of what goes in
 
 
 class ImageRefiner:
@@ -65,8 +64,11 @@ class ImageRefiner:
 
 def check_size(width: int, height: int) -> None:
     """Raises SettingError for an image that is too large to refine."""
-    if max(height, width) > MAX_SIDE:
-        raise SettingError(f"An image to refine may have {MAX_SIDE} px a side at most, not {width} x {height}.")
+    if max(height, width) > MAX_REFINED_SIDE:
+        raise SettingError(
+            f"An image to refine may have {MAX_REFINED_SIDE} px a side at most, not {width} x {height}; draw it "
+            "smaller, or do not refine."
+        )
 
 
 def load_refiner(path: Path, embedder: FeatureEmbedder | None = None, device="cpu") -> ImageRefiner:

@@ -59,10 +59,10 @@ class SoundEmbedder:
             SettingError: For silence, for what is not a number, and for more than ten minutes.
         """
         c = self.model.config
-        check_sound(waveform, sampling_rate)
-        x = resample(waveform.float().mean(0), sampling_rate, c.sampling_rate).to(self.device)
-        x = F.pad(x, (0, max(0, c.window_length - len(x))))
-        windows = x.unfold(0, c.window_length, c.window_length // 2)
+        x = resample(to_mono(waveform, sampling_rate), sampling_rate, c.sampling_rate).to(self.device)
+        hop = c.window_length // 2
+        x = F.pad(x, (0, max(c.window_length - len(x), -(len(x) - c.window_length) % hop)))
+        windows = x.unfold(0, c.window_length, hop)
         loud = windows.abs().amax(1) > QUIET * x.abs().max()
         return F.normalize(self.model(log_mel(windows[loud], c)).mean(0), dim=-1)
 
@@ -107,7 +107,8 @@ class ClapSounds:
         if not is_clap_folder(folder):
             raise CheckpointError(f"The folder {str(folder)!r} holds no CLAP of transformers.")
         try:
-            model = ClapModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            options = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+            model = ClapModel.from_pretrained(folder, **options)
             processor = ClapProcessor.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises errors of any type
             reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
@@ -118,13 +119,15 @@ class ClapSounds:
     def hear(self, waveform: torch.Tensor, sampling_rate: int, phrases: Sequence[str] = ()) -> list[tuple[str, float]]:
         """As `SoundEmbedder.hear`, in CLAP's space."""
         phrases = check_phrases(phrases or self.phrases)
-        check_sound(waveform, sampling_rate)
-        rate, device = self.processor.feature_extractor.sampling_rate, self.model.device
-        mono = resample(waveform.float().mean(0).cpu(), sampling_rate, rate).numpy()
-        heard = self.processor.feature_extractor(mono, sampling_rate=rate, return_tensors="pt").to(device)
+        extractor, device = self.processor.feature_extractor, self.model.device
+        rate = extractor.sampling_rate
+        mono = resample(to_mono(waveform, sampling_rate).cpu(), sampling_rate, rate)
+        # Of what is longer than it takes at once, the extractor would take a part by chance.
+        parts = [part.numpy() for part in mono.split(extractor.nb_max_samples)]
+        heard = extractor(parts, sampling_rate=rate, return_tensors="pt").to(device)
         read = self.processor.tokenizer(phrases, padding=True, truncation=True, return_tensors="pt").to(device)
         names = ("input_ids", "attention_mask")
-        sound = pooled(self.model.get_audio_features(**heard))
+        sound = F.normalize(pooled(self.model.get_audio_features(**heard)), dim=-1).mean(0, keepdim=True)
         texts = pooled(self.model.get_text_features(**{name: read[name] for name in names}))
         scores = cosines(F.normalize(sound, dim=-1), F.normalize(texts, dim=-1))[0].tolist()
         return sorted(zip(phrases, scores), key=lambda each: -each[1])
@@ -136,14 +139,19 @@ class ClapSounds:
         return F.normalize(weights @ self.embedder.text_embeds(self.phrases).float().cpu(), dim=-1)
 
     def direction(self, waveform: torch.Tensor, sampling_rate: int) -> torch.Tensor:
-        """`(D,)`, from the mean of all phrases to what is heard."""
+        """`(D,)`, from the mean of all phrases to what is heard; raises SettingError for fewer than two phrases."""
+        if len(self.phrases) < 2:
+            raise SettingError(f"There is one phrase, {self.phrases[0]!r}; give several, so that a sound can differ.")
         texts = self.embedder.text_embeds(self.phrases).float().cpu()
         return self.embed(waveform, sampling_rate) - texts.mean(0)
 
 
 def is_clap_folder(folder: Path) -> bool:
     """Whether a folder is a CLAP as transformers saves it."""
-    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == "clap"
+    try:
+        return (folder / "config.json").is_file() and read_json(folder / "config.json").get("model_type") == "clap"
+    except CheckpointError:  # lists of models name what can be read, and leave the rest out
+        return False
 
 
 def check_phrases(phrases: Sequence[str]) -> list[str]:
@@ -154,8 +162,8 @@ def check_phrases(phrases: Sequence[str]) -> list[str]:
     return phrases
 
 
-def check_sound(waveform: torch.Tensor, sampling_rate: int) -> None:
-    """Raises SettingError for a sound that cannot be embedded."""
+def to_mono(waveform: torch.Tensor, sampling_rate: int) -> torch.Tensor:
+    """The mean of the channels `(samples,)`; raises SettingError for a sound that cannot be embedded."""
     if sampling_rate < 1000:
         raise SettingError(f"The sampling rate must be at least 1000 Hz, not {sampling_rate}.")
     if waveform.shape[-1] > MAX_SECONDS * sampling_rate:
@@ -164,8 +172,10 @@ def check_sound(waveform: torch.Tensor, sampling_rate: int) -> None:
         )
     if not waveform.isfinite().all():
         raise SettingError("The sound has samples that are not numbers.")
-    if waveform.numel() == 0 or waveform.abs().max() < 1e-5:
+    mono = waveform.float().mean(0) if waveform.numel() else waveform.new_zeros(1)
+    if mono.abs().max() < 1e-5:
         raise SettingError("The sound is silent; give one that can be heard.")
+    return mono
 
 
 def resample(x: torch.Tensor, rate: int, target: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Sounds in a real ComfyUI: what is heard, panels drawn again as they would sound, CLAP."""
 
+import json
 import sys
 import wave
 from pathlib import Path
@@ -19,6 +20,7 @@ from starter_training.sound_training import phrase
 sys.path.append(str(Path(__file__).parents[1]))
 from tiny_clap import make_clap
 
+EXAMPLES = Path(__file__).parents[2] / "nodes" / "sounds"
 DRAWING = {"seed": 1, "steps": 8, "cfg": 3.0, "denoise": 1.0, "sampler_name": "euler", "scheduler": "normal"}
 
 
@@ -108,6 +110,13 @@ def test_a_sound_over_a_panel(comfyui):
     assert (changed > 127).mean() > 0.1 and (changed > 127).mean() > (unchanged > 127).mean()
 
 
+def test_denoise_keeps_the_picture(comfyui):
+    source, _ = saved(comfyui, over(sound("rain"), 0.0, denoise=0.01, steps=100))
+    for denoise, low, high in ((0.25, 0, 12), (1.0, 12, 255)):
+        drawn, _ = saved(comfyui, over(sound("night"), 0.35, denoise=denoise))
+        assert low <= np.abs(drawn - source).mean() < high
+
+
 def test_silence_is_an_error_before_anything_is_drawn(comfyui):
     write(comfyui, "silence.wav", np.zeros(16_000), 16_000)
     source = node("LoadAudio", audio="silence.wav")
@@ -124,7 +133,13 @@ def test_a_sounds_own_embedding(comfyui):
         "e": node("MMInterleavedSoundToEmbedding", sound_model=["m", 0], audio=["a", 0], amount=0.3),
         "o": node("ShowEmbedding", embedding=["e", 0]),
     }
-    assert comfyui.run(prompt)["outputs"]["o"]["text"]
+    (shown,) = comfyui.run(prompt)["outputs"]["o"]["text"]
+    with wave.open(str(EXAMPLES / "rain.wav"), "rb") as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
+    expected = MMInterleavedPipeline.load("starter", "cpu").systems.sounds.embed(
+        torch.from_numpy(samples)[None], 16_000
+    )
+    assert np.abs(np.array(json.loads(shown)[0][0]) - expected.numpy()).max() < 1e-3
 
 
 def test_clap(comfyui):

@@ -32,6 +32,7 @@ const TEXT_NODES = [
     "MMInterleavedChoose",
     "MMInterleavedClipScore",
     "MMInterleavedFindImage",
+    "MMInterleavedDescribeSound",
 ];
 const NODES = [...PANEL_NODES, ...TEXT_NODES];
 
