@@ -304,7 +304,7 @@ class Subgraph(Workflow):
 EXAMPLE = "example (three stories)"
 MIA = "Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball."
 PAGES = (420, 760)  # of Save Story, which shows the panels
-TELL, TELL_ROOM = (400, 480), 1250  # of Tell Story; with all its settings open and the panels below
+TELL, TELL_ROOM = (400, 480), 1320  # of Tell Story; with all its settings open and the panels below
 
 
 def load(w: Workflow, x=0, y=0) -> Node:

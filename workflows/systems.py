@@ -263,7 +263,7 @@ def sound_over_a_panel(w) -> None:
     hearing = w.add("MMInterleavedLoadSound", 0, 670, (300, 130), model="starter")
     picture = w.add("MMInterleavedExampleImage", 420, 0, (320, 360))
     audio = w.add("MMInterleavedExampleSound", 420, 460, (320, 80), sound="night")
-    heard = w.add("MMInterleavedDescribeSound", 420, 640, (320, 240), sound_model=hearing[0], audio=audio[0])
+    heard = w.add("MMInterleavedDescribeSound", 420, 640, (320, 240), room=360, sound_model=hearing[0], audio=audio[0])
     over = w.add(
         "MMInterleavedSoundOverPanel",
         860,
