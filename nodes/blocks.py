@@ -123,6 +123,19 @@ def detach_other_patches(patcher) -> None:
     setattr(module, LAST_PATCHES, uuid)
 
 
+def system_patcher(*modules: torch.nn.Module):
+    """`block_patcher` of what stands beside a model's blocks: held where ComfyUI holds text encoders."""
+    management = comfy.model_management
+    devices = management.text_encoder_device(), management.text_encoder_offload_device()
+    # In a list, because a model of transformers has a `device` that cannot be set.
+    return block_patcher(torch.nn.ModuleList(modules), *devices)
+
+
+def load_whole(patcher) -> None:
+    """Loads a model of another library, whose layers cannot stay in the computer's memory while they compute."""
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
+
+
 class PatchedBlock:
     """One block: its module in a ModelPatcher, and the config it was made from."""
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import comfy.model_management
 import comfy.ops
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
 from ..comfy_mminterleaved.checkpoints.load import read_config
 from ..comfy_mminterleaved.checkpoints.native import block_file
-from ..comfy_mminterleaved.errors import CheckpointError, SettingError
+from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.generation.embedders import (
     CLIPEmbedder,
     Embedder,
@@ -27,13 +25,11 @@ from ..comfy_mminterleaved.generation.ranking import RankedImage, find_images, r
 from ..comfy_mminterleaved.models.gmail_adapter import DRAWN
 from ..comfy_mminterleaved.models.visual_tokenizer import ImageFeatures
 from ..comfy_mminterleaved.stories.story import ImageSegment, Story
-from .blocks import PatchedEncoder, block_patcher, progress
+from .blocks import PatchedEncoder, block_patcher, load_whole, progress, system_patcher
 from .context_images import embed_images
-from .load import check_systems, load_block, model_folder, models_with, read, read_system, sentence
+from .load import SystemModels, load_block, model_folder, read, read_system, sentence
 from .segments import images_from_batch
 from .types import CATEGORY, ContrastiveSocket, EncoderSocket, StorySocket, advanced
-
-CLIP_FOLDER = "clip_vision"
 
 
 class PatchedContrastive(FeatureEmbedder):
@@ -89,18 +85,14 @@ class PatchedCLIP(CLIPEmbedder):
 
     def __init__(self, model, processor):
         super().__init__(model, processor)
-        management = comfy.model_management
-        devices = management.text_encoder_device(), management.text_encoder_offload_device()
-        self.patcher = block_patcher(
-            torch.nn.ModuleList([model]), *devices
-        )  # a model of transformers has a fixed `device`
+        self.patcher = system_patcher(model)
 
     def image_embeds(self, images) -> torch.Tensor:
-        comfy.model_management.load_models_gpu([self.patcher])
+        load_whole(self.patcher)
         return super().image_embeds(images).cpu()
 
     def text_embeds(self, texts) -> torch.Tensor:
-        comfy.model_management.load_models_gpu([self.patcher])
+        load_whole(self.patcher)
         return super().text_embeds(texts).cpu()
 
 
@@ -140,30 +132,12 @@ class ClipVisionEmbedder:
             )
 
 
-def contrastive_models() -> list[str]:
-    """Models with a contrastive model of their own, and folders of transformers in models/clip_vision."""
-    names = models_with("contrastive")
-    for folder in map(Path, folder_paths.get_folder_paths(CLIP_FOLDER)):
-        for path, _, files in sorted(os.walk(folder, followlinks=True)):
-            if "config.json" in files and any(file.endswith(".safetensors") for file in files) and Path(path) != folder:
-                names.append(f"{CLIP_FOLDER}/{Path(path).relative_to(folder).as_posix()}")
-    return list(dict.fromkeys(names))
+def is_transformers_folder(folder: Path) -> bool:
+    """Whether a folder holds a model with its weights as transformers saves it."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def clip_path(name: str) -> Path | None:
-    """The folder of transformers by the name in the list; None for a model with a contrastive model of its own."""
-    kind, _, rest = name.partition("/")
-    if kind != CLIP_FOLDER or not rest:
-        return None
-    for folder in map(Path, folder_paths.get_folder_paths(CLIP_FOLDER)):
-        if (folder / rest / "config.json").is_file() and name in contrastive_models():
-            return folder / rest
-    raise CheckpointError(f"The folder {rest!r:.80} is not in models/{CLIP_FOLDER}.")
-
-
-def _check(name: str) -> None:
-    if clip_path(name) is None:
-        check_systems(name, "contrastive")
+CONTRASTIVE_MODELS = SystemModels("clip_vision", is_transformers_folder, "contrastive")
 
 
 class LoadContrastive(io.ComfyNode):
@@ -177,7 +151,7 @@ class LoadContrastive(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=contrastive_models(),
+                    options=CONTRASTIVE_MODELS.names(),
                     tooltip="'starter' comes with the package and knows its picture-book world; others are folders of "
                     "transformers (config.json, model.safetensors, tokenizer) in models/clip_vision.",
                 ),
@@ -192,11 +166,11 @@ class LoadContrastive(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model):
-        return model is None or sentence(lambda: _check(model))
+        return model is None or sentence(lambda: CONTRASTIVE_MODELS.check(model))
 
     @classmethod
     def execute(cls, model, encoder=None) -> io.NodeOutput:
-        folder = clip_path(model)
+        folder = CONTRASTIVE_MODELS.path(model)
         if folder is None:
             return io.NodeOutput(PatchedContrastive(model_folder(model), encoder))
         device = comfy.model_management.text_encoder_device()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.utils
@@ -79,6 +80,48 @@ def check_systems(name: str, *systems: str) -> None:
     """Raises CheckpointError for a model that lacks one of these systems."""
     for system in systems:
         system_path(model_folder(name), system)
+
+
+class SystemModels:
+    """What a loader of a system offers: models that have it, and folders of another library in one of ComfyUI's.
+
+    Args:
+        category: ComfyUI's name of the folder.
+        is_model: Whether a folder in it is one to offer.
+        systems: That a model must have.
+    """
+
+    def __init__(self, category: str, is_model: Callable[[Path], bool], *systems: str):
+        self.category, self.is_model, self.systems = category, is_model, systems
+
+    def _folders(self) -> list[Path]:
+        try:
+            return list(map(Path, folder_paths.get_folder_paths(self.category)))
+        except KeyError:  # an older core, which has no such folder
+            return []
+
+    def names(self) -> list[str]:
+        names = models_with(*self.systems)
+        for folder in self._folders():
+            for path, _, _ in sorted(os.walk(folder, followlinks=True)):
+                if Path(path) != folder and self.is_model(Path(path)):
+                    names.append(f"{self.category}/{Path(path).relative_to(folder).as_posix()}")
+        return list(dict.fromkeys(names))
+
+    def path(self, name: str) -> Path | None:
+        """The other library's folder by its name in the list; None for a model. Raises CheckpointError."""
+        kind, _, rest = name.partition("/")
+        if kind != self.category or not rest:
+            return None
+        for folder in self._folders():
+            if self.is_model(folder / rest) and name in self.names():
+                return folder / rest
+        raise CheckpointError(f"The folder {rest!r:.80} is not in models/{self.category}.")
+
+    def check(self, name: str) -> None:
+        """Raises CheckpointError for what is not there."""
+        if self.path(name) is None:
+            check_systems(name, *self.systems)
 
 
 def load_block(kind, path: str | Path):

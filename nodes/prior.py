@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import comfy.clip_vision
 import comfy.model_management
 import comfy.ops
-import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..comfy_mminterleaved.errors import CheckpointError, SettingError
+from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.generation.embedders import Embedder
 from ..comfy_mminterleaved.generation.prior import (
     TEXT_STRENGTH,
@@ -29,14 +27,12 @@ from ..comfy_mminterleaved.generation.prior import (
 )
 from ..comfy_mminterleaved.generation.ranking import embed_images
 from ..comfy_mminterleaved.stories.story import Story
-from .blocks import block_patcher, check_features, progress
+from .blocks import check_features, load_whole, progress, system_patcher
 from .contrastive import PatchedReader
-from .load import check_systems, model_folder, models_with, read_system, sentence
+from .load import SystemModels, model_folder, read_system, sentence
 from .segments import images_from_batch
 from .synchronize import apply_mmfs, check_unet
 from .types import CATEGORY, ContrastiveSocket, PriorSocket, StorySocket, SynchronizerSocket, seed_input, strength_input
-
-DIFFUSERS_FOLDER = "diffusers"
 
 
 class PatchedPrior(ImagePrior):
@@ -49,7 +45,7 @@ class PatchedPrior(ImagePrior):
         encode = of_embedder(reader, module.config.num_embeddings)
         super().__init__(module.prior, make_prior_scheduler(), encode, True, module.config.guidance_scale)
         self.conditioner = module.conditioner
-        self.patcher = _patcher(module, reader.model)
+        self.patcher = system_patcher(module, reader.model)
         reader.device = self.device
 
     @property
@@ -69,7 +65,7 @@ class PatchedPriorFolder(ImagePrior):
         is_cpu = comfy.model_management.is_device_cpu(comfy.model_management.text_encoder_device())
         prior = load_prior_folder(folder, dtype=torch.float32 if is_cpu else torch.float16)
         super().__init__(prior.model, prior.scheduler, prior.encode_texts)
-        self.patcher = _patcher(prior.model, prior.encode_texts.tower)
+        self.patcher = system_patcher(prior.model, prior.encode_texts.tower)
 
     @property
     def device(self) -> torch.device:
@@ -79,41 +75,7 @@ class PatchedPriorFolder(ImagePrior):
         load_whole(self.patcher)
 
 
-def load_whole(patcher) -> None:
-    """Loads a model of another library, whose layers cannot stay in the computer's memory while they compute."""
-    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
-
-
-def _patcher(*modules: torch.nn.Module):
-    management = comfy.model_management
-    devices = management.text_encoder_device(), management.text_encoder_offload_device()
-    return block_patcher(torch.nn.ModuleList(modules), *devices)
-
-
-def prior_models() -> list[str]:
-    """Models with a prior of their own, and folders of priors in models/diffusers."""
-    names = models_with("contrastive", "prior")
-    for folder in map(Path, folder_paths.get_folder_paths(DIFFUSERS_FOLDER)):
-        for path, _, _ in sorted(os.walk(folder, followlinks=True)):
-            if is_prior_folder(Path(path)) and Path(path) != folder:
-                names.append(f"{DIFFUSERS_FOLDER}/{Path(path).relative_to(folder).as_posix()}")
-    return list(dict.fromkeys(names))
-
-
-def prior_path(name: str) -> Path | None:
-    """The folder of diffusers by the name in the list; None for a model with a prior of its own."""
-    kind, _, rest = name.partition("/")
-    if kind != DIFFUSERS_FOLDER or not rest:
-        return None
-    for folder in map(Path, folder_paths.get_folder_paths(DIFFUSERS_FOLDER)):
-        if is_prior_folder(folder / rest) and name in prior_models():
-            return folder / rest
-    raise CheckpointError(f"The folder {rest!r:.80} is not in models/{DIFFUSERS_FOLDER}.")
-
-
-def _check(name: str) -> None:
-    if prior_path(name) is None:
-        check_systems(name, "contrastive", "prior")
+PRIORS = SystemModels("diffusers", is_prior_folder, "contrastive", "prior")
 
 
 def as_output(image_embeds: torch.Tensor):
@@ -144,7 +106,7 @@ class LoadPrior(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=prior_models(),
+                    options=PRIORS.names(),
                     tooltip="'starter' comes with the package and knows its picture-book world; others are folders of "
                     "diffusers in models/diffusers, such as karlo-v1-alpha or kandinsky-2-2-prior.",
                 )
@@ -154,11 +116,11 @@ class LoadPrior(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model):
-        return model is None or sentence(lambda: _check(model))
+        return model is None or sentence(lambda: PRIORS.check(model))
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
-        folder = prior_path(model)
+        folder = PRIORS.path(model)
         return io.NodeOutput(PatchedPrior(model_folder(model)) if folder is None else PatchedPriorFolder(folder))
 
 

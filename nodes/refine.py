@@ -11,7 +11,7 @@ from ..comfy_mminterleaved.generation.memory import refining_bytes
 from ..comfy_mminterleaved.generation.ranking import panel_text
 from ..comfy_mminterleaved.generation.refine import ImageRefiner, build_refiner
 from ..comfy_mminterleaved.stories.story import Story
-from .blocks import block_patcher, progress
+from .blocks import progress, system_patcher
 from .contrastive import PatchedReader
 from .load import check_systems, model_folder, models_with, read_system, sentence
 from .segments import images_from_batch
@@ -24,9 +24,7 @@ class PatchedRefiner(ImageRefiner):
     def __init__(self, folder):
         embedder = PatchedReader(folder)
         super().__init__(build_refiner(*read_system(folder, "refiner"), "refiner", comfy.ops.manual_cast), embedder)
-        management = comfy.model_management
-        devices = management.text_encoder_device(), management.text_encoder_offload_device()
-        self.patcher = block_patcher(torch.nn.ModuleList([self.model, embedder.model]), *devices)
+        self.patcher = system_patcher(self.model, embedder.model)
         embedder.device = self.device
 
     @property

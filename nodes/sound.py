@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import wave
 from pathlib import Path
 
 import comfy.model_management
 import comfy.ops
-import folder_paths
 import numpy as np
 import torch
 import torch.nn.functional as F
 from comfy_api.latest import io, ui
 
-from ..comfy_mminterleaved.errors import CheckpointError, SettingError
+from ..comfy_mminterleaved.errors import SettingError
 from ..comfy_mminterleaved.generation.prior import turn
 from ..comfy_mminterleaved.generation.sound import (
     SOUND_STRENGTH,
@@ -23,11 +21,11 @@ from ..comfy_mminterleaved.generation.sound import (
     build_sound,
     is_clap_folder,
 )
-from .blocks import block_patcher
+from .blocks import load_whole, system_patcher
 from .contrastive import PatchedReader
 from .drawing import Drawing, draw_panel
-from .load import check_systems, model_folder, models_with, read_system, sentence
-from .prior import as_output, embeds_of, load_whole
+from .load import SystemModels, model_folder, read_system, sentence
+from .prior import as_output, embeds_of
 from .synchronize import check_unet
 from .types import (
     CATEGORY,
@@ -42,7 +40,6 @@ from .types import (
     seed_input,
 )
 
-CLAP_FOLDER = "audio_encoders"
 EXAMPLES = Path(__file__).with_name("sounds")
 PHRASES = "A dog barks.\nA cat meows.\nIt rains.\nWaves break on the beach.\nIt is night.\nA bell rings.\nMusic plays."
 CHANGED = 0.12  # mean difference of a pixel from which it counts as changed
@@ -55,9 +52,7 @@ class PatchedSounds(SoundEmbedder):
         reader = PatchedReader(folder)
         model, phrases = build_sound(*read_system(folder, "sound"), "sound", comfy.ops.manual_cast)
         super().__init__(model, reader, phrases)
-        management = comfy.model_management
-        devices = management.text_encoder_device(), management.text_encoder_offload_device()
-        self.patcher = block_patcher(torch.nn.ModuleList([model, reader.model]), *devices)
+        self.patcher = system_patcher(model, reader.model)
         reader.device = self.device
 
     @property
@@ -74,46 +69,14 @@ class PatchedClap(ClapSounds):
 
     def __init__(self, model, processor, embedder, phrases):
         super().__init__(model, processor, embedder, phrases)
-        management = comfy.model_management
-        devices = management.text_encoder_device(), management.text_encoder_offload_device()
-        self.patcher = block_patcher(torch.nn.ModuleList([model]), *devices)
+        self.patcher = system_patcher(model)
 
     def hear(self, waveform, sampling_rate: int, phrases=()):
         load_whole(self.patcher)
         return super().hear(waveform, sampling_rate, phrases)
 
 
-def _clap_folders() -> list[Path]:
-    try:
-        return list(map(Path, folder_paths.get_folder_paths(CLAP_FOLDER)))
-    except KeyError:  # an older core, which has no such folder
-        return []
-
-
-def sound_models() -> list[str]:
-    """Models with an audio encoder of their own, and folders of transformers' CLAP in models/audio_encoders."""
-    names = models_with("contrastive", "sound")
-    for folder in _clap_folders():
-        for path, _, files in sorted(os.walk(folder, followlinks=True)):
-            if "config.json" in files and Path(path) != folder and is_clap_folder(Path(path)):
-                names.append(f"{CLAP_FOLDER}/{Path(path).relative_to(folder).as_posix()}")
-    return list(dict.fromkeys(names))
-
-
-def clap_path(name: str) -> Path | None:
-    """The folder of a CLAP by the name in the list; None for a model with an audio encoder of its own."""
-    kind, _, rest = name.partition("/")
-    if kind != CLAP_FOLDER or not rest:
-        return None
-    for folder in _clap_folders():
-        if (folder / rest / "config.json").is_file() and name in sound_models():
-            return folder / rest
-    raise CheckpointError(f"The folder {rest!r:.80} is not in models/{CLAP_FOLDER}.")
-
-
-def _check(name: str) -> None:
-    if clap_path(name) is None:
-        check_systems(name, "contrastive", "sound")
+SOUND_MODELS = SystemModels("audio_encoders", is_clap_folder, "contrastive", "sound")
 
 
 def waveform_of(audio) -> tuple[torch.Tensor, int]:
@@ -134,7 +97,7 @@ class LoadSoundModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=sound_models(),
+                    options=SOUND_MODELS.names(),
                     tooltip="'starter' comes with the package and knows the forty sounds of its picture-book world; others are "
                     "folders of transformers' CLAP in models/audio_encoders.",
                 ),
@@ -158,11 +121,11 @@ class LoadSoundModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model):
-        return model is None or sentence(lambda: _check(model))
+        return model is None or sentence(lambda: SOUND_MODELS.check(model))
 
     @classmethod
     def execute(cls, model, contrastive=None, phrases=PHRASES) -> io.NodeOutput:
-        folder = clap_path(model)
+        folder = SOUND_MODELS.path(model)
         if folder is None:
             return io.NodeOutput(PatchedSounds(model_folder(model)))
         if contrastive is None:
