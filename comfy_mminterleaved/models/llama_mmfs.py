@@ -197,8 +197,8 @@ class LlamaDecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class LlamaMMFS(nn.Module):
-    """The multi-modal language model: embeddings in, hidden states and next-token logits out.
+class LlamaMMFSDecoder(nn.Module):
+    """The decoder layers and the final norm: embeddings in, hidden states out.
 
     Args:
         linears: The `operations` of attention and MLP, if not those of the other layers; None for those of the config's
@@ -211,20 +211,25 @@ class LlamaMMFS(nn.Module):
             linears = quantized_linears(c.quantization) if c.quantization else operations
         self.config, self._device, self._compiled = c, None, ()
         self.cache_dtype: torch.dtype | None = None  # of `KVCache`s made for it
-        self.embed_tokens = operations.Embedding(c.vocab_size, c.hidden_size)
-        self.soi_token = nn.Parameter(torch.zeros(1, c.hidden_size))
+        self._add_embeddings(operations)
         self.layers = nn.ModuleList(
             LlamaDecoderLayer(c, i % c.mmfs.cross_attention_frequency == 0, operations, attention, linears)
             for i in range(c.num_hidden_layers)
         )
         self.norm = operations.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.head = operations.Linear(c.hidden_size, c.vocab_size)
-        self.head_new = operations.Linear(c.hidden_size, c.num_added_tokens)
+
+    def _add_embeddings(self, operations) -> None:
+        """What a subclass has before the layers; tensors keep the order of the reference's."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That it computes in."""
+        return self.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where it computes; a host that keeps part of the weights elsewhere sets it."""
-        return self._device or self.soi_token.device
+        return self._device or self.norm.weight.device
 
     @device.setter
     def device(self, device) -> None:
@@ -248,21 +253,6 @@ class LlamaMMFS(nn.Module):
             for layer in self.layers
         )
 
-    def embed_inputs(self, ids, tokens=None) -> torch.Tensor:
-        """Embeds token ids, with visual tokens at the image tokens.
-
-        Args:
-            ids: int64 `(N, L)`.
-            tokens: `(images * num_img_token, hidden_size)`, in the order of the image tokens in `ids`; None if there
-                are none.
-        """
-        special = self.config.special_tokens
-        x = self.embed_tokens(ids)
-        x = x + (ids == special.soi).unsqueeze(-1) * self.soi_token.to(x)
-        if tokens is not None:
-            x = x.masked_scatter((ids == special.image).unsqueeze(-1), tokens.to(x))
-        return x
-
     def select_levels(self, maps) -> list[torch.Tensor]:
         """The feature maps that the MMFS layers attend to."""
         return [m for m in maps if m.shape[-1] in self.config.mmfs.spatial_shapes]
@@ -280,7 +270,7 @@ class LlamaMMFS(nn.Module):
         maps = self.select_levels(maps)
         sizes = [tuple(m.shape[-2:]) for m in maps]
         features = torch.cat([m.flatten(3).transpose(2, 3) for m in maps], dim=2)  # (N, P, S, C)
-        features = features.to(dtype=self.soi_token.dtype)
+        features = features.to(dtype=self.dtype)
         for layer in self.layers:
             if layer.llama_cross_attn is not None:
                 yield layer.llama_cross_attn.project_images(features, sizes)
@@ -339,12 +329,6 @@ class LlamaMMFS(nn.Module):
             cache.lengths = [start + count for start, count in zip(starts, counts or [length] * n)]
         return self.norm(x)
 
-    def logits(self, hidden) -> torch.Tensor:
-        """Next-token logits (..., vocab_size)."""
-        old, new = self.head(hidden), self.head_new(hidden)
-        split = self.config.vocab_size - self.config.num_added_tokens
-        return torch.cat([old[..., :split], old[..., split:] + new], dim=-1)
-
     def rotary_emb(self, positions, dtype):
         head = self.config.hidden_size // self.config.num_attention_heads
         frequency = 1.0 / self.config.rope_theta ** (torch.arange(0, head, 2, device=positions.device).float() / head)
@@ -355,7 +339,53 @@ class LlamaMMFS(nn.Module):
         """`project_images` for n stories without images."""
         return self.project_images(
             [
-                torch.zeros(n, 0, self.config.mmfs.d_value, side, side, device=self.device, dtype=self.soi_token.dtype)
+                torch.zeros(n, 0, self.config.mmfs.d_value, side, side, device=self.device, dtype=self.dtype)
                 for side in self.config.mmfs.spatial_shapes
             ]
         )
+
+
+class LlamaMMFS(LlamaMMFSDecoder):
+    """The multi-modal language model: embeddings in, hidden states and next-token logits out."""
+
+    def __init__(self, c: LlamaMMFSConfig, operations=nn, attention=default_attention, linears=None):
+        super().__init__(c, operations, attention, linears)
+        self.head = operations.Linear(c.hidden_size, c.vocab_size)
+        self.head_new = operations.Linear(c.hidden_size, c.num_added_tokens)
+
+    def _add_embeddings(self, operations) -> None:
+        self.embed_tokens = operations.Embedding(self.config.vocab_size, self.config.hidden_size)
+        self.soi_token = nn.Parameter(torch.zeros(1, self.config.hidden_size))
+
+    @property
+    def device(self) -> torch.device:
+        return self._device or self.soi_token.device
+
+    @device.setter
+    def device(self, device) -> None:
+        self._device = device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.soi_token.dtype
+
+    def embed_inputs(self, ids, tokens=None) -> torch.Tensor:
+        """Embeds token ids, with visual tokens at the image tokens.
+
+        Args:
+            ids: int64 `(N, L)`.
+            tokens: `(images * num_img_token, hidden_size)`, in the order of the image tokens in `ids`; None if there
+                are none.
+        """
+        special = self.config.special_tokens
+        x = self.embed_tokens(ids)
+        x = x + (ids == special.soi).unsqueeze(-1) * self.soi_token.to(x)
+        if tokens is not None:
+            x = x.masked_scatter((ids == special.image).unsqueeze(-1), tokens.to(x))
+        return x
+
+    def logits(self, hidden) -> torch.Tensor:
+        """Next-token logits (..., vocab_size)."""
+        old, new = self.head(hidden), self.head_new(hidden)
+        split = self.config.vocab_size - self.config.num_added_tokens
+        return torch.cat([old[..., :split], old[..., split:] + new], dim=-1)
