@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from .author import Author
 from .checkpoints.tensors import read_tensors
 from .config import BLOCKS, Config
+from .drawing import DrawingMixin
 from .errors import SettingError
 from .generation.config import (
     CANDIDATE_STEP,
@@ -24,10 +26,9 @@ from .generation.config import (
 from .generation.embedders import FeatureEmbedder
 from .generation.image import ImageGenerator
 from .generation.placement import Placement, choose_batch_size
-from .generation.prior import ImagePrior, check_embeds, turn
+from .generation.prior import ImagePrior
 from .generation.ranking import RankedImage, check_rankable, panel_text, rank_images
 from .generation.refine import ImageRefiner, check_size
-from .generation.sound import SOUND_STRENGTH
 from .generation.systems import Systems
 from .generation.text import TextGenerator
 from .loading import load_model, resolve_device, tiny_random_blocks
@@ -36,12 +37,12 @@ from .models.image_processor import preprocess_image
 from .models.lora import LoRA, read_kohya
 from .models.mmfs import fuse_mmfs
 from .models.visual_tokenizer import ImageFeatures
-from .stories.story import ImageSegment, Story, TextSegment
+from .stories.story import ImageSegment, Story
 from .stories.storyboard import panel_seeds, plan_panels
 from .storyteller import run_plan, run_plans
 
 
-class MMInterleavedPipeline:
+class MMInterleavedPipeline(DrawingMixin):
     """A whole model: `load` one, then `generate_story`, `generate_text`, `generate_image`, `answer`, `caption`, `rank`.
 
     The LLM's cache of the most recent story is kept, so that extending it costs only what is new; `clear_cache` frees
@@ -149,8 +150,9 @@ class MMInterleavedPipeline:
     @cached_property
     def systems(self) -> Systems:
         """What stands beside the blocks. It holds the pipeline, so it is made when it is first used."""
-        special_tokens = self.config.llm.special_tokens
-        return Systems(self.folder, special_tokens, self._encode_all, lambda: (self.device, self.llm.soi_token.dtype))
+        return Systems(
+            self.folder, self.config, self.llm, self._encode_all, lambda: (self.device, self.llm.soi_token.dtype)
+        )
 
     def clear_cache(self) -> None:
         """Frees the LLM's cache of the most recent story."""
@@ -245,14 +247,10 @@ class MMInterleavedPipeline:
         Args:
             story: What it was drawn from, if it was: everything before it.
         """
-        (context,) = self.context_features([story]) if story.segments else (None,)
-        return self._refined(image, story, context)
+        (prompt_embeds,) = self.prompt_embeds([story]) if story.segments else (None,)
+        return self._refined(image, story, prompt_embeds)
 
-    def _refined(self, image: ImageSegment, story: Story, context: torch.Tensor | None) -> ImageSegment:
-        prompt_embeds = None
-        if context is not None:
-            self._place("draw")
-            (prompt_embeds,) = self.synchronizer.conditioner.prompt_embeds([context])
+    def _refined(self, image: ImageSegment, story: Story, prompt_embeds: torch.Tensor | None) -> ImageSegment:
         return replace(image, refined=self.refiner.refine(image.pixels, panel_text(story), prompt_embeds))
 
     def check_refine(self, config: ImageGenerationConfig) -> None:
@@ -260,6 +258,11 @@ class MMInterleavedPipeline:
         if config.refine:
             _ = self.refiner
             check_size(*self.image.check_image_size(config.size))
+
+    def check_conditioner(self, config: ImageGenerationConfig) -> None:
+        """Raises before anything is drawn if the model has no such conditioner."""
+        if config.conditioner == "dream":
+            _ = self.systems.dream
 
     def rank_images(self, story: Story, images: Sequence[ImageSegment]) -> list[RankedImage]:
         """Candidates for the image that comes next in a story, the best first (`ranking.rank_images`)."""
@@ -276,6 +279,21 @@ class MMInterleavedPipeline:
         stories = [self.encode_images(story) for story in stories]
         self._place("text")
         return self.text.context_features(stories)
+
+    @torch.no_grad()
+    def prompt_embeds(self, stories: Sequence[Story], conditioner: str = "perceiver") -> torch.Tensor:
+        """What the U-Net is conditioned on to draw the image that comes next in each story, `(N, num_queries, C)`.
+
+        Args:
+            conditioner: "perceiver", or "dream" for the model's dream queries.
+        """
+        stories = [self.encode_images(story) for story in stories]
+        self._place("text")
+        if conditioner == "dream":
+            return self.systems.dream.prompt_embeds(self.text, stories)
+        context = self.text.context_features(stories)
+        self._place("draw")
+        return self.synchronizer.conditioner.prompt_embeds(context)
 
     # ---- text ----
 
@@ -368,30 +386,31 @@ class MMInterleavedPipeline:
         if config.best_of > 1:
             self.check_best_of(stories)
         self.check_refine(config)
+        self.check_conditioner(config)
         full = stories
         stories = [self.text.truncate_to_context(story, 1, drop_oldest) for story in stories]
         stories = [self.encode_images(story) for story in stories]
-        self._place("text")
-        context = self.text.context_features(stories)
+        prompt_embeds = self.prompt_embeds(stories, config.conditioner)
         self._place("draw")
         batch_size = 1 if self.placement is not None else batch_size
         if config.best_of == 1:
             outputs = self.image.generate(
-                stories, context, config, num_outputs, init_images, on_step, batch_size, seeds
+                stories, None, config, num_outputs, init_images, on_step, batch_size, seeds, prompt_embeds
             )
-            return self._refine_outputs(outputs, full, context, config)
+            return self._refine_outputs(outputs, full, prompt_embeds, config)
         # The first candidate has the noise of a single drawing; the others' is none that a panel uses.
         seeds = [config.seed] * len(stories) if seeds is None else seeds
         jobs = [(i, k, n) for i in range(len(stories)) for k in range(num_outputs) for n in range(config.best_of)]
         drawn = self.image.generate(
             [stories[i] for i, _, _ in jobs],
-            [context[i] for i, _, _ in jobs],
+            None,
             config,
             1,
             [init_images[i] for i, _, _ in jobs] if init_images else None,
             on_step,
             batch_size,
             [(seeds[i] + k + n * CANDIDATE_STEP) % 2**63 for i, k, n in jobs],
+            prompt_embeds[[i for i, _, _ in jobs]],
         )
         candidates: dict[tuple[int, int], list[ImageSegment]] = {}
         for (i, k, _), (image,) in zip(jobs, drawn):
@@ -400,91 +419,14 @@ class MMInterleavedPipeline:
             [self.rank_images(story, candidates[i, k])[0].image for k in range(num_outputs)]
             for i, story in enumerate(full)
         ]
-        return self._refine_outputs(outputs, full, context, config)
+        return self._refine_outputs(outputs, full, prompt_embeds, config)
 
     @torch.no_grad()
-    def generate_from_embeds(
-        self,
-        image_embeds: torch.Tensor,
-        config: ImageGenerationConfig | None = None,
-        story: Story = Story(),
-        init_image: ImageSegment | None = None,
-        on_step: OnStep | None = None,
-        batch_size: int = 8,
-        seeds: Sequence[int] | None = None,
-    ) -> list[ImageSegment]:
-        """Draws an image for each image embedding (unCLIP, 2204.06125, section 2.1).
-
-        One vector does not say which of two heroes wears what; the images of a story do.
-
-        Args:
-            image_embeds: `(N, D)`, from `embedder.image_embeds`, `prior.sample`, or made of such.
-            story: Its images are attended to; its texts are not read.
-            init_image: To start from, with `config.denoise`.
-            seeds: One per embedding; by default the config's and those after it.
-
-        Raises:
-            SettingError: For embeddings of another model, and for a config with best_of.
-        """
-        config = config or self.generation_config.image
-        conditioner = self.systems.embedding_conditioner
-        if image_embeds.ndim != 2 or not len(image_embeds):
-            raise SettingError(
-                f"Image embeddings must be one a row, (N, D), not of the shape {tuple(image_embeds.shape)}."
-            )
-        check_embeds(image_embeds, conditioner.proj.weight)
-        if config.best_of > 1:
-            raise SettingError("An image embedding has no text to choose an image by; set best_of to 1.")
-        if seeds is not None and len(seeds) != len(image_embeds):
-            raise SettingError(f"Each of {len(image_embeds)} embeddings needs a seed; there are {len(seeds)} seeds.")
-        self.image.check(config)
-        self.check_refine(config)
-        story, n = self.encode_images(story), len(image_embeds)
-        self._place("draw")
-        weight = conditioner.proj.weight
-        prompt_embeds = conditioner(image_embeds.to(weight.device, weight.dtype)).to(self.llm.soi_token.dtype)
-        outputs = self.image.generate(
-            [story] * n,
-            None,
-            config,
-            1,
-            None if init_image is None else [init_image] * n,
-            on_step,
-            1 if self.placement is not None else batch_size,
-            [config.seed + i for i in range(n)] if seeds is None else seeds,
-            prompt_embeds,
-        )
-        images = [image for (image,) in outputs]
-        if not config.refine:
-            return images
-        rows = zip(images, prompt_embeds)
-        return [replace(i, refined=self.refiner.refine(i.pixels, prompt_embeds=row)) for i, row in rows]
-
-    def draw_sound_over(
-        self,
-        image: ImageSegment,
-        waveform: torch.Tensor,
-        sampling_rate: int,
-        config: ImageGenerationConfig | None = None,
-        amount: float = SOUND_STRENGTH,
-        on_step: OnStep | None = None,
-    ) -> ImageSegment:
-        """Draws an image again as it would sound: rain over it, night over it (2112.00007).
-
-        Args:
-            waveform: `(channels, samples)`.
-            config: With `denoise` below 1, layout is kept too.
-            amount: How far its embedding is turned towards the sound, 0 to 1.
-        """
-        embed = self.embedder.image_embeds([image])
-        moved = turn(embed, self.systems.sounds.direction(waveform, sampling_rate), amount)
-        return self.generate_from_embeds(moved, config, Story.of(image), image, on_step)[0]
-
-    @torch.no_grad()
-    def _refine_outputs(self, outputs, stories, context, config: ImageGenerationConfig) -> list[list[ImageSegment]]:
+    def _refine_outputs(self, outputs, stories, prompt_embeds, config) -> list[list[ImageSegment]]:
         if not config.refine:
             return outputs
-        return [[self._refined(image, *row) for image in images] for images, *row in zip(outputs, stories, context)]
+        rows = zip(outputs, stories, prompt_embeds)
+        return [[self._refined(image, *row) for image in images] for images, *row in rows]
 
     def check_best_of(self, stories: Sequence[Story]) -> None:
         """Raises before anything is drawn if candidates could not be ranked."""
@@ -566,7 +508,7 @@ class MMInterleavedPipeline:
         text_config = text_config or self.generation_config.text
         image_config = image_config or self.generation_config.image
         self.validate_plan(story, plan, text_config, image_config, drop_oldest)
-        author = _Author(self, text_config, image_config, on_token, on_step, drop_oldest)
+        author = Author(self, text_config, image_config, on_token, on_step, drop_oldest)
         story = run_plan(author.encode(story), plan, author, author, seeds=seeds, on_segment=on_segment)
         return author.attach_features(story)
 
@@ -590,7 +532,7 @@ class MMInterleavedPipeline:
             on_token: Called with the text so far of the first story that is not finished.
             seeds: Of each story, one per entry of its plan, added to the seeds of the configs.
         """
-        author = _Author(self, text_config, image_config, on_token, on_step, drop_oldest)
+        author = Author(self, text_config, image_config, on_token, on_step, drop_oldest)
         stories = [author.encode(story) for story in stories]
         for grown in run_plans(stories, plans, author.write_all, author.illustrate_all, seeds=seeds):
             yield {i: author.attach_features(story) for i, story in grown.items()}
@@ -620,52 +562,8 @@ class MMInterleavedPipeline:
         if image_config.best_of > 1:
             self.check_best_of([])
         self.check_refine(image_config)
+        self.check_conditioner(image_config)
         self.text.check_context_length(story, plan, text_config, drop_oldest)
-
-
-class _Author:
-    """Writer and Illustrator of `storyteller.run_plan` on one pipeline."""
-
-    def __init__(self, pipeline: MMInterleavedPipeline, text_config, image_config, on_token, on_step, drop_oldest):
-        defaults = pipeline.generation_config
-        self.pipeline = pipeline
-        self.text_config, self.image_config = text_config or defaults.text, image_config or defaults.image
-        self.on_token, self.on_step, self.drop_oldest = on_token, on_step, drop_oldest
-        self.encoded: dict[tuple[str, str], ImageFeatures] = {}
-
-    def encode(self, story: Story) -> Story:
-        return self.pipeline.encode_images(story, self.encoded)
-
-    def attach_features(self, story: Story) -> Story:
-        """Returns the story with the features computed so far."""
-        features = self.encoded
-        return story.map_images(
-            lambda i: i.with_features(features[i.features_key]) if i.features_key in features else i
-        )
-
-    def write(self, story: Story, seed: int) -> TextSegment:
-        return self.write_all([story], [seed])[0]
-
-    def illustrate(self, story: Story, seed: int) -> ImageSegment:
-        return self.illustrate_all([story], [seed])[0]
-
-    def write_all(self, stories: Sequence[Story], seeds: Sequence[int]) -> list[TextSegment]:
-        seeds = [(self.text_config.seed + seed) % 2**63 for seed in seeds]
-        on_token = self.on_token and (lambda i, text: self.on_token(text) if i == 0 else None)
-        stories = [self.encode(story) for story in stories]
-        texts = self.pipeline.generate_texts(stories, self.text_config, 1, on_token, self.drop_oldest, seeds)
-        return [TextSegment(text.text, text.tokens) for (text,) in texts]
-
-    def illustrate_all(self, stories: Sequence[Story], seeds: Sequence[int]) -> list[ImageSegment]:
-        seeds = [(self.image_config.seed + seed) % 2**63 for seed in seeds]
-        stories = [self.encode(story) for story in stories]
-        batch_size, best_of = len(stories), self.image_config.best_of
-        if best_of > 1:
-            batch_size = max(batch_size, min(best_of, self.pipeline.choose_batch_size(self.image_config)))
-        images = self.pipeline.generate_images(
-            stories, self.image_config, 1, None, self.on_step, self.drop_oldest, batch_size, seeds
-        )
-        return [image for (image,) in images]
 
 
 def tiny_random_pipeline(seed: int = 0) -> MMInterleavedPipeline:

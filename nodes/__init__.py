@@ -7,8 +7,10 @@ from .ask import AskAboutStory, CaptionImage, RankAnswers
 from .compose import ComposePages
 from .context_images import SelectContextImages
 from .contrastive import BestPanel, CLIPScore, ContrastiveFromClip, FindImage, LoadContrastive
+from .dream import DrawInContext, LoadDreamQueries
 from .edit import EditPanels, SetPanel, StoryPanel
 from .example import ExampleImage
+from .image_tokens import DraftImages, EncodeImageTokens, LoadImageTokens
 from .inputs import check_inputs
 from .load import LoadEncoder, LoadMMInterleaved, LoadStoryLLM, LoadSynchronizer
 from .load_story import LoadStory
@@ -83,6 +85,11 @@ NODES = [
     BlendEmbeddings,
     MoveEmbedding,
     ApplyImageEmbedding,
+    LoadDreamQueries,
+    DrawInContext,
+    LoadImageTokens,
+    EncodeImageTokens,
+    DraftImages,
     LoadSoundModel,
     ExampleSound,
     DescribeSound,

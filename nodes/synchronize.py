@@ -17,6 +17,7 @@ from .native import skip_channels_of
 from .types import (
     CATEGORY,
     CONTEXT_IMAGES,
+    DreamSocket,
     LLMSocket,
     StorySocket,
     SynchronizerSocket,
@@ -158,6 +159,12 @@ class ApplySynchronizer(io.ComfyNode):
                     drop_oldest_input(),
                 ),
                 model_default_input(CONTEXT_IMAGES, "context_images", 0, 64),
+                DreamSocket.Input(
+                    "dream",
+                    optional=True,
+                    tooltip="From Load Dream Queries: they make the conditioning, in the place of the synchronizer's "
+                    "Perceiver.",
+                ),
             ],
             outputs=[
                 io.Model.Output("model_out", display_name="MODEL", tooltip="For any sampler."),
@@ -179,6 +186,7 @@ class ApplySynchronizer(io.ComfyNode):
         story=None,
         drop_oldest=False,
         context_images=None,
+        dream=None,
     ) -> io.NodeOutput:
         check_blocks(llm, synchronizer, model)
         story = story or Story()
@@ -188,13 +196,17 @@ class ApplySynchronizer(io.ComfyNode):
         max_images = c.mmfs.max_num_image_per_seq - 1
         if num_images > max_images:
             raise SettingError(f"This synchronizer can attend to {max_images} images at most, not {num_images}.")
-        story = llm.prepare(story, drop_oldest=drop_oldest)
-        context = llm.generator.context_features([story])
-        synchronizer.load(context[0].numel() * 64)
-        context = [states.to(synchronizer.device, synchronizer.dtype) for states in context]
-        device = comfy.model_management.intermediate_device()
-        conditioner = synchronizer.module.conditioner
-        positive = conditioner.prompt_embeds(context).to(device)
+        device, conditioner = comfy.model_management.intermediate_device(), synchronizer.module.conditioner
+        if dream is not None:
+            positive, story = dream.condition(llm, story, drop_oldest)
+            synchronizer.load(0)
+        else:
+            story = llm.prepare(story, drop_oldest=drop_oldest)
+            context = llm.generator.context_features([story])
+            synchronizer.load(context[0].numel() * 64)
+            context = [states.to(synchronizer.device, synchronizer.dtype) for states in context]
+            positive = conditioner.prompt_embeds(context)
+        positive = positive.to(device)
         negative = conditioner.neg_prompt_embeds.detach().to(device).clone()
         patched = apply_mmfs(model, synchronizer, story, strength, start, end, num_images)
         return io.NodeOutput(patched, [[positive, {}]], [[negative, {}]])

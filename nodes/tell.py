@@ -19,6 +19,7 @@ from .types import (
     HEIGHT,
     WIDTH,
     ContrastiveSocket,
+    DreamSocket,
     EncoderSocket,
     LLMSocket,
     PlanSocket,
@@ -152,6 +153,9 @@ class TellStory(io.ComfyNode):
                 RefinerSocket.Input(
                     "refiner", optional=True, tooltip="Gives each image a form of twice the size, for pages and books."
                 ),
+                DreamSocket.Input(
+                    "dream", optional=True, tooltip="From Load Dream Queries: the LLM itself says what to draw."
+                ),
             ],
             outputs=[
                 StorySocket.Output("story_out", display_name="story"),
@@ -191,6 +195,7 @@ class TellStory(io.ComfyNode):
         best_of=1,
         contrastive=None,
         refiner=None,
+        dream=None,
         **settings,
     ) -> io.NodeOutput:
         if plan is None and panels < 1:
@@ -265,7 +270,7 @@ class TellStory(io.ComfyNode):
                     end=1.0,
                     pictures=pictures if context_images is None else context_images,
                     drop_oldest=drop_oldest,
-                    **_optional(story=story),
+                    **_optional(story=story, dream=links.get("dream")),
                 )
                 sampling = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": scheduler}
                 image = draw_panel(graph, number, conditioned, latent, links["vae"], seed=seed, **sampling)

@@ -21,6 +21,9 @@ ContrastiveSocket = io.Custom("MMI_CONTRASTIVE")
 RefinerSocket = io.Custom("MMI_REFINER")
 PriorSocket = io.Custom("MMI_PRIOR")
 SoundSocket = io.Custom("MMI_SOUND")
+DreamSocket = io.Custom("MMI_DREAM")
+TokenDecoderSocket = io.Custom("MMI_IMAGE_TOKENS")
+TokensSocket = io.Custom("MMI_TOKENS")
 
 
 def search_aliases(*names: str) -> dict[str, list[str]]:

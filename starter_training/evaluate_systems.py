@@ -19,7 +19,7 @@ from comfy_mminterleaved.models.lora import LoRA
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
 from .classifier import SHIPPED, load
-from .systems import contrastive, drawn, finetuned, insight, prior, reconstruction, refined, sound
+from .systems import contrastive, drawn, dream, finetuned, insight, prior, reconstruction, refined, sound, tokens
 
 FIRST_SEED = 20  # of stories; those before chose weights and settings
 PARTS = {
@@ -50,6 +50,13 @@ PARTS = {
     "differences": lambda pipeline, judge, args: prior.differences(pipeline, judge, args.seed, args.cases // 3),
     "heard": lambda pipeline, judge, args: sound.heard(pipeline, args.seed, max(1, args.cases // 25)),
     "sound-over": lambda pipeline, judge, args: sound.over_images(pipeline, judge, args.seed, args.cases // 3),
+    "dream": lambda pipeline, judge, args: dream.stories(
+        pipeline, judge, range(args.seed, args.seed + 4), args.cases // 6
+    ),
+    "in-context": lambda pipeline, judge, args: dream.in_context(pipeline, judge, args.seed, args.cases * 2 // 3),
+    "codes": lambda pipeline, judge, args: tokens.codes(pipeline, judge, args.seed, args.cases),
+    "drafts": lambda pipeline, judge, args: tokens.drafts(pipeline, judge, args.seed, args.cases * 2 // 3),
+    "rows": lambda pipeline, judge, args: tokens.from_rows(pipeline, judge, args.seed, args.cases // 3),
     "sources": lambda pipeline, judge, args: insight.sources(pipeline, judge, args.seed, args.cases // 3),
     "robustness": lambda pipeline, judge, args: insight.robustness(pipeline, judge, args.seed, args.cases // 5),
     "bias": lambda pipeline, judge, args: insight.name_bias(pipeline, judge, args.seed, max(1, args.cases // 50)),

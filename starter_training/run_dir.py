@@ -20,8 +20,11 @@ from comfy_mminterleaved.generation.sound import PHRASES
 from comfy_mminterleaved.models.audio_encoder import AudioEncoderConfig
 from comfy_mminterleaved.models.build import check_shapes, diffusers_model, init_modules, param_shapes
 from comfy_mminterleaved.models.contrastive import ContrastiveConfig
+from comfy_mminterleaved.models.dream import DreamConfig
 from comfy_mminterleaved.models.prior import PriorConfig
 from comfy_mminterleaved.models.refiner import RefinerConfig
+from comfy_mminterleaved.models.token_decoder import TokenDecoderConfig
+from comfy_mminterleaved.models.vqvae import FACTOR, VQVAEConfig
 
 from . import sounds, world
 from .dataset import StoryDataset
@@ -43,7 +46,11 @@ STAGES = (
     "refine",
     "prior",
     "sound",
+    "dream",
+    "codes",
+    "tokens",
 )
+DREAM_RANK = 12  # of the LoRA with which the LLM reads dream queries
 # The stage folder in which `begin` puts each block.
 TRAINED_BY = {"vae": "vae", "encoder": "encoder", "llm": "language", "synchronizer": "look", "unet": "decoder"}
 
@@ -189,22 +196,39 @@ def sound_config() -> dict:
     return {**AudioEncoderConfig().to_dict(), PHRASES: [phrase(*name) for name in sounds.NAMES]}
 
 
+def dream_config(config: Config) -> DreamConfig:
+    perceiver = config.synchronizer.perceiver
+    return DreamConfig(perceiver.num_queries, config.llm.hidden_size, perceiver.hidden_size, DREAM_RANK)
+
+
+def vqvae_config(config: Config) -> VQVAEConfig:
+    return VQVAEConfig(config.vae["latent_channels"], config.vae["scaling_factor"])
+
+
+def token_decoder_config(config: Config) -> TokenDecoderConfig:
+    return TokenDecoderConfig(VQVAEConfig().num_codes, config.unet["sample_size"] // FACTOR)
+
+
 def export_systems(run_dir: Path, folder: Path) -> None:
     """Writes what the run has beside the model into a checkpoint's folder, in float16."""
     from safetensors.torch import save_file
 
+    config, blocks = load_run(run_dir)
     systems = {
         "contrastive": (run_dir / "contrastive" / "contrastive.safetensors", ContrastiveConfig().to_dict()),
         "drawn": (run_dir / "drawn" / "lora.safetensors", {}),
         "refiner": (run_dir / "refine" / "refiner.safetensors", RefinerConfig().to_dict()),
         "prior": (run_dir / "prior" / "prior.safetensors", PriorConfig().to_dict()),
         "sound": (run_dir / "sound" / "sound.safetensors", sound_config()),
+        "dream": (run_dir / "dream" / "dream.safetensors", dream_config(config).to_dict()),
+        "codes": (run_dir / "codes" / "vqvae.safetensors", vqvae_config(config).to_dict()),
+        "tokens": (run_dir / "tokens" / "tokens.safetensors", token_decoder_config(config).to_dict()),
     }
-    encoder = load_run(run_dir)[1]["encoder"].half().float()  # as the checkpoint has it
-    for name, (path, config) in systems.items():
+    encoder = blocks["encoder"].half().float()  # as the checkpoint has it
+    for name, (path, about) in systems.items():
         if path.exists():
             tensors = {key: tensor.half().contiguous() for key, tensor in read_tensors(path).items()}
             tokenizer = run_tokenizer(run_dir) if name == "contrastive" else None
             ensure_writable_dir(folder / SYSTEMS)
             with atomic_path(folder / SYSTEMS / f"{name}.safetensors") as temp_path:
-                save_file(tensors, temp_path, system_metadata(config, name, tokenizer, encoder.encoder_id))
+                save_file(tensors, temp_path, system_metadata(about, name, tokenizer, encoder.encoder_id))

@@ -12,17 +12,22 @@ import torch
 
 from comfy_mminterleaved.checkpoints.tensors import read_tensors
 from comfy_mminterleaved.config import Config
+from comfy_mminterleaved.errors import CheckpointError
 from comfy_mminterleaved.files import atomic_path, atomic_write
 from comfy_mminterleaved.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from comfy_mminterleaved.models.build import diffusers_model
 from comfy_mminterleaved.models.contrastive import ContrastiveConfig, ContrastiveModel, pad_ids
+from comfy_mminterleaved.models.dream import DreamQueries
 from comfy_mminterleaved.models.prior import DiffusionPrior, PriorConfig
 from comfy_mminterleaved.models.refiner import Refiner, RefinerConfig
+from comfy_mminterleaved.models.token_decoder import TokenDecoder
+from comfy_mminterleaved.models.vqvae import VQVAE
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
 from . import samples, sounds
 from .augmentation import augment, reconstruct_some
 from .batches import StoryBatches, TextBatch
+from .code_training import NUM_PERCEPTUAL, CodesObjective
 from .contrastive_training import (
     ContrastiveBatches,
     ContrastiveObjective,
@@ -33,21 +38,29 @@ from .contrastive_training import (
 from .dataset import StoryDataset, error_weights
 from .drawn_images import decoded_images, drawn_images, large_images, neighbour_images
 from .drawn_training import LAYERS, DrawnObjective, with_lora
+from .dream_training import LAYERS as DREAM_LAYERS
+from .dream_training import DreamBatches, DreamObjective, DreamState
 from .pretraining import EncoderObjective, UNetObjective, VAEDecoderObjective, VAEObjective
 from .prior_training import PriorBatches, PriorObjective, embeds_of, look_variants, scene_embeds
 from .refiner_training import RefinerBatches, RefinerObjective
 from .run_dir import (
+    DREAM_RANK,
     cached_latents,
+    dream_config,
     export_padded_vae,
     latest_slim_vae,
     load_run,
     run_tokenizer,
     set_scaling_factor,
+    token_decoder_config,
+    vqvae_config,
 )
 from .slim_vae import slim_autoencoder
 from .sound_training import SoundBatches, SoundObjective, class_means, phrase
+from .story_features import StoryFeatures
 from .story_training import MMFSObjective, StoryObjective
 from .targets import ConditioningTargets
+from .token_training import TokenBatches, TokenObjective, cached_cells, init_from_llm
 from .trainer import StageConfig, device_of, train
 
 HELD_OUT_STORIES = 200
@@ -453,6 +466,77 @@ def refiner_stage(stage: Stage) -> TrainingSetup:
     return TrainingSetup(objective, {"refiner": refiner}, get_batch, held_out_batches(get_batch, stage), sample)
 
 
+def story_features(stage: Stage) -> dict[StoryDataset, StoryFeatures]:
+    """The encoder's features of both datasets."""
+    encoder = stage.blocks["encoder"].eval().to(memory_format=torch.channels_last)
+    vae = latest_slim_vae(stage.run_dir, stage.model_config).eval().requires_grad_(False)
+    latents = stage.latents()
+    return {
+        data: StoryFeatures(stage.run_dir, data, encoder, vae, latents[data], stage.blocks["llm"])
+        for data in (stage.train_set, stage.held_out)
+    }
+
+
+def dream_stage(stage: Stage) -> TrainingSetup:
+    config, llm, tokenizer = stage.model_config, stage.blocks["llm"], run_tokenizer(stage.run_dir)
+    perceiver = config.synchronizer.perceiver
+    batches = {
+        data: DreamBatches(data, features, config, tokenizer, stage.config.batch, data is stage.held_out)
+        for data, features in story_features(stage).items()
+    }
+    model = DreamQueries(dream_config(config))
+    lora = with_lora(llm, DREAM_LAYERS, DREAM_RANK)
+    targets = ConditioningTargets(perceiver.num_queries, perceiver.hidden_size)
+    objective = DreamObjective(model, llm, lora, targets)
+
+    def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
+        is_story = None if data is stage.train_set else seed % 2 == 0
+        return (batches[data].build(seed, is_story).to(device_of(objective)),)
+
+    return TrainingSetup(objective, {"dream": DreamState(model, lora)}, get_batch, held_out_batches(get_batch, stage))
+
+
+def codes_stage(stage: Stage) -> TrainingSetup:
+    vae = latest_slim_vae(stage.run_dir, stage.model_config).eval().requires_grad_(False)
+    encoder = stage.blocks["encoder"].eval().to(memory_format=torch.channels_last)
+    model = VQVAE(vqvae_config(stage.model_config))
+    if (path := stage.dir / "vqvae.safetensors").exists():
+        model.load_state_dict(read_tensors(path))  # the codebooks, which are no parameters
+    objective, latents = CodesObjective(model, vae, encoder), stage.latents()
+
+    def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
+        rng = random.Random(f"pictures {seed}")
+        draw_indices = data.weighted_indices if data is stage.train_set else data.random_indices
+        indices = draw_indices(stage.config.batch, rng)
+        rng.shuffle(indices)
+        x = torch.from_numpy(latents[data][indices]).float()
+        images = data.images(indices[:NUM_PERCEPTUAL]).contiguous(memory_format=torch.channels_last)
+        batch = x, data.foreground_mask(indices, x.shape[-1]), images, torch.tensor(seed / stage.config.steps)
+        return tuple(each.to(device_of(objective)) for each in batch)
+
+    return TrainingSetup(objective, {"vqvae": model}, get_batch, held_out_batches(get_batch, stage))
+
+
+def tokens_stage(stage: Stage) -> TrainingSetup:
+    config, llm, tokenizer = stage.model_config, stage.blocks["llm"], run_tokenizer(stage.run_dir)
+    path, latents, batches = stage.run_dir / "codes" / "vqvae.safetensors", stage.latents(), {}
+    if not path.exists():
+        raise CheckpointError(f"The run {str(stage.run_dir)!r} has no image codes yet; run its stage 'codes' first.")
+    codes = VQVAE(vqvae_config(config)).eval()
+    codes.load_state_dict(read_tensors(path))
+    for data, features in story_features(stage).items():
+        cells = cached_cells(stage.run_dir / f"cells-{data.name}-{int(path.stat().st_mtime)}.npy", latents[data], codes)
+        batches[data] = TokenBatches(DreamBatches(data, features, config, tokenizer, stage.config.batch), cells)
+    model = TokenDecoder(token_decoder_config(config), config.llm)
+    init_from_llm(model, llm, codes)
+    objective = TokenObjective(model, llm)
+
+    def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
+        return tuple(each.to(device_of(objective)) for each in batches[data].build(seed))
+
+    return TrainingSetup(objective, {"tokens": model}, get_batch, held_out_batches(get_batch, stage))
+
+
 STAGE_FUNCTIONS = {
     "vae": vae_stage,
     "encoder": encoder_stage,
@@ -467,6 +551,9 @@ STAGE_FUNCTIONS = {
     "refine": refiner_stage,
     "prior": prior_stage,
     "sound": sound_stage,
+    "dream": dream_stage,
+    "codes": codes_stage,
+    "tokens": tokens_stage,
 }
 
 

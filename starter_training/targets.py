@@ -83,9 +83,17 @@ class ConditioningTargets:
             prompt_embeds: (N, num_tokens, width).
         """
         prompt_embeds = prompt_embeds.float()
-        logits = [token @ table[:-1].to(token).T for token, table in zip(prompt_embeds.unbind(1), self.tables)]
-        attributes = attribute_loss(torch.cat(logits, -1) / prompt_embeds.shape[-1] ** 0.5, labels)
+        attributes = attribute_loss(torch.cat(self.logits(prompt_embeds), -1) / prompt_embeds.shape[-1] ** 0.5, labels)
         return F.mse_loss(prompt_embeds, self(labels)), attributes
+
+    def logits(self, prompt_embeds: torch.Tensor) -> list[torch.Tensor]:
+        """Inner products with the classes of each attribute, `(N, classes)`."""
+        return [token @ table[:-1].to(token).T for token, table in zip(prompt_embeds.unbind(1), self.tables)]
+
+    def share_right(self, prompt_embeds: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The share of the drawings of which every known attribute is the likeliest."""
+        likeliest = torch.stack([each.argmax(-1) for each in self.logits(prompt_embeds.float())], dim=1)
+        return ((likeliest == labels) | (labels == IGNORE_INDEX)).all(1).float().mean()
 
 
 class MMFSTargets:

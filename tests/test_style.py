@@ -77,7 +77,7 @@ LAYERS = (
     ("models", "books"),
     ("checkpoints", "generation", "writers"),
     ("loading",),
-    ("pipeline", "storyteller", "finetune"),
+    ("pipeline", "author", "drawing", "storyteller", "finetune"),
     ("jobs",),
     ("cli", "__main__"),
 )

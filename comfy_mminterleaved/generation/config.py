@@ -17,6 +17,8 @@ SYSTEMS = "systems"  # folder of a model with what stands beside its blocks
 CANDIDATE_STEP = 2_654_435_761
 KEYS = {"text_generation", "image_generation", "image_first", "introduction"}
 
+CONDITIONERS = ("perceiver", "dream")
+
 OnToken = Callable[[int, list[int]], object]  # number of the text, its token ids so far; a true result ends that text
 OnStep = Callable[[int, int, Callable[[], object]], object]  # step from 1, number of steps, a cheap preview
 
@@ -80,6 +82,8 @@ class ImageGenerationConfig:
         denoise: With an initial image, the fraction of the noise schedule that is run; at 1 it hardly counts.
         best_of: How many candidates are drawn for each image; the model's contrastive model keeps the one that fits
             best (`ranking.rank_images`).
+        conditioner: What makes the U-Net's conditioning of the LLM's states: "perceiver" is the paper's, "dream" the
+            model's dream queries (`generation.dream`).
         refine: Whether the model's refiner gives each image a second form of twice the size, for pages
             (`ImageSegment.refined`); the story goes on from the first.
     """
@@ -95,6 +99,7 @@ class ImageGenerationConfig:
     mmfs_end: float = 1.0
     denoise: float = 1.0
     best_of: int = 1
+    conditioner: str = "perceiver"
     refine: bool = False
 
     def __post_init__(self):
@@ -110,6 +115,8 @@ class ImageGenerationConfig:
         ):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low, high)
+        if self.conditioner not in CONDITIONERS:
+            raise SettingError(f"The conditioner must be {' or '.join(CONDITIONERS)}, not {self.conditioner!r:.60}.")
         if not isinstance(self.refine, bool):
             raise SettingError(f"refine must be true or false, not {self.refine!r:.60}.")
         if not 0 < self.denoise <= 1:
@@ -217,7 +224,7 @@ def to_file(settings: TextGenerationConfig | ImageGenerationConfig) -> dict:
     return {name: value for name, value in values.items() if name != "seed" and (name, value) not in UNUSED}
 
 
-UNUSED = (("best_of", 1), ("refine", False))
+UNUSED = (("best_of", 1), ("conditioner", "perceiver"), ("refine", False))
 
 # Names that stories saved before the first release have.
 OLD_TEXT_NAMES = {"sample": "do_sample", "beams": "num_beams", "only_text": "suppress_special_tokens"}

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 
-from ..config import SpecialTokens
+from ..config import Config
 from ..errors import CheckpointError
+from ..models.llama_mmfs import LlamaMMFS
 from ..models.lora import LoRA
 from ..models.prior import EmbeddingConditioner
 from ..stories.story import ImageSegment
+from .dream import DreamConditioner, load_dream
 from .embedders import FeatureEmbedder, load_contrastive, load_lora, system_path
+from .image_tokens import ImageTokenizer, TokenSampler, check_tokens, load_image_tokenizer, load_token_sampler
 from .prior import ImagePrior, load_prior
 from .refine import ImageRefiner, load_refiner
 from .sound import SoundEmbedder, load_sound
@@ -31,11 +34,12 @@ class Systems:
     def __init__(
         self,
         folder: Path | None,
-        special_tokens: SpecialTokens,
+        config: Config,
+        llm: LlamaMMFS,
         encode: Callable[[Sequence[ImageSegment]], Sequence[ImageSegment]],
         placement: Callable[[], tuple[torch.device, torch.dtype]],
     ):
-        self.folder, self.special_tokens, self.encode, self.placement = folder, special_tokens, encode, placement
+        self.folder, self.config, self.llm, self.encode, self.placement = folder, config, llm, encode, placement
 
     def path(self, name: str, sentence: str) -> Path:
         """A system's file.
@@ -52,7 +56,7 @@ class Systems:
         """The contrastive model."""
         path = self.path("contrastive", "This model has no contrastive model to choose images by; omit best_of.")
         device, dtype = self.placement()
-        return load_contrastive(path, self.special_tokens, self.encode, dtype, device)
+        return load_contrastive(path, self.config.llm.special_tokens, self.encode, dtype, device)
 
     @cached_property
     def refiner(self) -> ImageRefiner:
@@ -74,6 +78,27 @@ class Systems:
     def embedding_conditioner(self) -> EmbeddingConditioner:
         """Has the U-Net draw image embeddings."""
         return self._prior[1]
+
+    @cached_property
+    def dream(self) -> DreamConditioner:
+        """Conditions the U-Net by dream queries."""
+        path = self.path("dream", "This model has no dream queries; use the conditioner 'perceiver'.")
+        device, dtype = self.placement()
+        return load_dream(path, self.llm, self.config, device, dtype)
+
+    @cached_property
+    def image_tokenizer(self) -> ImageTokenizer:
+        """Images as codes."""
+        path = self.path("codes", "This model has no image tokens.")
+        return load_image_tokenizer(path, self.placement()[0])
+
+    @cached_property
+    def token_sampler(self) -> TokenSampler:
+        """Drafts images as codes."""
+        path = self.path("tokens", "This model has no decoder of image tokens, so it cannot draft.")
+        sampler = load_token_sampler(path, self.config, *self.placement())
+        check_tokens(self.image_tokenizer.model, sampler.model, repr(path.name))
+        return sampler
 
     @cached_property
     def sounds(self) -> SoundEmbedder:

@@ -11,7 +11,7 @@ import torch
 
 from ..config import Config
 from ..errors import SettingError, StoryError, StoryTooLongError
-from ..models.llama_mmfs import LlamaMMFS
+from ..models.llama_mmfs import KVCache, LlamaImageValues, LlamaMMFS
 from ..stories.story import ImageSegment, Story, TextSegment
 from ..stories.storyboard import Step
 from .config import GeneratedText, GenerationConfig, RankedOption, TextGenerationConfig
@@ -222,6 +222,24 @@ class TextGenerator:
         batch = [self.tokenize(story) for story in stories]
         batch = [replace(tokens, input_ids=(*tokens.input_ids, soi)) for tokens in batch]
         return list(self._prefill(batch).hidden_states)
+
+    def fork(
+        self, stories: Sequence[Story], rows: Sequence[int] | None = None
+    ) -> tuple[KVCache, LlamaImageValues, torch.Tensor]:
+        """A cache that continues stories, their projected images, and bool `(N, P)` which of these are there.
+
+        What is written to it leaves the generator's own cache as it is.
+
+        Args:
+            rows: The story of each row; None for one row a story.
+        """
+        self._prefill_stories(stories)
+        cache = self._prefill([self.tokenize(story) for story in stories])
+        fork = cache.fork(list(range(len(stories)) if rows is None else rows))
+        image_mask = torch.zeros(len(fork.input_ids), fork.image_values.num_images, dtype=torch.bool)
+        for row, visible in zip(image_mask, fork.visible_images):
+            row[: len(visible)] = torch.tensor(visible, dtype=torch.bool)
+        return fork.kv_cache, fork.image_values, image_mask.to(self.llm.device)
 
     def score(
         self,

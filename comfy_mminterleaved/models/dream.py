@@ -1,0 +1,79 @@
+"""DreamLLM (2309.11499): dream queries, which the LLM reads in the place of an image that is still to be drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from ..config import SystemConfig
+from .llama_mmfs import KVCache, LlamaImageValues, LlamaMMFS
+
+
+@dataclass(frozen=True)
+class DreamConfig(SystemConfig):
+    """Sizes of DreamQueries.
+
+    Args:
+        num_queries: 16 of the starter, 64 of DreamLLM.
+        llm_hidden_size: Of the LLM.
+        cross_attention_dim: Of the prompt embeddings that the U-Net takes.
+        lora_rank: Of what is added to the LLM's layers while it reads the queries; 0 for nothing.
+    """
+
+    num_queries: int = 16
+    llm_hidden_size: int = 192
+    cross_attention_dim: int = 192
+    lora_rank: int = 0
+
+
+class DreamQueries(nn.Module):
+    """Learned queries, and the projector from the LLM's states at them to prompt embeddings (section 3.2)."""
+
+    def __init__(self, c: DreamConfig, operations=nn):
+        super().__init__()
+        self.config = c
+        self.dream_queries = nn.Parameter(torch.randn(1, c.num_queries, c.llm_hidden_size) * 0.02)
+        self.projector = operations.Linear(c.llm_hidden_size, c.cross_attention_dim, bias=False)
+
+    def forward(
+        self,
+        llm: LlamaMMFS,
+        cache: KVCache,
+        image_values: LlamaImageValues | None = None,
+        image_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Prompt embeddings `(N, num_queries, cross_attention_dim)` of what comes next.
+
+        Args:
+            cache: Of N sequences; the start-of-image token and the queries are written behind each.
+            image_values: As of `LlamaMMFS`.
+            image_mask: bool `(N, P)`, the images before.
+        """
+        ids = torch.full((len(cache.lengths), 1), llm.config.special_tokens.soi, device=llm.device)
+        start = llm.embed_inputs(ids)
+        x = torch.cat([start, self.dream_queries.to(start).expand(len(start), -1, -1)], dim=1)
+        if image_mask is not None:
+            image_mask = image_mask[:, None].expand(-1, x.shape[1], -1)
+        return self.projector(llm(x, image_values, image_mask, cache)[:, 1:])
+
+
+def continue_rows(
+    cache: KVCache,
+    image_values: LlamaImageValues | None,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    dtype: torch.dtype | None = None,
+) -> tuple[KVCache, LlamaImageValues | None]:
+    """A cache whose row i continues the first `lengths[i]` tokens of row `rows[i]`, and the images of those rows."""
+    other = KVCache(len(rows), dtype=dtype)
+    other.lengths = list(lengths)
+    longest = max(lengths)
+    other.keys = [k[list(rows), :, :longest] for k in cache.keys]
+    other.values = [v[list(rows), :, :longest] for v in cache.values]
+    if image_values is not None:
+        layers = tuple(replace(layer, value=layer.value[list(rows)]) for layer in image_values.layers)
+        image_values = LlamaImageValues(layers)
+    return other, image_values

@@ -1,0 +1,142 @@
+"""An image as the LLM's next tokens (DALL-E, 2102.12092): codes of a VQ-VAE, cell by cell, in view of the story.
+
+The decoder has weights of its own for image tokens, layer beside layer, and attends to what the story's LLM keeps of
+the words before them (as in 2411.04996, "mixture of transformers"): the story is read once, by its LLM. The codes of a
+cell, one of the top level and four of the bottom one, are read and predicted together, by a small transformer over
+them ("depth", as in 2203.01941), so an image takes as many steps as it has top codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import LlamaMMFSConfig, SystemConfig
+from .attention import attention as default_attention
+from .llama_mmfs import KVCache, LlamaDecoderLayer, LlamaImageValues, LlamaMMFSDecoder
+from .vqvae import FACTOR, ImageCodes
+
+CELL_CODES = 1 + FACTOR * FACTOR  # of a cell: one of the top level, and those of the bottom one below it
+
+
+@dataclass(frozen=True)
+class TokenDecoderConfig(SystemConfig):
+    """Sizes of a TokenDecoder, beside those of the LLM whose layers it has.
+
+    Args:
+        num_codes: Entries of each codebook.
+        grid_size: Cells a side.
+        depth_layers, depth_intermediate_size: Of the transformer over the codes of a cell.
+        guidance_scale: That it samples with by default.
+    """
+
+    num_codes: int = 1024
+    grid_size: int = 8
+    depth_layers: int = 1
+    depth_intermediate_size: int = 384
+    guidance_scale: float = 3.0
+
+
+class TokenDecoder(nn.Module):
+    """Predicts the codes of an image from a story, in reading order."""
+
+    def __init__(self, c: TokenDecoderConfig, llm: LlamaMMFSConfig, operations=nn, attention=default_attention):
+        super().__init__()
+        self.config, width = c, llm.hidden_size
+        self.trunk = LlamaMMFSDecoder(replace(llm, quantization=None), operations, attention)
+        self.start = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.cell_embed = nn.Parameter(torch.randn(c.grid_size**2, width) * 0.02)
+        self.embed_top = operations.Embedding(c.num_codes, width)
+        self.embed_bottom = operations.Embedding(c.num_codes, width)
+        self.place_embed = nn.Parameter(torch.randn(CELL_CODES, width) * 0.02)  # of a code in its cell
+        depth = replace(llm, quantization=None, intermediate_size=c.depth_intermediate_size)
+        self.depth = nn.ModuleList(
+            LlamaDecoderLayer(depth, False, operations, attention, operations) for _ in range(c.depth_layers)
+        )
+        self.depth_norm = operations.RMSNorm(width, eps=llm.rms_norm_eps)
+
+    @property
+    def num_cells(self) -> int:
+        return self.config.grid_size**2
+
+    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes `(..., k)` of the first k in a cell -> `(..., k, hidden_size)`."""
+        parts = [self.embed_top(codes[..., :1]), self.embed_bottom(codes[..., 1:])]
+        return torch.cat(parts, dim=-2) + self.place_embed[: codes.shape[-1]].to(parts[0])
+
+    def inputs(self, cells: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """What the trunk reads at the cells from `first` on: each knows its place and the codes of the one before.
+
+        Args:
+            cells: `(N, k, CELL_CODES)`, of the k cells from `first - 1` on; for `first` 0 from the start.
+        """
+        x = self.embed_codes(cells).sum(-2)
+        if first == 0:
+            x = torch.cat([self.start.to(x).expand(len(x), -1, -1), x], dim=1)[:, : self.num_cells]
+        return x + self.cell_embed[first : first + x.shape[1]].to(x)
+
+    def forward(
+        self,
+        cells: torch.Tensor,
+        cache: KVCache,
+        image_values: LlamaImageValues | None = None,
+        image_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits `(N, cells, CELL_CODES, num_codes)` of whole images, each code in view of all before it.
+
+        Args:
+            cells: `(N, cells, CELL_CODES)`.
+            cache: What the LLM keeps of N stories; the image is written behind each.
+            image_values: From `trunk.project_images`.
+            image_mask: bool `(N, P)`, the images before.
+        """
+        hidden = self.hidden_states(self.inputs(cells), cache, image_values, image_mask)
+        return self.code_logits(hidden, cells[..., :-1])
+
+    def hidden_states(self, x, cache: KVCache, image_values=None, image_mask=None) -> torch.Tensor:
+        if image_mask is not None:
+            image_mask = image_mask[:, None].expand(-1, x.shape[1], -1)
+        return self.trunk(x, image_values, image_mask, cache)
+
+    def code_logits(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Logits of the first codes of cells, in view of the codes before them.
+
+        Args:
+            hidden: The trunk's states `(..., hidden_size)`.
+            codes: `(..., k)`, the first k.
+
+        Returns:
+            `(..., k + 1, num_codes)`.
+        """
+        x = (
+            torch.cat([hidden.unsqueeze(-2), self.embed_codes(codes)], dim=-2)
+            if codes.shape[-1]
+            else hidden[..., None, :]
+        )
+        shape, length = x.shape[:-2], x.shape[-2]
+        x = x.reshape(-1, length, x.shape[-1])
+        rotary = self.trunk.rotary_emb(torch.arange(length, device=x.device).expand(1, -1), x.dtype)
+        for layer in self.depth:
+            q, k, v = layer.project_qkv(x, *rotary)
+            x = layer.feed_forward(layer.add_attention(x, layer.self_attn.attention_fn(q, k, v, causal=length > 1)))
+        x = self.depth_norm(x)
+        top = F.linear(x[:, :1], self.embed_top.weight.to(x))
+        bottom = F.linear(x[:, 1:], self.embed_bottom.weight.to(x))
+        return torch.cat([top, bottom], dim=1).unflatten(0, shape)
+
+
+def to_cells(codes: ImageCodes) -> torch.Tensor:
+    """Codes of N images -> `(N, cells, CELL_CODES)`, in reading order."""
+    n, h, w = codes.top.shape
+    bottom = codes.bottom.view(n, h, FACTOR, w, FACTOR).permute(0, 1, 3, 2, 4).reshape(n, h * w, -1)
+    return torch.cat([codes.top.view(n, h * w, 1), bottom], dim=-1)
+
+
+def from_cells(cells: torch.Tensor) -> ImageCodes:
+    """The inverse of `to_cells`, of square images."""
+    n, side = len(cells), round(cells.shape[1] ** 0.5)
+    bottom = cells[..., 1:].view(n, side, side, FACTOR, FACTOR).permute(0, 1, 3, 2, 4)
+    return ImageCodes(cells[..., 0].view(n, side, side), bottom.reshape(n, side * FACTOR, side * FACTOR))
