@@ -16,7 +16,7 @@ from comfy_mminterleaved.models.llama_mmfs import KVCache
 from comfy_mminterleaved.models.lora import LoRA
 from comfy_mminterleaved.stories.story import ImageSegment, Story
 
-CLOSE = {"atol": 1e-4, "rtol": 1e-3}
+CLOSE = {"atol": 1e-3, "rtol": 1e-3}
 QUICK = ImageGenerationConfig(num_inference_steps=1, guidance_scale=1.0)
 
 
@@ -40,6 +40,7 @@ def random_dream(pipeline, seed: int = 0) -> tuple[DreamQueries, dict[str, torch
     c = pipeline.config.synchronizer.perceiver
     model = DreamQueries(DreamConfig(3, pipeline.config.llm.hidden_size, c.hidden_size, 2)).eval()
     torch.nn.init.normal_(model.dream_queries, std=1.0)
+    torch.nn.init.normal_(model.projector.weight, std=2.0)
     return model, random_lora(pipeline)
 
 
@@ -215,15 +216,15 @@ def test_a_pipeline_draws_by_its_queries(tiny_random, dream, monkeypatch):
 def test_drawing_in_context_looks_at_no_image(tiny_random, dream, monkeypatch):
     """The U-Net attends to none, so that heroes of several images are not mixed: what is drawn is what is told."""
     monkeypatch.setitem(tiny_random.systems.__dict__, "dream", dream)
-    images = {"A": image(1), "B": image(2)}
+    images = {"A": image(1), "B": ImageSegment(torch.zeros(3, 16, 16))}
     drawn = tiny_random.draw_in_context("{A} in {B}.", images, QUICK)
     told = tiny_random.encode_images(in_context_story("{A} in {B}.", images))
     config = replace(QUICK, num_context_images=0)
     embeds = tiny_random.prompt_embeds([told], "dream")
     (expected,) = tiny_random.image.generate([told], None, config, prompt_embeds=embeds)[0]
     assert drawn.pixels.equal(expected.pixels)
-    swapped = tiny_random.draw_in_context("{A} in {B}.", {"A": image(2), "B": image(1)}, QUICK)
-    assert (swapped.pixels - drawn.pixels).abs().max() > 1e-4
+    swapped = tiny_random.encode_images(in_context_story("{B} in {A}.", images))
+    assert (tiny_random.prompt_embeds([swapped], "dream") - embeds).abs().max() > 1e-2
 
 
 def test_a_story_without_room_for_the_queries(tiny_random, dream):
