@@ -19,7 +19,19 @@ from comfy_mminterleaved.models.lora import LoRA
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 
 from .classifier import SHIPPED, load
-from .systems import contrastive, drawn, dream, finetuned, insight, prior, reconstruction, refined, sound, tokens
+from .systems import (
+    contrastive,
+    drawers,
+    drawn,
+    dream,
+    finetuned,
+    insight,
+    prior,
+    reconstruction,
+    refined,
+    sound,
+    tokens,
+)
 
 FIRST_SEED = 20  # of stories; those before chose weights and settings
 PARTS = {
@@ -57,6 +69,7 @@ PARTS = {
     "codes": lambda pipeline, judge, args: tokens.codes(pipeline, judge, args.seed, args.cases),
     "drafts": lambda pipeline, judge, args: tokens.drafts(pipeline, judge, args.seed, args.cases * 2 // 3),
     "rows": lambda pipeline, judge, args: tokens.from_rows(pipeline, judge, args.seed, args.cases // 3),
+    "drawers": lambda pipeline, judge, args: drawers.table(pipeline, judge, args.seed, args.cases * 2 // 3),
     "sources": lambda pipeline, judge, args: insight.sources(pipeline, judge, args.seed, args.cases // 3),
     "robustness": lambda pipeline, judge, args: insight.robustness(pipeline, judge, args.seed, args.cases // 5),
     "bias": lambda pipeline, judge, args: insight.name_bias(pipeline, judge, args.seed, max(1, args.cases // 50)),

@@ -316,10 +316,141 @@ def twice_the_size(w) -> None:
     w.group("5. Twice its size", GREEN, large, saved)
 
 
+def images_in_a_text(w) -> None:
+    w.note(0, -420, (820, 280), "Images in a text")
+    model = load(w)
+    dream = w.add("MMInterleavedLoadDream", 0, 290, (300, 80), model="starter")
+    picture = w.add("MMInterleavedExampleImage", 0, 470, (300, 360))
+    text = w.add(
+        "MMInterleavedStoryText",
+        420,
+        0,
+        (340, 180),
+        text="Otto is a lion in a blue coat with glasses. Otto sits by the castle with a cake. It is night.",
+    )
+    ready = w.add(
+        "MMInterleavedSynchronize",
+        420,
+        290,
+        (340, 340),
+        llm=model[1],
+        synchronizer=model[2],
+        model=model[3],
+        story=text[0],
+    )
+    latent = w.add("EmptyLatentImage", 420, 740, (340, 140), width=128, height=128)
+    other = sample(w, ready, latent, model, 860, 0, seed=3)
+    shown = w.add("PreviewImage", 860, 700, (320, 320), images=other[1][0])
+    results = []
+    texts = ("{A} in {B}.", "{A} and {B} wave on the beach with a kite.", "{A} in a red coat.")
+    for number, sentence in enumerate(texts):
+        y = 760 * number
+        images = {"A": picture[0]} if "{B}" not in sentence else {"A": picture[0], "B": other[1][0]}
+        asked = w.add(
+            "MMInterleavedDrawInContext",
+            1300,
+            y,
+            (360, 360),
+            dream=dream[0],
+            encoder=model[0],
+            llm=model[1],
+            synchronizer=model[2],
+            model=model[3],
+            text=sentence,
+            **images,
+        )
+        drawn = sample(w, asked, latent, model, 1760, y, seed=5)
+        saved = w.add("SaveImage", 2180, y, (380, 440), images=drawn[1][0], filename_prefix="stories/in context")
+        results.append((asked, *drawn, saved))
+    w.group("1. Model, dream queries, image A", BLUE, model, dream, picture)
+    w.group("2. Image B", BROWN, text, ready, latent, *other, shown)
+    w.group("3. The hero of A in the place of B", PURPLE, *results[0])
+    w.group("4. Both heroes", PURPLE, *results[1])
+    w.group("5. A, with one thing changed", PURPLE, *results[2])
+
+
+def sample(w, ready, latent, model, x: int, y: int, seed: int, **inputs):
+    """KSampler and VAE Decode."""
+    drawn = w.add(
+        "KSampler",
+        x,
+        y,
+        (320, 480),
+        model=ready[0],
+        positive=ready[1],
+        negative=ready[2],
+        latent_image=latent[0],
+        seed=seed,
+        steps=20,
+        cfg=3.0,
+        sampler_name="dpmpp_2m",
+        scheduler="karras",
+        **inputs,
+    )
+    return drawn, w.add("VAEDecode", x, y + 560, (320, 80), samples=drawn[0], vae=model[4])
+
+
+def drafts(w) -> None:
+    w.note(0, -420, (820, 280), "Drafts")
+    model = load(w)
+    scorer = compare(w, model)
+    tokens = w.add("MMInterleavedLoadImageTokens", 0, 490, (300, 80), model="starter")
+    opening = w.add(
+        "MMInterleavedStoryText",
+        420,
+        0,
+        (340, 180),
+        text="Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball.",
+    )
+    drafted = w.add(
+        "MMInterleavedDraftImages",
+        420,
+        290,
+        (340, 360),
+        image_tokens=tokens[0],
+        llm=model[1],
+        story=opening[0],
+        count=8,
+        seed=1,
+    )
+    decoded = w.add("VAEDecode", 420, 760, (340, 80), samples=drafted[0], vae=model[4])
+    shown = w.add("SaveImage", 860, 0, (420, 520), images=decoded[0], filename_prefix="stories/drafts")
+    best = w.add(
+        "MMInterleavedBestPanel",
+        860,
+        640,
+        (420, 180),
+        contrastive=scorer[0],
+        story=opening[0],
+        images=decoded[0],
+    )
+    begun = w.add("VAEEncode", 1380, 0, (320, 80), pixels=best[0], vae=model[4])
+    ready = w.add(
+        "MMInterleavedSynchronize",
+        1380,
+        190,
+        (320, 340),
+        llm=model[1],
+        synchronizer=model[2],
+        model=model[3],
+        story=opening[0],
+    )
+    finished = sample(w, ready, begun, model, 1800, 0, seed=1, denoise=0.6)
+    saved = w.add("SaveImage", 2220, 0, (380, 440), images=finished[1][0], filename_prefix="stories/finished")
+    w.bend_below(scorer, "encoder", model)
+    w.group("1. Model, image tokens, and what compares", BLUE, model, tokens, scorer)
+    w.group("2. Eight drafts", BROWN, opening, drafted, decoded)
+    w.group("3. The one that fits best", GREEN, shown, best)
+    w.group("4. Finished by diffusion", PURPLE, begun, ready, *finished)
+    w.group("5. The panel", GREEN, saved)
+
+
 TEMPLATES = {
     "Best of four": best_of_four,
+    "Drafts": drafts,
     "Find an image": find_an_image,
     "Ideas and variations": ideas_and_variations,
+    "Images in a text": images_in_a_text,
     "Look inside": look_inside,
     "Redraw one thing": redraw_one_thing,
     "Round trip": round_trip,
