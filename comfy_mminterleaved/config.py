@@ -55,7 +55,13 @@ class MMFSConfig:
 
 @dataclass(frozen=True)
 class VisualTokenizerConfig:
-    """CLIP's ViT with a ViT-Adapter, and the Perceiver that makes visual tokens (`VisualTokenizer`)."""
+    """CLIP's ViT with a ViT-Adapter, and the Perceiver that makes visual tokens (`VisualTokenizer`).
+
+    Args:
+        projector: "perceiver", or "linear" for one linear layer on the patches and neither adapter nor Perceiver
+            (DreamLLM, LLaVA).
+        select_layer: With "linear", the layer of the ViT whose output is projected, counted from the end.
+    """
 
     perceiver: PerceiverConfig
     llm_hidden_size: int
@@ -72,8 +78,12 @@ class VisualTokenizerConfig:
     n_points: int = 4
     deform_ratio: float = 0.5
     cffn_ratio: float = 0.25
+    projector: str = "perceiver"
+    select_layer: int = -2
 
     def __post_init__(self):
+        if self.projector not in ("perceiver", "linear"):
+            raise CheckpointError(f"The encoder's projector must be perceiver or linear, not {self.projector!r:.60}.")
         if self.image_size % self.patch_size or self.grid_size % 2:
             raise CheckpointError(
                 f"The encoder's image size {self.image_size} and patch size {self.patch_size} give a grid of "
@@ -93,16 +103,32 @@ class VisualTokenizerConfig:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids that no text encodes to; an image is one `soi` and then `image` once per visual token."""
+    """Ids that no text encodes to; an image is one `soi` and then `image` once per visual token.
+
+    Args:
+        eoi: Ends an image; None for models that end none.
+        dream: With which the LLM asks for an image, and which stands before its dream queries; None if that is `soi`.
+    """
 
     bos: int = 1
     eos: int = 2
     pad: int = 31999
     soi: int = 32000
     image: int = 32001
+    eoi: int | None = None
+    dream: int | None = None
 
     def all(self) -> frozenset[int]:
-        return frozenset(dataclasses.astuple(self))
+        return frozenset(self.to_dict().values())
+
+    def to_dict(self) -> dict[str, int]:
+        """Those that the model has."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+    @property
+    def image_length(self) -> int:
+        """Tokens of an image beside those that see it."""
+        return 1 if self.eoi is None else 2
 
 
 @dataclass(frozen=True)
@@ -189,7 +215,11 @@ class Config:
     prompts: dict = field(default_factory=lambda: dict(PROMPTS))
 
     def to_dict(self) -> dict:
-        return {"format": "mm-interleaved", "version": VERSION, **dataclasses.asdict(self)}
+        data = dataclasses.asdict(self)
+        data["llm"]["special_tokens"] = self.llm.special_tokens.to_dict()
+        if self.encoder.projector == "perceiver":  # newer settings only if used, so that older releases read the file
+            del data["encoder"]["projector"], data["encoder"]["select_layer"]
+        return {"format": "mm-interleaved", "version": VERSION, **data}
 
     @classmethod
     def from_dict(cls, data: dict) -> Config:

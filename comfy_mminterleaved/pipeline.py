@@ -391,11 +391,13 @@ class MMInterleavedPipeline(DrawingMixin):
         stories = [self.text.truncate_to_context(story, 1, drop_oldest) for story in stories]
         stories = [self.encode_images(story) for story in stories]
         prompt_embeds = self.prompt_embeds(stories, config.conditioner)
+        has_guidance = config.conditioner == "dream" and config.guidance_scale > 1
+        negative = self.systems.dream.negative_prompt_embeds(self.text) if has_guidance else None
         self._place("draw")
         batch_size = 1 if self.placement is not None else batch_size
         if config.best_of == 1:
             outputs = self.image.generate(
-                stories, None, config, num_outputs, init_images, on_step, batch_size, seeds, prompt_embeds
+                stories, None, config, num_outputs, init_images, on_step, batch_size, seeds, prompt_embeds, negative
             )
             return self._refine_outputs(outputs, full, prompt_embeds, config)
         # The first candidate has the noise of a single drawing; the others' is none that a panel uses.
@@ -411,6 +413,7 @@ class MMInterleavedPipeline(DrawingMixin):
             batch_size,
             [(seeds[i] + k + n * CANDIDATE_STEP) % 2**63 for i, k, n in jobs],
             prompt_embeds[[i for i, _, _ in jobs]],
+            negative,
         )
         candidates: dict[tuple[int, int], list[ImageSegment]] = {}
         for (i, k, _), (image,) in zip(jobs, drawn):

@@ -18,7 +18,7 @@ from ..comfy_mminterleaved.generation.dream import (
     in_context_story,
 )
 from ..comfy_mminterleaved.stories.story import ImageSegment, Story
-from .blocks import PatchedLLM, system_patcher
+from .blocks import PatchedLLM, PatchedSynchronizer, system_patcher
 from .load import check_systems, model_folder, models_with, read_system, sentence
 from .segments import images_from_batch
 from .synchronize import apply_mmfs, check_blocks
@@ -39,6 +39,14 @@ class PatchedDream(DreamConditioner):
         story = llm.prepare(story, self.model.config.num_queries + 1, are_given=True, drop_oldest=drop_oldest)
         comfy.model_management.load_models_gpu([self.patcher])
         return self.prompt_embeds(llm.generator, [story]), story
+
+    def negative(self, llm: PatchedLLM, synchronizer: PatchedSynchronizer) -> torch.Tensor:
+        """What guidance leads away from: the queries behind nothing, or what the U-Net was trained with."""
+        negative = self.negative_prompt_embeds(llm.generator)
+        if negative is None:
+            synchronizer.load(0)
+            negative = synchronizer.module.conditioner.neg_prompt_embeds.detach()
+        return negative.to(comfy.model_management.intermediate_device()).clone()
 
 
 class LoadDreamQueries(io.ComfyNode):
@@ -112,8 +120,7 @@ class DrawInContext(io.ComfyNode):
         story = in_context_story(text, segments)
         positive, _ = dream.condition(llm, encoder.encode_images(story))
         device = comfy.model_management.intermediate_device()
-        synchronizer.load(0)
-        negative = synchronizer.module.conditioner.neg_prompt_embeds.detach().to(device).clone()
+        negative = dream.negative(llm, synchronizer)
         # No image for the U-Net: it would mix the heroes of all of them.
         patched = apply_mmfs(model, synchronizer, Story(), 1.0, 0.0, 1.0, 0)
         return io.NodeOutput(patched, [[positive.to(device), {}]], [[negative, {}]])

@@ -199,14 +199,14 @@ class ApplySynchronizer(io.ComfyNode):
         device, conditioner = comfy.model_management.intermediate_device(), synchronizer.module.conditioner
         if dream is not None:
             positive, story = dream.condition(llm, story, drop_oldest)
-            synchronizer.load(0)
+            negative = dream.negative(llm, synchronizer)
         else:
             story = llm.prepare(story, drop_oldest=drop_oldest)
             context = llm.generator.context_features([story])
             synchronizer.load(context[0].numel() * 64)
             context = [states.to(synchronizer.device, synchronizer.dtype) for states in context]
             positive = conditioner.prompt_embeds(context)
+            negative = conditioner.neg_prompt_embeds.detach().to(device).clone()
         positive = positive.to(device)
-        negative = conditioner.neg_prompt_embeds.detach().to(device).clone()
         patched = apply_mmfs(model, synchronizer, story, strength, start, end, num_images)
         return io.NodeOutput(patched, [[positive, {}]], [[negative, {}]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from ..models.build import build
 from ..models.mmfs import fuse_mmfs
 from ..models.quantization import is_quantized_weight, stored_dtype, stored_linears
 from ..presets import STARTER_DIR
+from .dreamllm import is_dreamllm_layout, read_dreamllm
 from .native import read_native
 from .reference import asset_folders, is_reference_layout, read_reference
 from .tensors import VOCABULARY_FILE, is_folder, read_json
@@ -33,6 +34,7 @@ def model_folder(name: str | Path) -> Path | None:
 def read_config(folder: str | Path) -> Config:
     """The Config of a checkpoint folder of either layout."""
     folder = Path(folder)
+    _refuse_dreamllm(folder)
     return (
         read_reference(folder)[0]
         if is_reference_layout(folder)
@@ -43,10 +45,18 @@ def read_config(folder: str | Path) -> Config:
 def read_state_dicts(folder: str | Path, blocks=BLOCKS) -> tuple[Config, dict[str, dict[str, torch.Tensor]]]:
     """Config and checked tensors, by block and native name, of a checkpoint of either layout."""
     folder = Path(folder)
+    _refuse_dreamllm(folder)
     if is_reference_layout(folder):
         config, tensors = read_reference(folder)
         return config, {name: tensors[name] for name in blocks}
     return read_native(folder, blocks)
+
+
+def _refuse_dreamllm(folder: Path) -> None:
+    if is_dreamllm_layout(folder):
+        raise CheckpointError(
+            f"{str(folder)!r} is a DreamLLM; convert it first: mminterleaved convert {str(folder)!r} NEW_FOLDER."
+        )
 
 
 LARGE = 5 * 10**8  # parameters of an LLM from which on it is not held in float32
@@ -168,6 +178,7 @@ class Saved:
     tokenizer: Tokenizer | None
     generation: GenerationConfig
     words: frozenset[str] | None
+    systems: dict[str, tuple[dict[str, torch.Tensor], dict]] = field(default_factory=dict)  # name -> tensors, config
 
 
 def fingerprint(source: str | Path, lora: str | Path | None = None) -> str | None:
@@ -178,6 +189,16 @@ def fingerprint(source: str | Path, lora: str | Path | None = None) -> str | Non
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and ".unfinished" not in str(path)]
     files = [(path, path.stat()) for path in [*paths, *([] if lora is None else [Path(lora)])]]
     return repr([(str(path.resolve()), about.st_size, about.st_mtime_ns) for path, about in files])
+
+
+def _read_dreamllm(folder: Path) -> Saved:
+    from ..generation.config import GenerationConfig, ImageGenerationConfig
+
+    config, blocks, dream_config, dream = read_dreamllm(folder)
+    image = ImageGenerationConfig(conditioner="dream", mmfs_scale=0.0)
+    generation = replace(GenerationConfig(), image=image)
+    systems = {"dream": (dream, dream_config.to_dict())}
+    return Saved("dreamllm", config, blocks, read_tokenizer(folder, config), generation, None, systems)
 
 
 def read(source: str | Path) -> Saved:
@@ -191,6 +212,8 @@ def read(source: str | Path) -> Saved:
         config, modules, tokenizer = tiny_random_blocks()
         blocks = {name: module.state_dict() for name, module in modules.items()}
         return Saved("none", config, blocks, tokenizer, GenerationConfig(), None)
+    if is_dreamllm_layout(folder):
+        return _read_dreamllm(folder)
     config, blocks = read_state_dicts(folder)
     layout = "reference" if is_reference_layout(folder) else "native"
     tokenizer = read_tokenizer(folder, config)

@@ -110,6 +110,7 @@ def save(
     quantization: str | None = None,
     fingerprint: str | None = None,
     on_progress: Callable[[int, int], object] | None = None,
+    systems: dict[str, tuple[dict[str, torch.Tensor], dict]] | None = None,
 ) -> None:
     """Writes a checkpoint in this project's layout; raises OutputError if the folder is not empty.
 
@@ -119,7 +120,10 @@ def save(
         quantization: Store the LLM's attention and MLP weights so (`models.quantization.FORMATS`); None leaves them.
         fingerprint: Of the source; if given, the next call of the same goes on where one was killed.
         on_progress: Called with the bytes written so far and their number in all.
+        systems: What stands beside the blocks: tensors and config by name.
     """
+
+    from ..generation.embedders import SYSTEMS, system_metadata
 
     def items_of(name: str, tensors: dict[str, torch.Tensor]) -> list[Item]:
         if quantization is None:
@@ -145,6 +149,11 @@ def save(
                 about["generation_config"] = generation.to_dict() if generation is not None else None
             path = temp_path / block_file(new, name)
             write_tensors(path, items, {METADATA: json.dumps(about)}, fingerprint is not None, written)
+        for name, (tensors, about) in (systems or {}).items():
+            path = temp_path / SYSTEMS / f"{name}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            items = plain_items(tensors, dtype)
+            write_tensors(path, items, system_metadata(about, name), fingerprint is not None)
 
 
 def _descriptions(config: Config, block: str) -> list[Item]:

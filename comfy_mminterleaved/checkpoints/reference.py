@@ -185,7 +185,7 @@ def to_reference(config: Config) -> dict[str, dict]:
             "image_embed_dim": m.mmfs.d_model,
             "cross_attention_frequency": m.mmfs.cross_attention_frequency,
             "spatial_shapes": list(m.mmfs.spatial_shapes),
-            "special_tokens": dataclasses.asdict(m.special_tokens),
+            "special_tokens": m.special_tokens.to_dict(),
             "visual_perceiver": perceiver(e.perceiver),
             "image_perceiver": perceiver(s.perceiver),
             "image_size": s.image_size,

@@ -267,6 +267,8 @@ def convert(args) -> int:
     if args.quantize and args.to == "reference":
         raise SettingError("--quantize writes this project's layout; omit --to reference.")
     saved = read(args.source)
+    if saved.layout == "dreamllm" and args.to == "reference":
+        raise SettingError("A DreamLLM is converted to this project's layout; omit --to reference.")
     if saved.tokenizer is None and is_large(saved.config):
         print_status(
             "Note: the checkpoint has no tokenizer, so the model will read and write no text; put tokenizer.model of "
@@ -275,7 +277,7 @@ def convert(args) -> int:
     source = fingerprint(args.source)
     options = {
         "fingerprint": source and f"{__version__} {source} {args.to} {args.dtype} {args.quantize}",
-        **({} if args.to == "reference" else {"quantization": args.quantize}),
+        **({} if args.to == "reference" else {"quantization": args.quantize, "systems": saved.systems}),
     }
     bars = ProgressBars(args.quiet)
     save_as = save_reference if args.to == "reference" else save

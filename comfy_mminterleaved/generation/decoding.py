@@ -16,7 +16,8 @@ MAX_OPTIONS, MAX_OPTION_TOKENS = 16, 256
 
 
 def _stop_tokens(llm: LlamaMMFS) -> dict[int, str]:
-    return {llm.config.special_tokens.eos: "eos", llm.config.special_tokens.soi: "image"}
+    tokens = llm.config.special_tokens
+    return {tokens.eos: "eos", tokens.soi: "image", **({} if tokens.dream is None else {tokens.dream: "image"})}
 
 
 def _logits_processors(llm: LlamaMMFS, s: TextGenerationConfig, warp: bool):

@@ -12,6 +12,7 @@ import torch
 from ..config import Config
 from ..errors import CheckpointError, SettingError
 from ..models.dream import DreamConfig, DreamQueries
+from ..models.llama_mmfs import KVCache
 from ..models.lora import LoRA
 from ..stories.story import ImageSegment, Story, TextSegment
 from .embedders import read_system
@@ -42,8 +43,21 @@ class DreamConditioner:
         reserve = self.model.config.num_queries + 1
         stories = [text.truncate_to_context(story, reserve, None) for story in stories]
         cache, image_values, image_mask = text.fork(stories)
-        with self.lora.attached(text.llm) if self.lora is not None else contextlib.nullcontext():
+        with self._lora_attached(text.llm):
             return self.model(text.llm, cache, image_values, image_mask)
+
+    @torch.no_grad()
+    def negative_prompt_embeds(self, text: TextGenerator) -> torch.Tensor | None:
+        """Of the queries behind nothing, `(1, num_queries, C)`; None for a model that has others for guidance."""
+        if not self.model.config.has_own_negative:
+            return None
+        llm, cache = text.llm, KVCache(1)
+        llm(llm.embed_inputs(torch.tensor([[llm.config.special_tokens.bos]], device=llm.device)), cache=cache)
+        with self._lora_attached(llm):
+            return self.model(llm, cache)
+
+    def _lora_attached(self, llm):
+        return self.lora.attached(llm) if self.lora is not None else contextlib.nullcontext()
 
 
 def in_context_story(text: str, images: Mapping[str, ImageSegment]) -> Story:

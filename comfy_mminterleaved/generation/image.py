@@ -74,6 +74,7 @@ class ImageGenerator:
         batch_size: int = 8,
         seeds: Sequence[int] | None = None,
         prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
     ) -> list[list[ImageSegment]]:
         """Draws `num_outputs` images for each story, independent of the other stories.
 
@@ -85,6 +86,7 @@ class ImageGenerator:
             batch_size: How many images share a pass of the U-Net; memory grows with it, results do not change.
             seeds: Of each story's first image, instead of `config.seed` for all.
             prompt_embeds: `(N, num_queries, C)`, instead of those of the context.
+            negative_prompt_embeds: `(1, num_queries, C)` for guidance, instead of those of the synchronizer.
         """
         seeds = [config.seed] * len(stories) if seeds is None else seeds
         scheduler, size = self.check(config)
@@ -107,6 +109,7 @@ class ImageGenerator:
                 size,
                 [init_images[i].pixels for i in rows] if init_images else None,
                 on_step,
+                negative_prompt_embeds,
             )
             images += [
                 ImageSegment(image.cpu(), seed=seed % 2**63, origin=DRAWN) for image, seed in zip(pixels, row_seeds)
@@ -127,6 +130,7 @@ def denoise(
     size: tuple[int, int],
     init_images: Sequence[torch.Tensor] | None = None,
     on_step: OnStep | None = None,
+    negative_prompt_embeds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Runs the diffusion loop for N images.
 
@@ -137,6 +141,7 @@ def denoise(
         seeds: Of each image's noise, drawn on the CPU so that it does not depend on the device or the batch.
         size: `(width, height)` in px.
         init_images: Images `(3, H, W)` to start from, with `config.denoise`.
+        negative_prompt_embeds: `(1, num_queries, cross_attention_dim)`; None for the synchronizer's.
 
     Returns:
         `(N, 3, height, width)` float32 in [0, 1].
@@ -144,7 +149,9 @@ def denoise(
     device, dtype, n = unet.device, unet.dtype, len(prompt_embeds)
     do_guidance = config.guidance_scale > 1
     if do_guidance:
-        negative_prompt_embeds = synchronizer.conditioner.neg_prompt_embeds.expand_as(prompt_embeds)
+        if negative_prompt_embeds is None:
+            negative_prompt_embeds = synchronizer.conditioner.neg_prompt_embeds
+        negative_prompt_embeds = negative_prompt_embeds.to(prompt_embeds).expand_as(prompt_embeds)
         prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
     prompt_embeds = prompt_embeds.to(device, dtype)
     generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]

@@ -128,7 +128,7 @@ class TextGenerator:
         num_images = steps.count(Step.IMAGE)
         lengths = [len(self.tokenize(Story((text,)))) for text in steps if isinstance(text, TextSegment)]
         reserve = steps.count(Step.TEXT) * config.max_new_tokens + sum(lengths)
-        reserve += num_images * (self.config.llm.num_img_token + 1)
+        reserve += num_images * (self.config.llm.num_img_token + self.config.llm.special_tokens.image_length)
         if drop_oldest:  # panels are dropped before each step; only the longest step must fit
             reserve, num_images = max(config.max_new_tokens, *lengths, 0), 0
         self.truncate_to_context(story, reserve, drop_oldest, f"A story with {len(plan)} more panels", num_images)

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 class StoryTokens:
     """A story as the LLM sees it: token ids, and the images of its image tokens in order.
 
-    An image is one start-of-image token and `num_img_token` image tokens; one that has no pixels yet is None.
+    An image is one start-of-image token and `num_img_token` image tokens, in some models then an end-of-image token;
+    one that has no pixels yet is None.
 
     Args:
-        image_ends: Where the tokens of each image end.
+        image_ends: Where the image tokens of each image end.
         segment_ends: Where the tokens of each segment end; texts that are joined end together.
     """
 
@@ -83,6 +84,7 @@ def tokenize_story(story: Story, tokenizer, c: LlamaMMFSConfig) -> StoryTokens:
         i += 1
         if isinstance(segment, ImageSegment):
             ids += [c.special_tokens.soi] + [c.special_tokens.image] * c.num_img_token
+            ids += [] if c.special_tokens.eoi is None else [c.special_tokens.eoi]
             images.append(segment)
         elif segment.token_ids is not None:
             ids += segment.token_ids
@@ -91,7 +93,7 @@ def tokenize_story(story: Story, tokenizer, c: LlamaMMFSConfig) -> StoryTokens:
             while i < len(segments) and isinstance(segments[i], TextSegment) and segments[i].token_ids is None:
                 text = join_texts(text, segments[i].text)
                 i += 1
-            after_text = len(ids) > 1 and ids[-1] != c.special_tokens.image
+            after_text = len(ids) > 1 and ids[-1] not in (c.special_tokens.image, c.special_tokens.eoi)
             ids += require_tokenizer(tokenizer).encode(text.strip(), after_text=after_text)
         ends += [len(ids)] * (i - first)
     return StoryTokens.of(ids, images, c, ends)

@@ -18,12 +18,14 @@ def block_makers(config: Config, linears=None, **host):
     Args:
         linears: `LlamaMMFS`'s.
     """
+    from .clip_projector import CLIPProjector
     from .llama_mmfs import LlamaMMFS
     from .unet_synchronizer import UNetSynchronizer
     from .visual_tokenizer import VisualTokenizer
 
+    encoder = CLIPProjector if config.encoder.projector == "linear" else VisualTokenizer
     return {
-        "encoder": lambda: VisualTokenizer(config.encoder, **host),
+        "encoder": lambda: encoder(config.encoder, **host),
         "llm": lambda: LlamaMMFS(config.llm, linears=linears, **host),
         "synchronizer": lambda: UNetSynchronizer(config.synchronizer, **host),
         "unet": lambda: diffusers_model(config.unet),

@@ -21,12 +21,15 @@ class DreamConfig(SystemConfig):
         llm_hidden_size: Of the LLM.
         cross_attention_dim: Of the prompt embeddings that the U-Net takes.
         lora_rank: Of what is added to the LLM's layers while it reads the queries; 0 for nothing.
+        has_own_negative: Whether guidance leads away from the queries behind nothing, as in DreamLLM; else from what
+            the U-Net was trained with.
     """
 
     num_queries: int = 16
     llm_hidden_size: int = 192
     cross_attention_dim: int = 192
     lora_rank: int = 0
+    has_own_negative: bool = False
 
 
 class DreamQueries(nn.Module):
@@ -48,11 +51,13 @@ class DreamQueries(nn.Module):
         """Prompt embeddings `(N, num_queries, cross_attention_dim)` of what comes next.
 
         Args:
-            cache: Of N sequences; the start-of-image token and the queries are written behind each.
+            cache: Of N sequences; the token that asks for an image and the queries are written behind each.
             image_values: As of `LlamaMMFS`.
             image_mask: bool `(N, P)`, the images before.
         """
-        ids = torch.full((len(cache.lengths), 1), llm.config.special_tokens.soi, device=llm.device)
+        special = llm.config.special_tokens
+        first = special.soi if special.dream is None else special.dream
+        ids = torch.full((len(cache.lengths), 1), first, device=llm.device)
         start = llm.embed_inputs(ids)
         x = torch.cat([start, self.dream_queries.to(start).expand(len(start), -1, -1)], dim=1)
         if image_mask is not None:

@@ -36,13 +36,28 @@ class ImageFeatures:
         return ImageFeatures(self.visual_tokens[index], tuple(m[index] for m in self.feature_maps), self.encoder_id)
 
 
-class VisualTokenizer(nn.Module):
+class EncoderIdMixin:
+    """Identity of an encoder, from its weights."""
+
+    _encoder_id: tuple[int, str] | None = None
+
+    @property
+    def encoder_id(self) -> str:
+        """Digest of the weights: of the last projection and the class token, which no two trained encoders share."""
+        weight = self.proj.weight
+        if self._encoder_id is None or self._encoder_id[0] != weight.data_ptr():
+            parts = (weight, self.vision_model.embeddings.class_embedding)
+            data = b"".join(t.detach().float().cpu().numpy().tobytes() for t in parts)
+            self._encoder_id = weight.data_ptr(), hashlib.blake2b(data, digest_size=12).hexdigest()
+        return self._encoder_id[1]
+
+
+class VisualTokenizer(EncoderIdMixin, nn.Module):
     """Images `(N, 3, image_size, image_size)`, RGB in [0, 1] -> ImageFeatures of the batch."""
 
     def __init__(self, c: VisualTokenizerConfig, operations=nn, attention=default_attention):
         super().__init__()
         self.config = c
-        self._encoder_id: tuple[int, str] | None = None
         self.register_buffer("clip_mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1))
         self.register_buffer("clip_std", torch.tensor(CLIP_STD).view(1, 3, 1, 1))
         self.vision_model = CLIPVisionAdapter(c, operations, attention)
@@ -54,16 +69,6 @@ class VisualTokenizer(nn.Module):
         self.post_ln = operations.LayerNorm(c.hidden_size, eps=1e-6)
         self.perceiver_resampler = PerceiverResampler(c.perceiver, operations, attention)
         self.proj = operations.Linear(c.perceiver.hidden_size, c.llm_hidden_size)
-
-    @property
-    def encoder_id(self) -> str:
-        """Digest of the weights: of the last projection and the class token, which no two trained encoders share."""
-        weight = self.proj.weight
-        if self._encoder_id is None or self._encoder_id[0] != weight.data_ptr():
-            parts = (weight, self.vision_model.embeddings.class_embedding)
-            data = b"".join(t.detach().float().cpu().numpy().tobytes() for t in parts)
-            self._encoder_id = weight.data_ptr(), hashlib.blake2b(data, digest_size=12).hexdigest()
-        return self._encoder_id[1]
 
     def forward_features(self, images) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Returns the ViT's last hidden state `(N, 1 + grid^2, C)`, and the four maps without positions."""
