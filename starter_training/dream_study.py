@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from comfy_mminterleaved.checkpoints.tensors import read_tensors
 from comfy_mminterleaved.generation.config import TextGenerationConfig
 from comfy_mminterleaved.models.build import init_modules
 from comfy_mminterleaved.models.dream import DreamConfig, DreamQueries, continue_rows
@@ -100,7 +101,7 @@ class StudyObjective(nn.Module):
         return {"squares": squares, "attributes": attributes, "right": right}
 
 
-def study(arm: str, run_dir: Path, num_stories: int, steps: int, seed: int) -> dict:
+def study(arm: str, run_dir: Path, num_stories: int, steps: int, seed: int, count: int = NUM_CASES) -> dict:
     """Trains one arm and returns how often captions, and codes of images to draw, are all right on held-out stories."""
     config, blocks = load_run(run_dir, ("vae", "encoder"))
     tokenizer, c = run_tokenizer(run_dir), config.synchronizer.perceiver
@@ -138,13 +139,11 @@ def study(arm: str, run_dir: Path, num_stories: int, steps: int, seed: int) -> d
     folder = run_dir / stage.name
     train(stage, objective, {"llm": llm, "queries": queries}, folder, get_batch, validation, "bf16")
     with torch.no_grad():
-        from comfy_mminterleaved.checkpoints.tensors import read_tensors
-
         llm.load_state_dict(read_tensors(folder / "llm.safetensors"))
         queries.load_state_dict(read_tensors(folder / "queries.safetensors"))
         objective.eval()
         rows = []
-        for number in range(8, 8 + NUM_CASES // (IMAGES // 2) + 1):
+        for number in range(8, 8 + count // (IMAGES // 2) + 1):
             story, _ = get_batch(number, True)
             cache, image_values = KVCache(len(story.batch.input_ids)), llm.project_images(story.feature_maps)
             x = llm.embed_inputs(story.batch.input_ids, story.visual_tokens.flatten(0, -2))
@@ -152,7 +151,7 @@ def study(arm: str, run_dir: Path, num_stories: int, steps: int, seed: int) -> d
             rows.append((number, float(objective.image_losses(story, cache, image_values)["right"])))
     pipeline = MMInterleavedPipeline(config, {**blocks, "llm": llm.eval()}, tokenizer)
     captions = []
-    for number, scene in scenes_of(FIRST_SEED, NUM_CASES):
+    for number, scene in scenes_of(FIRST_SEED, count):
         seen = world.parse(pipeline.caption(ImageSegment(render_scene(scene)), GREEDY)[0].text)
         expected = world.expected_facts(scene)
         is_right = seen is not None and (seen.heroes, seen.action, seen.place, seen.prop, seen.sky, seen.far) == (

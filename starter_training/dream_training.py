@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from comfy_mminterleaved.config import Config
+from comfy_mminterleaved.generation.dream import REFERENCE, in_context_story
 from comfy_mminterleaved.generation.tokens import tokenize_story
 from comfy_mminterleaved.models.dream import DreamQueries, continue_rows
 from comfy_mminterleaved.models.llama_mmfs import KVCache, LlamaMMFS
-from comfy_mminterleaved.stories.story import ImageSegment, Story, TextSegment
+from comfy_mminterleaved.stories.story import ImageSegment
 
 from . import world
 from .batches import StoryBatch, StoryBatches
@@ -124,13 +125,6 @@ def _sentence(scene: world.Scene, who: str, rng: random.Random) -> str:
     return world.describe(replace(scene, heroes=named), rng).replace(" and ".join("NAME" for _ in named), who)
 
 
-def in_context_story(text: str, images: dict[str, ImageSegment]) -> Story:
-    """A text with `{A}`, `{B}` in it as texts and images in order."""
-    parts = re.split(r"\{([A-Z])\}", text)
-    segments = [images[part] if i % 2 else TextSegment(part.strip()) for i, part in enumerate(parts)]
-    return Story.of(*(s for s in segments if isinstance(s, ImageSegment) or s.text))
-
-
 # ---- batches ----
 
 
@@ -220,11 +214,10 @@ class DreamBatches:
     def collate(self, texts: list[str], given: list[list[int]], scenes: list[world.Scene]) -> DreamBatch:
         """Of texts, the dataset's images A and B of each, and the scenes that they ask for."""
         c = self.config.llm
-        blanks = dict.fromkeys("AB", self.blank)
-        rows = [tokenize_story(in_context_story(text, blanks), self.tokenizer, c) for text in texts]
-        # Images in the order in which the texts name them.
-        indices = [["AB".index(name) for name in re.findall(r"\{([AB])\}", text)] for text in texts]
-        indices = [[row[k] for k in order] for order, row in zip(indices, given)]
+        names = [REFERENCE.findall(text) for text in texts]  # in the order of the images
+        stories = [in_context_story(text, dict.fromkeys(row, self.blank)) for text, row in zip(texts, names)]
+        rows = [tokenize_story(story, self.tokenizer, c) for story in stories]
+        indices = [[row["AB".index(name)] for name in order] for order, row in zip(names, given)]
         longest, most = max(map(len, rows)), max(map(len, indices))
         input_ids = torch.full((len(rows), longest), c.special_tokens.pad)
         image_mask = torch.zeros(len(rows), longest, most, dtype=torch.bool)

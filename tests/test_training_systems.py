@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,25 +18,30 @@ from comfy_mminterleaved.checkpoints.tensors import read_tensors
 from comfy_mminterleaved.errors import CheckpointError
 from comfy_mminterleaved.finetune import story_panels
 from comfy_mminterleaved.generation.config import CANDIDATE_STEP, ImageGenerationConfig
+from comfy_mminterleaved.generation.dream import in_context_story
 from comfy_mminterleaved.generation.embedders import parse_system_metadata
 from comfy_mminterleaved.generation.refine import ImageRefiner
 from comfy_mminterleaved.models.build import init_modules
 from comfy_mminterleaved.models.contrastive import ContrastiveConfig, ContrastiveModel
 from comfy_mminterleaved.models.refiner import Refiner, RefinerConfig, enlarge
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
-from comfy_mminterleaved.stories.story import Story
-from starter_training import finetuning, starter_config, world
-from starter_training.__main__ import main
+from comfy_mminterleaved.stories.story import ImageSegment, Story
+from starter_training import dream_study, finetuning, renderer, starter_config, world
+from starter_training.__main__ import STAGE_DIR, main
 from starter_training.classifier import AttributeClassifier
 from starter_training.classifier import load as load_classifier
 from starter_training.dataset import StoryDataset
 from starter_training.prior_training import look_variants
 from starter_training.refiner_training import RefinerBatch, RefinerObjective
 from starter_training.run_dir import export_systems
+from starter_training.stages import run_stage
 from starter_training.systems import contrastive as contrastive_figures
-from starter_training.systems import drawn, finetuned, insight, reconstruction, refined
+from starter_training.systems import drawers, drawn, finetuned, insight, reconstruction, refined
+from starter_training.systems import dream as dream_figures
 from starter_training.systems import prior as prior_figures
 from starter_training.systems import sound as sound_figures
+from starter_training.systems import tokens as token_figures
+from starter_training.trainer import StageConfig
 
 
 def test_the_systems_are_trained_exported_and_measured(tmp_path):
@@ -83,6 +90,19 @@ def test_the_systems_are_trained_exported_and_measured(tmp_path):
     export_systems(run, run / "model")
     trained = MMInterleavedPipeline.load(run / "model")
     assert len(trained.systems.sounds.phrases) == 40 and trained.generation_config.image.refine is False
+    short = ["--out", str(run), "--stories", "3", "--batch", "6", "--steps", "1"]
+    with pytest.raises(CheckpointError, match="run its stage 'codes' first"):
+        run_stage(StageConfig.read(STAGE_DIR / "tokens.json", steps=1), run, stories=3)
+    assert [main([stage, *short]) for stage in ("codes", "dream", "tokens")] == [0, 0, 0]
+    export_systems(run, run / "model")
+    trained = MMInterleavedPipeline.load(run / "model")
+    codebook = read_tensors(run / "codes" / "vqvae.safetensors")["quantize_top.codebook"]
+    assert torch.allclose(trained.systems.image_tokenizer.model.quantize_top.codebook, codebook, atol=1e-2)
+    assert len(trained.systems.dream.lora.names) == 7 * 6
+    (draft,) = trained.draft_images(story, 1)
+    assert draft.pixels.shape == (3, 128, 128)
+    result = dream_study.study("joint", run, 3, 1, 0, 1)
+    assert 0 <= result["captions"]["mean"] <= 1 and 0 <= result["codes"]["mean"] <= 1
     cache, adapters = tmp_path / "cache", {"none": (None, False), "both": (pipeline.drawn_adapter, True)}
     judge = AttributeClassifier()
     assert set(drawn.wrong_facts(pipeline, judge, 20, 1, cache, adapters)) == set(adapters)
@@ -135,6 +155,48 @@ def test_the_priors_figures(monkeypatch):
     over = sound_figures.over_images(pipeline, judge, 10, 2)
     assert over["sky as heard"]["sound"]["cases"] == 2 and set(over) == {"sky as heard", "rest kept", "both"}
     assert prior_figures.entropy(["a", "b"]) == pytest.approx(math.log(2))
+
+
+def test_tasks_in_context_say_what_they_show():
+    """Texts are of the world's words, and each scene has what its text and its images say."""
+    from starter_training.dream_training import TASKS, edited, is_reserved
+
+    a, b = (world.make_story(seed)[0].scene for seed in (1, 7))
+    rng, known = random.Random(0), world.words()
+    for make in (*TASKS, lambda rng, a, b: edited(rng, a, "sky"), lambda rng, a, b: edited(rng, a, "place")):
+        for _ in range(8):
+            task = make(rng, a, b)
+            words = re.findall(r"[a-z]+", re.sub(r"\{[AB]\}", "", task.text).lower())
+            assert set(words) <= known, task.text
+            named = re.findall(r"\{([AB])\}", task.text)
+            assert sorted(set(named)) == ["A", "B"][: len(task.images)]
+            images = {name: ImageSegment(torch.zeros(3, 8, 8)) for name in named}
+            assert len(in_context_story(task.text, images).images) == len(named)
+            for fact, phrases in (("place", world.PLACES), ("prop", world.PROPS)):
+                said = [key for key, phrase in phrases.items() if phrase in task.text.lower()]
+                assert not said or getattr(task.scene, fact) in said, task.text
+            renderer.paint(task.scene)
+    held_out = world.make_story(3, held_out=True)[0].scene
+    assert is_reserved(held_out) and not is_reserved(world.make_story(3, held_out=False)[0].scene)
+
+
+def test_the_figures_of_dream_queries_and_tokens(monkeypatch):
+    """With the weights that ship."""
+    monkeypatch.setattr(dream_figures, "STEPS", 6)
+    monkeypatch.setattr(token_figures, "NUM_CANDIDATES", 2)
+    monkeypatch.setattr(drawers, "STEPS", 4)
+    pipeline, judge = MMInterleavedPipeline.load("starter", "cpu"), load_classifier()
+    figures = dream_figures.in_context(pipeline, judge, 10, 2)
+    assert figures["subject: look"]["in context"]["cases"] == 2
+    assert set(dream_figures.stories(pipeline, judge, range(10, 11), 1)) == {"heroes", "place", "prop"}
+    kept = token_figures.codes(pipeline, judge, 10, 4)
+    assert kept["bytes"] == 400 and kept["place and prop"]["codes"]["mean"] > 0.5
+    drafted = token_figures.drafts(pipeline, judge, 10, 1)
+    assert drafted["species"]["any of 16"]["mean"] >= drafted["species"]["best of 16"]["mean"]
+    assert token_figures.from_rows(pipeline, judge, 10, 1)["sky"]["cases"] == 1
+    table = drawers.table(pipeline, judge, 10, 2)
+    assert table["painted"]["frechet distance"] == pytest.approx(0, abs=1e-2)
+    assert table["painted"]["judge score"] > 1
 
 
 def test_the_starter_is_fine_tuned_and_measured(tmp_path):
