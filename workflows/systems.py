@@ -195,22 +195,7 @@ def draw_embedding(w, model, prior, embedding, x: int, y: int, count: int, name:
         **inputs,
     )
     latent = w.add("EmptyLatentImage", x, y + 300, (320, 140), width=128, height=128, batch_size=count)
-    drawn = w.add(
-        "KSampler",
-        x + 420,
-        y,
-        (320, 480),
-        model=ready[0],
-        positive=ready[1],
-        negative=ready[2],
-        latent_image=latent[0],
-        seed=seed,
-        steps=20,
-        cfg=3.0,
-        sampler_name="dpmpp_2m",
-        scheduler="karras",
-    )
-    decoded = w.add("VAEDecode", x + 420, y + 560, (320, 80), samples=drawn[0], vae=model[4])
+    drawn, decoded = sample(w, ready, latent, model, x + 420, y, seed)
     saved = w.add("SaveImage", x + 840, y, (420, 480), images=decoded[0], filename_prefix=f"stories/{name}")
     return ready, latent, drawn, decoded, saved
 

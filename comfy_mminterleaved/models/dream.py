@@ -65,19 +65,33 @@ class DreamQueries(nn.Module):
         return self.projector(llm(x, image_values, image_mask, cache)[:, 1:])
 
 
+class ContinuedRows(KVCache):
+    """Rows that go on from anywhere in those of another cache, once, with gradients and without writing to it."""
+
+    def __init__(self, cache: KVCache, rows: Sequence[int], lengths: Sequence[int]):
+        super().__init__(len(rows))
+        longest = max(lengths)
+        self.lengths = list(lengths)
+        self.keys = [k[list(rows), :, :longest] for k in cache.keys]
+        self.values = [v[list(rows), :, :longest] for v in cache.values]
+
+    def update(self, layer: int, k, v):
+        starts, longest, count = torch.tensor(self.lengths, device=k.device), max(self.lengths), k.shape[2]
+        # Of each row what it had, then what is new; what follows is masked.
+        places = torch.arange(longest + count, device=k.device).expand(len(starts), -1)
+        index = torch.where(places < starts[:, None], places, places - starts[:, None] + longest)
+        index = index.clamp(max=longest + count - 1)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        return tuple(
+            torch.cat([store[layer].to(new.dtype), new], dim=2).gather(2, index)
+            for store, new in ((self.keys, k), (self.values, v))
+        )
+
+
 def continue_rows(
-    cache: KVCache,
-    image_values: LlamaImageValues | None,
-    rows: Sequence[int],
-    lengths: Sequence[int],
-    dtype: torch.dtype | None = None,
+    cache: KVCache, image_values: LlamaImageValues | None, rows: Sequence[int], lengths: Sequence[int]
 ) -> tuple[KVCache, LlamaImageValues | None]:
     """A cache whose row i continues the first `lengths[i]` tokens of row `rows[i]`, and the images of those rows."""
-    other = KVCache(len(rows), dtype=dtype)
-    other.lengths = list(lengths)
-    longest = max(lengths)
-    other.keys = [k[list(rows), :, :longest] for k in cache.keys]
-    other.values = [v[list(rows), :, :longest] for v in cache.values]
+    other = ContinuedRows(cache, rows, lengths)
     if image_values is not None:
         layers = tuple(replace(layer, value=layer.value[list(rows)]) for layer in image_values.layers)
         image_values = LlamaImageValues(layers)
