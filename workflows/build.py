@@ -596,7 +596,11 @@ def photograph(server: str, prompt: dict, outputs: dict) -> Image.Image:
             return Image.open(io.BytesIO(answer.read())).convert("RGB")
 
     saved = [n for n, entry in prompt.items() if entry["class_type"] in ("MMInterleavedSaveStory", "SaveImage")]
-    if saved:
+    if len(saved) > 1 and all(len(outputs[n]["images"]) == 1 for n in saved):
+        pictures = [fetch(**outputs[n]["images"][0]) for n in saved]
+        asked = [n for n, entry in prompt.items() if entry["class_type"] == "MMInterleavedDrawInContext"]
+        texts = [prompt[n]["inputs"]["text"] for n in asked]
+    elif saved:
         pictures = [fetch(**image) for image in outputs[saved[0]]["images"]]
         texts = outputs[saved[0]].get("text", [""])[0].split("\n")
     else:

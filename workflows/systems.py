@@ -329,13 +329,13 @@ def images_in_a_text(w) -> None:
     results = []
     texts = ("{A} in {B}.", "{A} and {B} wave on the beach with a kite.", "{A} in a red coat.")
     for number, sentence in enumerate(texts):
-        y = 760 * number
+        y = 620 * number
         images = {"A": picture[0]} if "{B}" not in sentence else {"A": picture[0], "B": other[1][0]}
         asked = w.add(
             "MMInterleavedDrawInContext",
             1300,
             y,
-            (360, 360),
+            (360, 330),
             dream=dream[0],
             encoder=model[0],
             llm=model[1],
@@ -344,18 +344,18 @@ def images_in_a_text(w) -> None:
             text=sentence,
             **images,
         )
-        drawn = sample(w, asked, latent, model, 1760, y, seed=5)
+        drawn = sample(w, asked, latent, model, 1760, y, 5, (1300, y + 420))
         saved = w.add("SaveImage", 2180, y, (380, 440), images=drawn[1][0], filename_prefix="stories/in context")
         results.append((asked, *drawn, saved))
-    w.group("1. Model, dream queries, image A", BLUE, model, dream, picture)
+    w.group("1. Model and image A", BLUE, model, dream, picture)
     w.group("2. Image B", BROWN, text, ready, latent, *other, shown)
     w.group("3. The hero of A in the place of B", PURPLE, *results[0])
     w.group("4. Both heroes", PURPLE, *results[1])
     w.group("5. A, with one thing changed", PURPLE, *results[2])
 
 
-def sample(w, ready, latent, model, x: int, y: int, seed: int, **inputs):
-    """KSampler and VAE Decode."""
+def sample(w, ready, latent, model, x: int, y: int, seed: int, decode=None, **inputs):
+    """KSampler and VAE Decode, which is below it or at `decode`."""
     drawn = w.add(
         "KSampler",
         x,
@@ -372,7 +372,7 @@ def sample(w, ready, latent, model, x: int, y: int, seed: int, **inputs):
         scheduler="karras",
         **inputs,
     )
-    return drawn, w.add("VAEDecode", x, y + 560, (320, 80), samples=drawn[0], vae=model[4])
+    return drawn, w.add("VAEDecode", *(decode or (x, y + 560)), (320, 80), samples=drawn[0], vae=model[4])
 
 
 def drafts(w) -> None:
@@ -423,7 +423,7 @@ def drafts(w) -> None:
     finished = sample(w, ready, begun, model, 1800, 0, seed=1, denoise=0.6)
     saved = w.add("SaveImage", 2220, 0, (380, 440), images=finished[1][0], filename_prefix="stories/finished")
     w.bend_below(scorer, "encoder", model)
-    w.group("1. Model, image tokens, and what compares", BLUE, model, tokens, scorer)
+    w.group("1. Models", BLUE, model, tokens, scorer)
     w.group("2. Eight drafts", BROWN, opening, drafted, decoded)
     w.group("3. The one that fits best", GREEN, shown, best)
     w.group("4. Finished by diffusion", PURPLE, begun, ready, *finished)
