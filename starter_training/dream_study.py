@@ -101,7 +101,9 @@ class StudyObjective(nn.Module):
         return {"squares": squares, "attributes": attributes, "right": right}
 
 
-def study(arm: str, run_dir: Path, num_stories: int, steps: int, seed: int, count: int = NUM_CASES) -> dict:
+def study(
+    arm: str, run_dir: Path, num_stories: int, steps: int, seed: int, precision: str = "no", count: int = NUM_CASES
+) -> dict:
     """Trains one arm and returns how often captions, and codes of images to draw, are all right on held-out stories."""
     config, blocks = load_run(run_dir, ("vae", "encoder"))
     tokenizer, c = run_tokenizer(run_dir), config.synchronizer.perceiver
@@ -137,7 +139,7 @@ def study(arm: str, run_dir: Path, num_stories: int, steps: int, seed: int, coun
     )
     validation = [get_batch(number, True) for number in range(8)]
     folder = run_dir / stage.name
-    train(stage, objective, {"llm": llm, "queries": queries}, folder, get_batch, validation, "bf16")
+    train(stage, objective, {"llm": llm, "queries": queries}, folder, get_batch, validation, precision)
     with torch.no_grad():
         llm.load_state_dict(read_tensors(folder / "llm.safetensors"))
         queries.load_state_dict(read_tensors(folder / "queries.safetensors"))
@@ -174,8 +176,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stories", type=int, default=12000)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     args = parser.parse_args(argv)
-    result = study(args.arm, args.out, args.stories, args.steps, args.seed)
+    result = study(args.arm, args.out, args.stories, args.steps, args.seed, args.precision)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -101,7 +101,7 @@ def test_the_systems_are_trained_exported_and_measured(tmp_path):
     assert len(trained.systems.dream.lora.names) == 7 * 6
     (draft,) = trained.draft_images(story, 1)
     assert draft.pixels.shape == (3, 128, 128)
-    result = dream_study.study("joint", run, 3, 1, 0, 1)
+    result = dream_study.study("joint", run, 3, 1, 0, count=1)
     assert 0 <= result["captions"]["mean"] <= 1 and 0 <= result["codes"]["mean"] <= 1
     cache, adapters = tmp_path / "cache", {"none": (None, False), "both": (pipeline.drawn_adapter, True)}
     judge = AttributeClassifier()
@@ -185,9 +185,10 @@ def test_the_figures_of_dream_queries_and_tokens(monkeypatch):
     monkeypatch.setattr(dream_figures, "STEPS", 6)
     monkeypatch.setattr(token_figures, "NUM_CANDIDATES", 2)
     monkeypatch.setattr(drawers, "STEPS", 4)
+    monkeypatch.setattr(drawers, "NUM_DRAFTS", 2)
     pipeline, judge = MMInterleavedPipeline.load("starter", "cpu"), load_classifier()
-    figures = dream_figures.in_context(pipeline, judge, 10, 2)
-    assert figures["subject: look"]["in context"]["cases"] == 2
+    figures = dream_figures.in_context(pipeline, judge, 10, 1)
+    assert figures["subject: look"]["in context"]["cases"] == 1
     assert set(dream_figures.stories(pipeline, judge, range(10, 11), 1)) == {"heroes", "place", "prop"}
     kept = token_figures.codes(pipeline, judge, 10, 4)
     assert kept["bytes"] == 400 and kept["place and prop"]["codes"]["mean"] > 0.5

@@ -21,7 +21,7 @@ from .contrastive import scenes_of
 from .prior import facts_of
 from .statistics import bootstrap_by_story
 
-STEPS = 20
+STEPS, NUM_DRAFTS = 20, 16
 NAMES = ("Mia", "Otto")
 
 
@@ -53,7 +53,7 @@ def drawers(pipeline: MMInterleavedPipeline) -> dict[str, Callable[[str, int], t
         "dream queries": story_model("dream"),
         "prior": prior,
         "one draft of image tokens": drafts(1),
-        "best of 16 drafts": drafts(16),
+        f"best of {NUM_DRAFTS} drafts": drafts(NUM_DRAFTS),
     }
 
 
