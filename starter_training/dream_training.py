@@ -29,7 +29,7 @@ from .story_features import StoryFeatures
 from .targets import ConditioningTargets, attribute_labels
 
 LAYERS = re.compile(r"layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)")
-STORY_PROB = 0.45  # of the batches; the others are drawings in context
+STORY_PROB = 0.3  # of the batches; the others are drawings in context
 TWO_CHARACTER_PROB = 0.3
 
 
@@ -112,7 +112,7 @@ def edited(rng: random.Random, a: world.Scene, fact: str) -> Task:
     return Task(f"{{A}} {world.ACTIONS[action][len(a.heroes) > 1]}.", (a,), replace(a, action=action))
 
 
-TASKS: dict[Callable, float] = {subject: 0.3, placed: 0.15, composition: 0.2, pair: 0.1, edit: 0.25}
+TASKS: dict[Callable, float] = {subject: 0.15, placed: 0.15, composition: 0.25, pair: 0.1, edit: 0.35}
 
 
 def _with_place_of(scene: world.Scene, other: world.Scene) -> world.Scene:

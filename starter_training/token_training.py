@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from comfy_mminterleaved.files import atomic_path
-from comfy_mminterleaved.models.dream import continue_rows
+from comfy_mminterleaved.generation.dream import DreamConditioner
+from comfy_mminterleaved.models.dream import ContinuedRows
 from comfy_mminterleaved.models.llama_mmfs import KVCache, LlamaMMFS
 from comfy_mminterleaved.models.token_decoder import CELL_CODES, TokenDecoder, to_cells
 from comfy_mminterleaved.models.vqvae import VQVAE
@@ -48,11 +49,11 @@ class TokenBatches:
 
 
 class TokenObjective(nn.Module):
-    """Cross-entropy of every code; what stands before the image is read by the story's LLM, which is frozen."""
+    """Cross-entropy of every code, behind the story and its dream queries, which the frozen LLM reads."""
 
-    def __init__(self, model: TokenDecoder, llm: LlamaMMFS):
+    def __init__(self, model: TokenDecoder, llm: LlamaMMFS, dream: DreamConditioner):
         super().__init__()
-        self.model, self.frozen = model, [llm.eval().requires_grad_(False)]
+        self.model, self.dream, self.frozen = model, dream, [llm.eval().requires_grad_(False)]
 
     def forward(self, batch: DreamBatch, cells: torch.Tensor) -> dict[str, torch.Tensor]:
         """`cells`: `(Q, cells, CELL_CODES)`."""
@@ -60,16 +61,17 @@ class TokenObjective(nn.Module):
         cache = KVCache(count)
         with torch.no_grad():
             x = llm.embed_inputs(batch.input_ids, batch.visual_tokens.flatten(0, 1))
-            llm(x, llm.project_images(batch.feature_maps), batch.image_mask, cache)
-        image_values, lengths, visible = (
-            self.model.trunk.project_images(batch.feature_maps),
-            batch.lengths,
-            batch.visible,
-        )
+            image_values, rows = llm.project_images(batch.feature_maps), batch.rows.tolist()
+            llm(x, image_values, batch.image_mask, cache)
+            cache = cache.select_rows(rows)
+            cache.lengths = batch.lengths.tolist()
+            self.dream.read(llm, cache, image_values.select_rows(rows), batch.visible)
+        image_values = self.model.trunk.project_images(batch.feature_maps).select_rows(rows)
+        lengths, visible = torch.tensor(cache.lengths, device=cells.device), batch.visible
         if self.training:
             dropped = torch.rand(len(lengths), device=lengths.device) < STORY_DROPOUT
             lengths, visible = torch.where(dropped, 1, lengths), visible & ~dropped[:, None]
-        rest = continue_rows(cache, image_values, batch.rows.tolist(), lengths.tolist())
+        rest = ContinuedRows(cache, range(len(rows)), lengths.tolist()), image_values
         given = self.corrupted(cells) if self.training else cells
         hidden = self.model.hidden_states(self.model.inputs(given), *rest, visible)
         logits = self.model.code_logits(hidden, cells[..., :-1])

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from comfy_mminterleaved.errors import CheckpointError, SettingError, StoryTooLongError
+from comfy_mminterleaved.generation.dream import DreamConditioner
 from comfy_mminterleaved.generation.embedders import system_metadata
 from comfy_mminterleaved.generation.image_tokens import (
     ImageTokenizer,
@@ -16,6 +17,7 @@ from comfy_mminterleaved.generation.image_tokens import (
     load_token_sampler,
     rows_of,
 )
+from comfy_mminterleaved.models.dream import DreamConfig, DreamQueries
 from comfy_mminterleaved.models.llama_mmfs import KVCache
 from comfy_mminterleaved.models.token_decoder import (
     CELL_CODES,
@@ -49,6 +51,21 @@ def random_decoder(pipeline, seed: int = 0) -> TokenDecoder:
 @pytest.fixture
 def decoder(tiny_random):
     return random_decoder(tiny_random)
+
+
+@pytest.fixture
+def dream(tiny_random):
+    """Queries that the LLM reads before the image."""
+    torch.manual_seed(0)
+    c = tiny_random.config
+    model = DreamQueries(DreamConfig(3, c.llm.hidden_size, c.synchronizer.perceiver.hidden_size)).eval()
+    torch.nn.init.normal_(model.dream_queries, std=1.0)
+    return DreamConditioner(model)
+
+
+@pytest.fixture
+def sampler(decoder, dream):
+    return TokenSampler(decoder, dream)
 
 
 def image(seed: int) -> ImageSegment:
@@ -145,11 +162,10 @@ def test_no_code_sees_what_comes_after_it(decoder):
         assert is_other.equal(expected), (cell, place)
 
 
-def test_cell_by_cell_is_as_at_once(tiny_random, decoder):
+def test_cell_by_cell_is_as_at_once(tiny_random, decoder, sampler):
     """Behind a story, of which the LLM's keys and values are read, and whose image is attended to."""
     told = tiny_random.encode_images(Story.of("Mia waves.", image(1), "Mia sits."))
     cells = torch.randint(32, (2, SIDE * SIDE, CELL_CODES), generator=torch.Generator().manual_seed(0))
-    sampler = TokenSampler(decoder)
     (context,) = sampler._contexts(tiny_random.text, told, 2, 1.0)
     whole = decoder(cells, *context)
     context = sampler._contexts(tiny_random.text, told, 2, 1.0)[0]
@@ -165,8 +181,8 @@ def test_cell_by_cell_is_as_at_once(tiny_random, decoder):
     assert (decoder(cells, *context) - whole).abs().max() > 1e-3
 
 
-def test_drafts_depend_on_story_and_seed_alone(tiny_random, decoder):
-    sampler, told = TokenSampler(decoder), Story.of("Mia waves.")
+def test_drafts_depend_on_story_and_seed_alone(tiny_random, sampler):
+    told = Story.of("Mia waves.")
     three = sampler.sample(tiny_random.text, told, 3, seed=4)
     assert three.top.shape == (3, SIDE, SIDE) and three.bottom.shape == (3, 2 * SIDE, 2 * SIDE)
     again = sampler.sample(tiny_random.text, told, 1, seed=6)
@@ -177,36 +193,38 @@ def test_drafts_depend_on_story_and_seed_alone(tiny_random, decoder):
     assert steps == [(i, 9) for i in range(1, 10)]
 
 
-def test_the_story_is_read_once(tiny_random, decoder):
+def test_the_story_is_read_once(tiny_random, sampler):
     told = tiny_random.encode_images(Story.of("Mia waves.", image(1), "Mia sits."))
     tiny_random.clear_cache()
     before = tiny_random.context_features([told])[0]
-    TokenSampler(decoder).sample(tiny_random.text, told, 2)
+    sampler.sample(tiny_random.text, told, 2)
     assert tiny_random.text.cache.num_cached_tokens >= len(before) - 1
     assert torch.allclose(tiny_random.context_features([told])[0], before, **CLOSE)
 
 
-def test_given_cells_stay(tiny_random, decoder):
+def test_given_cells_stay(tiny_random, sampler):
     given = torch.randint(32, (4, CELL_CODES))
-    drafts = to_cells(TokenSampler(decoder).sample(tiny_random.text, Story.of("Mia."), 2, given=given))
+    drafts = to_cells(sampler.sample(tiny_random.text, Story.of("Mia."), 2, given=given))
     assert all(cells[:4].equal(given) for cells in drafts) and not drafts[0, 4:].equal(drafts[1, 4:])
 
 
-def test_guidance_moves_logits_away_from_those_of_nothing(tiny_random, decoder, monkeypatch):
-    """At scale 1 they are the story's, above it further from those without a story; the likeliest is taken here."""
+def test_guidance_moves_logits_away_from_those_of_nothing(tiny_random, sampler, monkeypatch):
+    """At scale 1 they are the story's, above it further from those of nothing at all; the likeliest is taken here."""
     from comfy_mminterleaved.generation import image_tokens
 
     seen = []
     monkeypatch.setattr(image_tokens, "_sample", lambda logits, *_: seen.append(logits) or logits.argmax(-1))
-    sampler, told = TokenSampler(decoder), Story.of("Mia waves.")
+    told = Story.of("Mia waves.")
     sampler.sample(tiny_random.text, told, guidance_scale=1.0, temperature=2.0)
     plain = seen[0] * 2
     seen.clear()
     sampler.sample(tiny_random.text, told, guidance_scale=3.0)
     guided = seen[0]
     seen.clear()
-    sampler.sample(tiny_random.text, Story(), guidance_scale=1.0)
-    assert torch.allclose(guided, seen[0] + 3 * (plain - seen[0]), **CLOSE)
+    _, (nothing, *_) = sampler._contexts(tiny_random.text, told, 1, 2.0)
+    hidden = sampler.model.hidden_states(sampler.model.inputs(torch.zeros(1, 0, CELL_CODES, dtype=torch.long)), nothing)
+    without = sampler.model.code_logits(hidden[:, -1], torch.zeros(1, 0, dtype=torch.long))[:, -1]
+    assert torch.allclose(guided, without + 3 * (plain - without), **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -220,28 +238,28 @@ def test_guidance_moves_logits_away_from_those_of_nothing(tiny_random, decoder, 
         ({"given": torch.zeros(9, CELL_CODES, dtype=torch.long)}, "leave at least one"),
     ],
 )
-def test_settings_out_of_range(tiny_random, decoder, options, sentence):
+def test_settings_out_of_range(tiny_random, sampler, options, sentence):
     with pytest.raises(SettingError, match=sentence):
-        TokenSampler(decoder).sample(tiny_random.text, Story.of("Mia."), **options)
+        sampler.sample(tiny_random.text, Story.of("Mia."), **options)
 
 
-def test_a_story_without_room(tiny_random, decoder):
+def test_a_story_without_room(tiny_random, sampler):
     limit = tiny_random.config.llm.max_position_embeddings
     with pytest.raises(StoryTooLongError, match="context"):
-        TokenSampler(decoder).sample(tiny_random.text, Story.of("a" * limit))
+        sampler.sample(tiny_random.text, Story.of("a" * limit))
 
 
 # ---- a model's files ----
 
 
-def test_what_is_written_is_read(tiny_random, decoder, tmp_path):
+def test_what_is_written_is_read(tiny_random, decoder, dream, tmp_path):
     codec = random_codec()
     save_file(codec.state_dict(), tmp_path / "codes.safetensors", system_metadata(CONFIG.to_dict(), "codes"))
     metadata = system_metadata(decoder.config.to_dict(), "tokens")
     save_file(decoder.state_dict(), tmp_path / "tokens.safetensors", metadata)
     tokenizer = load_image_tokenizer(tmp_path / "codes.safetensors")
     assert tokenizer.encode(latents(0)).bottom.equal(ImageTokenizer(codec).encode(latents(0)).bottom)
-    sampler = load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config)
+    sampler = load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config, dream)
     cells = torch.randint(32, (1, SIDE * SIDE, CELL_CODES))
     assert torch.allclose(sampler.model(cells, KVCache(1)), decoder(cells, KVCache(1)), atol=1e-3)
     check_tokens(tokenizer.model, sampler.model, "it")
@@ -253,14 +271,14 @@ def test_what_is_written_is_read(tiny_random, decoder, tmp_path):
     del tensors["start"]
     save_file(tensors, tmp_path / "tokens.safetensors", metadata)
     with pytest.raises(CheckpointError, match="missing: start"):
-        load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config)
+        load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config, dream)
     bad = system_metadata({**decoder.config.to_dict(), "grid_size": -1}, "tokens")
     save_file(decoder.state_dict(), tmp_path / "tokens.safetensors", bad)
     with pytest.raises(CheckpointError):
-        load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config)
+        load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config, dream)
 
 
-def test_a_pipeline_drafts(tiny_random, monkeypatch):
+def test_a_pipeline_drafts(tiny_random, dream, monkeypatch):
     """Drafts are images of the VAE's; without a contrastive model's text they stay in the order of their seeds."""
     side = tiny_random.config.unet["sample_size"] // 2
     channels = tiny_random.vae.config.latent_channels
@@ -272,7 +290,7 @@ def test_a_pipeline_drafts(tiny_random, monkeypatch):
     with pytest.raises(CheckpointError, match="no image tokens"):
         tiny_random.image_codes(image(1))
     monkeypatch.setitem(tiny_random.systems.__dict__, "image_tokenizer", ImageTokenizer(codec))
-    monkeypatch.setitem(tiny_random.systems.__dict__, "token_sampler", TokenSampler(decoder))
+    monkeypatch.setitem(tiny_random.systems.__dict__, "token_sampler", TokenSampler(decoder, dream))
     drafts = tiny_random.draft_images(Story(), 2, seed=7)
     assert [draft.seed for draft in drafts] == [7, 8] and {draft.origin for draft in drafts} == {"drawn"}
     codes = tiny_random.image_codes(drafts[0])

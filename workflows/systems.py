@@ -375,64 +375,35 @@ def sample(w, ready, latent, model, x: int, y: int, seed: int, decode=None, **in
     return drawn, w.add("VAEDecode", *(decode or (x, y + 560)), (320, 80), samples=drawn[0], vae=model[4])
 
 
-def drafts(w) -> None:
-    w.note(0, -420, (820, 280), "Drafts")
+def an_image_in_400_bytes(w) -> None:
+    w.note(0, -380, (760, 240), "An image in 400 bytes")
     model = load(w)
-    scorer = compare(w, model)
-    tokens = w.add("MMInterleavedLoadImageTokens", 0, 490, (300, 80), model="starter")
-    opening = w.add(
-        "MMInterleavedStoryText",
+    tokens = w.add("MMInterleavedLoadImageTokens", 0, 290, (300, 80), model="starter")
+    picture = w.add("MMInterleavedExampleImage", 420, 0, (320, 360))
+    small = w.add(
+        "ImageScale",
         420,
-        0,
-        (340, 180),
-        text="Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball.",
+        460,
+        (320, 170),
+        image=picture[0],
+        upscale_method="area",
+        width=128,
+        height=128,
+        crop="center",
     )
-    drafted = w.add(
-        "MMInterleavedDraftImages",
-        420,
-        290,
-        (340, 360),
-        image_tokens=tokens[0],
-        llm=model[1],
-        story=opening[0],
-        count=8,
-        seed=1,
-    )
-    decoded = w.add("VAEDecode", 420, 760, (340, 80), samples=drafted[0], vae=model[4])
-    shown = w.add("SaveImage", 860, 0, (420, 520), images=decoded[0], filename_prefix="stories/drafts")
-    best = w.add(
-        "MMInterleavedBestPanel",
-        860,
-        640,
-        (420, 180),
-        contrastive=scorer[0],
-        story=opening[0],
-        images=decoded[0],
-    )
-    begun = w.add("VAEEncode", 1380, 0, (320, 80), pixels=best[0], vae=model[4])
-    ready = w.add(
-        "MMInterleavedSynchronize",
-        1380,
-        190,
-        (320, 340),
-        llm=model[1],
-        synchronizer=model[2],
-        model=model[3],
-        story=opening[0],
-    )
-    finished = sample(w, ready, begun, model, 1800, 0, seed=1, denoise=0.6)
-    saved = w.add("SaveImage", 2220, 0, (380, 440), images=finished[1][0], filename_prefix="stories/finished")
-    w.bend_below(scorer, "encoder", model)
-    w.group("1. Models", BLUE, model, tokens, scorer)
-    w.group("2. Eight drafts", BROWN, opening, drafted, decoded)
-    w.group("3. The one that fits best", GREEN, shown, best)
-    w.group("4. Finished by diffusion", PURPLE, begun, ready, *finished)
-    w.group("5. The panel", GREEN, saved)
+    latent = w.add("VAEEncode", 860, 0, (320, 80), pixels=small[0], vae=model[4])
+    coded = w.add("MMInterleavedImageTokens", 860, 190, (320, 120), image_tokens=tokens[0], latent=latent[0])
+    decoded = w.add("VAEDecode", 860, 420, (320, 80), samples=coded[1], vae=model[4])
+    saved = w.add("SaveImage", 1300, 0, (380, 440), images=decoded[0], filename_prefix="stories/codes")
+    w.group("1. Models", BLUE, model, tokens)
+    w.group("2. A picture of your own", BROWN, picture, small)
+    w.group("3. As codes, and back", PURPLE, latent, coded, decoded)
+    w.group("4. The picture", GREEN, saved)
 
 
 TEMPLATES = {
+    "An image in 400 bytes": an_image_in_400_bytes,
     "Best of four": best_of_four,
-    "Drafts": drafts,
     "Find an image": find_an_image,
     "Ideas and variations": ideas_and_variations,
     "Images in a text": images_in_a_text,

@@ -12,7 +12,7 @@ import torch
 from ..config import Config
 from ..errors import CheckpointError, SettingError
 from ..models.dream import DreamConfig, DreamQueries
-from ..models.llama_mmfs import KVCache
+from ..models.llama_mmfs import KVCache, LlamaMMFS
 from ..models.lora import LoRA
 from ..stories.story import ImageSegment, Story, TextSegment
 from .embedders import read_system
@@ -42,9 +42,7 @@ class DreamConditioner:
         """
         reserve = self.model.config.num_queries + 1
         stories = [text.truncate_to_context(story, reserve, None) for story in stories]
-        cache, image_values, image_mask = text.fork(stories)
-        with self._lora_attached(text.llm):
-            return self.model(text.llm, cache, image_values, image_mask)
+        return self.read(text.llm, *text.fork(stories))
 
     @torch.no_grad()
     def negative_prompt_embeds(self, text: TextGenerator) -> torch.Tensor | None:
@@ -53,11 +51,12 @@ class DreamConditioner:
             return None
         llm, cache = text.llm, KVCache(1)
         llm(llm.embed_inputs(torch.tensor([[llm.config.special_tokens.bos]], device=llm.device)), cache=cache)
-        with self._lora_attached(llm):
-            return self.model(llm, cache)
+        return self.read(llm, cache)
 
-    def _lora_attached(self, llm):
-        return self.lora.attached(llm) if self.lora is not None else contextlib.nullcontext()
+    def read(self, llm: LlamaMMFS, cache: KVCache, image_values=None, image_mask=None) -> torch.Tensor:
+        """`DreamQueries.forward`, with the LoRA on while the LLM reads the queries."""
+        with self.lora.attached(llm) if self.lora is not None else contextlib.nullcontext():
+            return self.model(llm, cache, image_values, image_mask)
 
 
 def in_context_story(text: str, images: Mapping[str, ImageSegment]) -> Story:

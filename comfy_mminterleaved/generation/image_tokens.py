@@ -15,6 +15,7 @@ from ..models.mmfs import fuse_mmfs
 from ..models.token_decoder import CELL_CODES, TokenDecoder, TokenDecoderConfig, from_cells, to_cells
 from ..models.vqvae import FACTOR, VQVAE, ImageCodes, VQVAEConfig
 from ..stories.story import Story
+from .dream import DreamConditioner
 from .embedders import read_system
 from .text import TextGenerator
 
@@ -67,14 +68,19 @@ class ImageTokenizer:
 
 
 class TokenSampler:
-    """Samples the codes of a story's next image, cell by cell."""
+    """Samples the codes of a story's next image, cell by cell, behind the story and its dream queries."""
 
-    def __init__(self, model: TokenDecoder):
-        self.model = model
+    def __init__(self, model: TokenDecoder, dream: DreamConditioner):
+        self.model, self.dream = model, dream
 
     @property
     def device(self) -> torch.device:
         return self.model.start.device
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the LLM's context, that an image takes."""
+        return self.model.num_cells + self.dream.model.config.num_queries + 1
 
     @torch.no_grad()
     def sample(
@@ -138,8 +144,9 @@ class TokenSampler:
 
     def _contexts(self, text: TextGenerator, story: Story, count: int, guidance_scale: float) -> list[tuple]:
         """What the trunk continues: the story, and with guidance nothing."""
-        story = text.truncate_to_context(story, self.model.num_cells, None)
-        cache, _, image_mask = text.fork([story], [0] * count)
+        story = text.truncate_to_context(story, self.num_tokens, None)
+        cache, image_values, image_mask = text.fork([story], [0] * count)
+        self.dream.read(text.llm, cache, image_values, image_mask)
         maps = list(zip(*(image.features.feature_maps for image in story.images)))
         maps = [torch.stack(level).unsqueeze(0).to(self.device, self.model.trunk.dtype) for level in maps]
         image_values = self.model.trunk.project_images(maps) if maps else None
@@ -216,11 +223,13 @@ def load_image_tokenizer(path: Path, device="cpu") -> ImageTokenizer:
     return ImageTokenizer(build_tokenizer(tensors, about, repr(path.name)))
 
 
-def load_token_sampler(path: Path, config: Config, device="cpu", dtype: torch.dtype = torch.float32) -> TokenSampler:
+def load_token_sampler(
+    path: Path, config: Config, dream: DreamConditioner, device="cpu", dtype: torch.dtype = torch.float32
+) -> TokenSampler:
     """The token decoder of a system's file; raises CheckpointError."""
     tensors, about = read_system(path, "tokens")
     tensors = {name: t.to(device, dtype) for name, t in tensors.items()}
-    return TokenSampler(build_token_decoder(tensors, about, config, repr(path.name)))
+    return TokenSampler(build_token_decoder(tensors, about, config, repr(path.name)), dream)
 
 
 def check_tokens(tokenizer: VQVAE, decoder: TokenDecoder, label: str) -> None:

@@ -1,7 +1,8 @@
 """An image as the LLM's next tokens (DALL-E, 2102.12092): codes of a VQ-VAE, cell by cell, in view of the story.
 
 The decoder has weights of its own for image tokens, layer beside layer, and attends to what the story's LLM keeps of
-the words before them (as in 2411.04996, "mixture of transformers"): the story is read once, by its LLM. The codes of a
+the words before them (as in 2411.04996, "mixture of transformers"): the story is read once, by its LLM, and so are its
+dream queries (`models/dream.py`), in which the LLM says what is to be drawn. The codes of a
 cell, one of the top level and four of the bottom one, are read and predicted together, by a small transformer over
 them ("depth", as in 2203.01941), so an image takes as many steps as it has top codes.
 """

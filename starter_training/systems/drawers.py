@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from comfy_mminterleaved.generation.config import SYSTEMS
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 from comfy_mminterleaved.stories.story import Story
 
@@ -48,13 +49,10 @@ def drawers(pipeline: MMInterleavedPipeline) -> dict[str, Callable[[str, int], t
     def drafts(count: int):
         return lambda text, seed: pipeline.draft_images(Story.of(text), count, seed=1000 * seed)[0].pixels
 
-    return {
-        "MM-Interleaved": story_model("perceiver"),
-        "dream queries": story_model("dream"),
-        "prior": prior,
-        "one draft of image tokens": drafts(1),
-        f"best of {NUM_DRAFTS} drafts": drafts(NUM_DRAFTS),
-    }
+    ways = {"MM-Interleaved": story_model("perceiver"), "dream queries": story_model("dream"), "prior": prior}
+    if (pipeline.folder / SYSTEMS / "tokens.safetensors").is_file():
+        ways |= {"one draft of image tokens": drafts(1), f"best of {NUM_DRAFTS} drafts": drafts(NUM_DRAFTS)}
+    return ways
 
 
 def table(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: int, count: int) -> dict:

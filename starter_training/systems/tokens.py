@@ -81,7 +81,7 @@ class _WithoutImages:
 
 
 def drafts(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: int, count: int) -> dict:
-    """Second panels of held-out stories as drafts: the first of 16, the best by the contrastive model, any of them.
+    """Second panels of held-out stories as drafts: the first, the best by the contrastive model, any of several.
 
     The opening image is in the story, and the texts are the true ones.
     """
@@ -101,9 +101,8 @@ def drafts(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: in
         first = next(i for i, image in enumerate(images) if image.seed == 1000 * number)
         seen = [_facts(each, scene) for each in judge.predict(torch.stack([image.pixels for image in images]))]
         add("one", number, seen[first])
-        add("best of 16", number, seen[0])
-        add("any of 16", number, {fact: any(each[fact] for each in seen) for fact in seen[0]})
-        add("mean of 16", number, {fact: sum(each[fact] for each in seen) / len(seen) for fact in seen[0]})
+        add(f"best of {NUM_CANDIDATES}", number, seen[0])
+        add(f"any of {NUM_CANDIDATES}", number, {fact: any(each[fact] for each in seen) for fact in seen[0]})
         with _WithoutImages(pipeline.systems.token_sampler.model):
             (image,) = pipeline.draft_images(story, 1, seed=1000 * number)
         add("without the synchronizer", number, _facts(judge.predict(image.pixels[None])[0], scene))
@@ -112,11 +111,13 @@ def drafts(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: in
         **{
             fact: {
                 **{way: bootstrap_by_story(rows) for way, rows in ways.items()},
-                "best of 16 against one": paired_difference(ways["best of 16"], ways["one"]),
+                f"best of {NUM_CANDIDATES} against one": paired_difference(
+                    ways[f"best of {NUM_CANDIDATES}"], ways["one"]
+                ),
             }
             for fact, ways in values.items()
         },
-        "seconds for 16": statistics.median(seconds),
+        f"seconds for {NUM_CANDIDATES}": statistics.median(seconds),
     }
 
 
