@@ -41,7 +41,7 @@ from .targets import IGNORE_INDEX, ConditioningTargets
 from .trainer import StageConfig, train
 
 ARMS = {"joint": (1.0, 1.0), "creation": (0.0, 1.0), "comprehension": (1.0, 0.0)}  # weights of text and images
-STEPS, IMAGES = 1500, 24
+STEPS, IMAGES = 900, 24
 FIRST_SEED = 20  # of what is evaluated
 NUM_CASES = 300
 GREEDY = TextGenerationConfig(max_new_tokens=60, min_new_tokens=1, do_sample=False, repetition_penalty=1.0)

@@ -198,7 +198,9 @@ def sound_config() -> dict:
 
 def dream_config(config: Config) -> DreamConfig:
     perceiver = config.synchronizer.perceiver
-    return DreamConfig(perceiver.num_queries, config.llm.hidden_size, perceiver.hidden_size, DREAM_RANK)
+    return DreamConfig(
+        perceiver.num_queries, config.llm.hidden_size, perceiver.hidden_size, DREAM_RANK, is_normalized=True
+    )
 
 
 def vqvae_config(config: Config) -> VQVAEConfig:

@@ -80,6 +80,14 @@ def test_queries_are_read_behind_the_story_as_one_sequence_is(tiny_random, dream
     assert found.shape == (1, 3, tiny_random.config.synchronizer.perceiver.hidden_size)
 
 
+def test_normalized_embeds(tiny_random, dream):
+    told = story(tiny_random, "Mia waves.")
+    plain = dream.prompt_embeds(tiny_random.text, [told])
+    dream.model.config = replace(dream.model.config, is_normalized=True)
+    embeds = dream.prompt_embeds(tiny_random.text, [told])
+    assert torch.allclose(embeds, torch.nn.functional.layer_norm(plain, plain.shape[-1:]), **CLOSE)
+
+
 def test_a_batch_is_as_each_story_alone(tiny_random, dream):
     stories = [story(tiny_random, "Mia waves.", image(1), "Mia sits."), story(tiny_random, "Otto."), story(tiny_random)]
     alone = torch.cat([dream.prompt_embeds(tiny_random.text, [each]) for each in stories])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..config import SystemConfig
@@ -23,6 +24,8 @@ class DreamConfig(SystemConfig):
         lora_rank: Of what is added to the LLM's layers while it reads the queries; 0 for nothing.
         has_own_negative: Whether guidance leads away from the queries behind nothing, as in DreamLLM; else from what
             the U-Net was trained with.
+        is_normalized: Whether each prompt embedding has mean 0 and variance 1, as a Perceiver's has. What is uncertain
+            is else drawn as a blend.
     """
 
     num_queries: int = 16
@@ -30,6 +33,7 @@ class DreamConfig(SystemConfig):
     cross_attention_dim: int = 192
     lora_rank: int = 0
     has_own_negative: bool = False
+    is_normalized: bool = False
 
 
 class DreamQueries(nn.Module):
@@ -62,7 +66,8 @@ class DreamQueries(nn.Module):
         x = torch.cat([start, self.dream_queries.to(start).expand(len(start), -1, -1)], dim=1)
         if image_mask is not None:
             image_mask = image_mask[:, None].expand(-1, x.shape[1], -1)
-        return self.projector(llm(x, image_values, image_mask, cache)[:, 1:])
+        out = self.projector(llm(x, image_values, image_mask, cache)[:, 1:])
+        return F.layer_norm(out, out.shape[-1:]) if self.config.is_normalized else out
 
 
 class ContinuedRows(KVCache):
