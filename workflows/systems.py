@@ -345,7 +345,7 @@ def images_in_a_text(w) -> None:
             **images,
         )
         drawn = sample(w, asked, latent, model, 1760, y, 5, (1300, y + 420))
-        saved = w.add("SaveImage", 2180, y, (380, 440), images=drawn[1][0], filename_prefix="stories/in context")
+        saved = w.add("SaveImage", 2180, y, (380, 440), images=drawn[1][0], filename_prefix="stories/in-context")
         results.append((asked, *drawn, saved))
     w.group("1. Model and image A", BLUE, model, dream, picture)
     w.group("2. Image B", BROWN, text, ready, latent, *other, shown)
