@@ -107,10 +107,7 @@ def test_the_systems_are_trained_exported_and_measured(tmp_path, monkeypatch):
     drafted = token_figures.drafts(trained, AttributeClassifier(), 20, 1)
     assert drafted["species"]["any of 2"]["mean"] >= drafted["species"]["best of 2"]["mean"]
     assert token_figures.from_rows(trained, AttributeClassifier(), 20, 1)["sky"]["cases"] == 1
-    assert set(drawers.drawers(trained)) - set(drawers.drawers(pipeline)) == {
-        "one draft of image tokens",
-        "best of 16 drafts",
-    }
+    assert {"one draft of image tokens", "best of 16 drafts"} <= set(drawers.drawers(trained))
     result = dream_study.study("joint", run, 3, 1, 0, count=1)
     assert 0 <= result["captions"]["mean"] <= 1 and 0 <= result["codes"]["mean"] <= 1
     cache, adapters = tmp_path / "cache", {"none": (None, False), "both": (pipeline.drawn_adapter, True)}
