@@ -15,7 +15,7 @@ from ..comfy_mminterleaved.generation.image_tokens import (
 )
 from .blocks import system_patcher
 from .load import check_systems, model_folder, models_with, read_system, sentence
-from .types import CATEGORY, TokenDecoderSocket, TokensSocket
+from .types import CATEGORY, ImageTokensSocket, TokensSocket
 
 
 class PatchedTokenizer(ImageTokenizer):
@@ -44,7 +44,7 @@ class LoadImageTokens(io.ComfyNode):
             inputs=[
                 io.Combo.Input("model", options=models_with("codes"), tooltip="The model whose VAE makes the latents.")
             ],
-            outputs=[TokenDecoderSocket.Output("image_tokens_out", display_name="image tokens")],
+            outputs=[ImageTokensSocket.Output("image_tokens_out", display_name="image tokens")],
         )
 
     @classmethod
@@ -65,7 +65,7 @@ class EncodeImageTokens(io.ComfyNode):
             category=CATEGORY,
             description="Makes codes of images, and images of the codes again: what a few hundred bytes keep.",
             inputs=[
-                TokenDecoderSocket.Input("image_tokens", tooltip="From Load Image Tokens."),
+                ImageTokensSocket.Input("image_tokens", tooltip="From Load Image Tokens."),
                 io.Latent.Input("latent", tooltip="From VAE Encode, with the VAE of the model."),
             ],
             outputs=[

@@ -22,7 +22,7 @@ RefinerSocket = io.Custom("MMI_REFINER")
 PriorSocket = io.Custom("MMI_PRIOR")
 SoundSocket = io.Custom("MMI_SOUND")
 DreamSocket = io.Custom("MMI_DREAM")
-TokenDecoderSocket = io.Custom("MMI_IMAGE_TOKENS")
+ImageTokensSocket = io.Custom("MMI_IMAGE_TOKENS")
 TokensSocket = io.Custom("MMI_TOKENS")
 
 
