@@ -108,20 +108,21 @@ class DrawingMixin:
         count: int = 16,
         seed: int = 0,
         given: torch.Tensor | None = None,
+        conditioner: str = "perceiver",
         on_step: Callable[[int, int], object] | None = None,
         **sampling,
     ) -> list[ImageSegment]:
-        """Drafts of a story's next image, sampled as its next tokens (DALL-E, 2102.12092), those that fit best first.
+        """Drafts of a story's next image, sampled as tokens (DALL-E, 2102.12092), those that fit best first.
 
         Args:
             given: The first cells of all drafts (`image_tokens.rows_of`).
+            conditioner: As in `prompt_embeds`.
             sampling: Of `TokenSampler.sample`: temperature, top_k, guidance_scale.
         """
-        sampler = self.systems.token_sampler
-        encoded = self.encode_images(story)
-        self._place("text")
-        codes = sampler.sample(self.text, encoded, count, seed, given=given, on_step=on_step, **sampling)
+        sampler, encoded = self.systems.token_sampler, self.encode_images(story)
+        prompt_embeds = self.prompt_embeds([encoded], conditioner)
         self._place("draw")
+        codes = sampler.sample(prompt_embeds, encoded, count, seed, given=given, on_step=on_step, **sampling)
         drafts = [
             ImageSegment(each, seed=(seed + i) % 2**63, origin=DRAWN) for i, each in enumerate(self.decode_codes(codes))
         ]

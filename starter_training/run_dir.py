@@ -208,7 +208,9 @@ def vqvae_config(config: Config) -> VQVAEConfig:
 
 
 def token_decoder_config(config: Config) -> TokenDecoderConfig:
-    return TokenDecoderConfig(VQVAEConfig().num_codes, config.unet["sample_size"] // FACTOR)
+    perceiver = config.synchronizer.perceiver
+    grid_size = config.unet["sample_size"] // FACTOR
+    return TokenDecoderConfig(perceiver.num_queries, perceiver.hidden_size, VQVAEConfig().num_codes, grid_size)
 
 
 def export_systems(run_dir: Path, folder: Path) -> None:

@@ -14,7 +14,6 @@ from comfy_mminterleaved.checkpoints.tensors import read_tensors
 from comfy_mminterleaved.config import Config
 from comfy_mminterleaved.errors import CheckpointError
 from comfy_mminterleaved.files import atomic_path, atomic_write
-from comfy_mminterleaved.generation.dream import DreamConditioner, build_dream
 from comfy_mminterleaved.models.audio_encoder import AudioEncoder, AudioEncoderConfig
 from comfy_mminterleaved.models.build import diffusers_model
 from comfy_mminterleaved.models.contrastive import ContrastiveConfig, ContrastiveModel, pad_ids
@@ -525,19 +524,17 @@ def tokens_stage(stage: Stage) -> TrainingSetup:
         raise CheckpointError(f"The run {str(stage.run_dir)!r} has no image codes yet; run its stage 'codes' first.")
     codes = VQVAE(vqvae_config(config)).eval()
     codes.load_state_dict(read_tensors(path))
-    if not (dream_path := stage.run_dir / "dream" / "dream.safetensors").exists():
-        raise CheckpointError(f"The run {str(stage.run_dir)!r} has no dream queries yet; run its stage 'dream' first.")
-    about = {"config": dream_config(config).to_dict()}
-    dream = DreamConditioner(*build_dream(read_tensors(dream_path), about, repr(dream_path.name)))
     for data, features in story_features(stage).items():
         cells = cached_cells(stage.run_dir / f"cells-{data.name}-{int(path.stat().st_mtime)}.npy", latents[data], codes)
-        batches[data] = TokenBatches(DreamBatches(data, features, config, tokenizer, stage.config.batch), cells)
+        stories = StoryBatches(data, config, tokenizer, stage.config.batch, True, two_character_prob=TWO_CHARACTER_PROB)
+        batches[data] = TokenBatches(stories, features, cells)
     model = TokenDecoder(token_decoder_config(config), config.llm)
     init_from_llm(model, llm, codes)
-    objective = TokenObjective(model, llm, dream)
+    perceiver = config.synchronizer.perceiver
+    objective = TokenObjective(model, ConditioningTargets(perceiver.num_queries, perceiver.hidden_size))
 
     def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
-        return tuple(each.to(device_of(objective)) for each in batches[data].build(seed))
+        return (batches[data].build(seed).to(device_of(objective)),)
 
     return TrainingSetup(objective, {"tokens": model}, get_batch, held_out_batches(get_batch, stage))
 

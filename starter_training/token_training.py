@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from comfy_mminterleaved.files import atomic_path
-from comfy_mminterleaved.generation.dream import DreamConditioner
-from comfy_mminterleaved.models.dream import ContinuedRows
-from comfy_mminterleaved.models.llama_mmfs import KVCache, LlamaMMFS
+from comfy_mminterleaved.models.llama_mmfs import LlamaMMFS
 from comfy_mminterleaved.models.token_decoder import CELL_CODES, TokenDecoder, to_cells
 from comfy_mminterleaved.models.vqvae import VQVAE
 
-from .dream_training import DreamBatch, DreamBatches
+from .batches import StoryBatches
+from .story_features import StoryFeatures
+from .targets import ConditioningTargets
 
 STORY_DROPOUT = 0.1  # of the images: predicted from nothing, for guidance
 CODE_DROPOUT = 0.1  # of the codes that are read: others in their place, for what is sampled is never quite right
+PROMPT_NOISE = 0.2  # on the prompt embeddings: those that are predicted are a little off
 TOP_WEIGHT = 2.0  # of a top code's cross-entropy, against one of the bottom level
 
 
@@ -36,45 +38,65 @@ def cached_cells(path: Path, latents: np.ndarray, model: VQVAE) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
+@dataclass(frozen=True)
+class TokenBatch:
+    """Q images of N stories, with what is known before each.
+
+    Args:
+        cells: `(Q, cells, CELL_CODES)`.
+        labels: `(Q, attributes)`, with IGNORE_INDEX for what the prompt embeddings do not say.
+        feature_maps: Of each level, `(N, P, C, side, side)`.
+        rows: `(Q,)`, the story of each image.
+        visible: bool `(Q, P)`, the images before.
+    """
+
+    cells: torch.Tensor
+    labels: torch.Tensor
+    feature_maps: tuple[torch.Tensor, ...]
+    rows: torch.Tensor
+    visible: torch.Tensor
+
+    def to(self, device) -> TokenBatch:
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return TokenBatch(**moved, feature_maps=tuple(level.to(device) for level in self.feature_maps))
+
+
 class TokenBatches:
-    """Stories with the codes of their images, by seed: each image in view of all that comes before it."""
+    """Every image of some stories, by seed, each in view of all that comes before it."""
 
-    def __init__(self, batches: DreamBatches, cells: np.ndarray):
-        self.batches, self.cells = batches, cells
+    def __init__(self, stories: StoryBatches, features: StoryFeatures, cells: np.ndarray):
+        self.stories, self.features, self.cells = stories, features, cells
 
-    def build(self, seed: int) -> tuple[DreamBatch, torch.Tensor]:
-        batch = self.batches.stories.build(seed)
-        cells = torch.from_numpy(self.cells[batch.image_indices.flatten().numpy()]).long()
-        return self.batches.of_stories(batch), cells
+    def build(self, seed: int) -> TokenBatch:
+        batch = self.stories.build(seed)
+        n, p = batch.image_indices.shape
+        _, maps = self.features(batch.image_indices)
+        return TokenBatch(
+            torch.from_numpy(self.cells[batch.image_indices.flatten().numpy()]).long(),
+            batch.inferable_labels.flatten(0, 1),
+            tuple(maps),
+            torch.arange(n).repeat_interleave(p),
+            torch.ones(p, p, dtype=torch.bool).tril(-1).repeat(n, 1),
+        )
 
 
 class TokenObjective(nn.Module):
-    """Cross-entropy of every code, behind the story and its dream queries, which the frozen LLM reads."""
+    """Cross-entropy of every code, behind the prompt embeddings that the U-Net was pretrained with."""
 
-    def __init__(self, model: TokenDecoder, llm: LlamaMMFS, dream: DreamConditioner):
+    def __init__(self, model: TokenDecoder, targets: ConditioningTargets):
         super().__init__()
-        self.model, self.dream, self.frozen = model, dream, [llm.eval().requires_grad_(False)]
+        self.model, self.targets = model, targets
 
-    def forward(self, batch: DreamBatch, cells: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`cells`: `(Q, cells, CELL_CODES)`."""
-        llm, count = self.frozen[0].to(cells.device), len(batch.input_ids)
-        cache = KVCache(count)
-        with torch.no_grad():
-            x = llm.embed_inputs(batch.input_ids, batch.visual_tokens.flatten(0, 1))
-            image_values, rows = llm.project_images(batch.feature_maps), batch.rows.tolist()
-            llm(x, image_values, batch.image_mask, cache)
-            cache = cache.select_rows(rows)
-            cache.lengths = batch.lengths.tolist()
-            self.dream.read(llm, cache, image_values.select_rows(rows), batch.visible)
-        image_values = self.model.trunk.project_images(batch.feature_maps).select_rows(rows)
-        lengths, visible = torch.tensor(cache.lengths, device=cells.device), batch.visible
+    def forward(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
+        cells, visible, given, is_dropped = batch.cells, batch.visible, batch.cells, None
+        prompt_embeds = self.targets(batch.labels)
         if self.training:
-            dropped = torch.rand(len(lengths), device=lengths.device) < STORY_DROPOUT
-            lengths, visible = torch.where(dropped, 1, lengths), visible & ~dropped[:, None]
-        rest = ContinuedRows(cache, range(len(rows)), lengths.tolist()), image_values
-        given = self.corrupted(cells) if self.training else cells
-        hidden = self.model.hidden_states(self.model.inputs(given), *rest, visible)
-        logits = self.model.code_logits(hidden, cells[..., :-1])
+            prompt_embeds = prompt_embeds + PROMPT_NOISE * torch.randn_like(prompt_embeds)
+            is_dropped = torch.rand(len(cells), device=cells.device) < STORY_DROPOUT
+            visible, given = visible & ~is_dropped[:, None], self.corrupted(cells)
+        image_values = self.model.trunk.project_images(batch.feature_maps).select_rows(batch.rows.tolist())
+        prompt = self.model.embed_prompt(prompt_embeds, is_dropped)
+        logits = self.model(cells, prompt, image_values, visible, given)
         errors = F.cross_entropy(logits.flatten(0, -2).float(), cells.flatten(), reduction="none").view_as(cells)
         top, bottom = errors[..., 0].mean(), errors[..., 1:].mean()
         loss = (TOP_WEIGHT * top + (CELL_CODES - 1) * bottom) / (TOP_WEIGHT + CELL_CODES - 1)
@@ -91,6 +113,7 @@ def init_from_llm(model: TokenDecoder, llm: LlamaMMFS, codes: VQVAE) -> None:
     """Has the decoder start as a copy of the story's LLM, and its codes where the VQ-VAE's are near each other."""
     trunk = {name: t for name, t in llm.state_dict().items() if name.startswith(("layers.", "norm."))}
     model.trunk.load_state_dict(trunk)
+    torch.nn.init.normal_(model.prompt_proj.weight, std=0.1 / model.config.prompt_dim**0.5)
     generator = torch.Generator().manual_seed(0)
     for embed, quantizer in ((model.embed_top, codes.quantize_top), (model.embed_bottom, codes.quantize_bottom)):
         codebook = quantizer.codebook / quantizer.codebook.std()

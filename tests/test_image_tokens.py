@@ -1,13 +1,13 @@
 """Images as codes (VQ-VAE-2), and drafts of a story's next image as its next tokens (DALL-E)."""
 
 import math
+import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfy_mminterleaved.errors import CheckpointError, SettingError, StoryTooLongError
-from comfy_mminterleaved.generation.dream import DreamConditioner
+from comfy_mminterleaved.errors import CheckpointError, SettingError
 from comfy_mminterleaved.generation.embedders import system_metadata
 from comfy_mminterleaved.generation.image_tokens import (
     ImageTokenizer,
@@ -17,8 +17,6 @@ from comfy_mminterleaved.generation.image_tokens import (
     load_token_sampler,
     rows_of,
 )
-from comfy_mminterleaved.models.dream import DreamConfig, DreamQueries
-from comfy_mminterleaved.models.llama_mmfs import KVCache
 from comfy_mminterleaved.models.token_decoder import (
     CELL_CODES,
     TokenDecoder,
@@ -41,7 +39,9 @@ def random_codec(seed: int = 0, config: VQVAEConfig = CONFIG) -> VQVAE:
 
 def random_decoder(pipeline, seed: int = 0) -> TokenDecoder:
     torch.manual_seed(seed)
-    model = TokenDecoder(TokenDecoderConfig(32, SIDE, 2, 16, 2.0), pipeline.config.llm).eval().requires_grad_(False)
+    perceiver = pipeline.config.synchronizer.perceiver
+    c = TokenDecoderConfig(perceiver.num_queries, perceiver.hidden_size, 32, SIDE, 2, 16, 2.0)
+    model = TokenDecoder(c, pipeline.config.llm).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 or name.endswith("gate"):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -54,18 +54,14 @@ def decoder(tiny_random):
 
 
 @pytest.fixture
-def dream(tiny_random):
-    """Queries that the LLM reads before the image."""
-    torch.manual_seed(0)
-    c = tiny_random.config
-    model = DreamQueries(DreamConfig(3, c.llm.hidden_size, c.synchronizer.perceiver.hidden_size)).eval()
-    torch.nn.init.normal_(model.dream_queries, std=1.0)
-    return DreamConditioner(model)
+def sampler(decoder):
+    return TokenSampler(decoder)
 
 
 @pytest.fixture
-def sampler(decoder, dream):
-    return TokenSampler(decoder, dream)
+def prompt_embeds(tiny_random):
+    """Of a story, from the Perceiver."""
+    return tiny_random.prompt_embeds([Story.of("Mia waves.")])
 
 
 def image(seed: int) -> ImageSegment:
@@ -148,83 +144,73 @@ def test_cells_are_places():
 # ---- the decoder ----
 
 
-def test_no_code_sees_what_comes_after_it(decoder):
+def test_no_code_sees_what_comes_after_it(decoder, prompt_embeds):
     """Of each code, the logits change with those before it, and only with those."""
     cells = torch.randint(32, (1, SIDE * SIDE, CELL_CODES), generator=torch.Generator().manual_seed(0))
-    plain = decoder(cells, KVCache(1))
+    prompt = decoder.embed_prompt(prompt_embeds)
+    plain = decoder(cells, prompt)
     for cell, place in ((0, 0), (2, 0), (2, 3), (7, 4)):
         changed = cells.clone()
         changed[0, cell, place] = (changed[0, cell, place] + 1) % 32
-        is_other = (decoder(changed, KVCache(1)) - plain).abs().amax(-1)[0] > 1e-6
+        is_other = (decoder(changed, prompt) - plain).abs().amax(-1)[0] > 1e-6
         expected = torch.zeros_like(is_other)
         expected[cell, place + 1 :] = True
         expected[cell + 1 :] = True
         assert is_other.equal(expected), (cell, place)
+    assert (decoder(cells, decoder.embed_prompt(prompt_embeds + 1)) - plain).abs().max() > 1e-3
+    dropped = decoder.embed_prompt(prompt_embeds, torch.tensor([True]))
+    assert dropped.equal(decoder.no_prompt) and (decoder(cells, dropped) - plain).abs().max() > 1e-3
 
 
-def test_cell_by_cell_is_as_at_once(tiny_random, decoder, sampler):
-    """Behind a story, of which the LLM's keys and values are read, and whose image is attended to."""
-    told = tiny_random.encode_images(Story.of("Mia waves.", image(1), "Mia sits."))
-    cells = torch.randint(32, (2, SIDE * SIDE, CELL_CODES), generator=torch.Generator().manual_seed(0))
-    (context,) = sampler._contexts(tiny_random.text, told, 2, 1.0)
-    whole = decoder(cells, *context)
-    context = sampler._contexts(tiny_random.text, told, 2, 1.0)[0]
-    parts = []
-    for number in range(SIDE * SIDE):
-        hidden = decoder.hidden_states(decoder.inputs(cells[:, max(number - 1, 0) : number], number), *context)
-        parts.append(decoder.code_logits(hidden, cells[:, number : number + 1, :-1]))
-    assert torch.allclose(torch.cat(parts, dim=1), whole, **CLOSE)
-    other = tiny_random.encode_images(Story.of("Mia waves.", ImageSegment(torch.zeros(3, 16, 16)), "Mia sits."))
-    (context,) = sampler._contexts(tiny_random.text, other, 2, 1.0)
-    assert (decoder(cells, *context) - whole).abs().max() > 1e-5
-    (context,) = sampler._contexts(tiny_random.text, Story.of("Otto."), 2, 1.0)
-    assert (decoder(cells, *context) - whole).abs().max() > 1e-3
-
-
-def test_drafts_depend_on_story_and_seed_alone(tiny_random, sampler):
-    told = Story.of("Mia waves.")
-    three = sampler.sample(tiny_random.text, told, 3, seed=4)
-    assert three.top.shape == (3, SIDE, SIDE) and three.bottom.shape == (3, 2 * SIDE, 2 * SIDE)
-    again = sampler.sample(tiny_random.text, told, 1, seed=6)
-    assert to_cells(again)[0, 0].equal(to_cells(three)[2, 0])  # of later ones, a batch may differ in last bits
-    assert not to_cells(three)[0].equal(to_cells(three)[1])
-    steps = []
-    sampler.sample(tiny_random.text, told, 1, on_step=lambda step, total: steps.append((step, total)))
-    assert steps == [(i, 9) for i in range(1, 10)]
-
-
-def test_the_story_is_read_once(tiny_random, sampler):
-    told = tiny_random.encode_images(Story.of("Mia waves.", image(1), "Mia sits."))
-    tiny_random.clear_cache()
-    before = tiny_random.context_features([told])[0]
-    sampler.sample(tiny_random.text, told, 2)
-    assert tiny_random.text.cache.num_cached_tokens >= len(before) - 1
-    assert torch.allclose(tiny_random.context_features([told])[0], before, **CLOSE)
-
-
-def test_given_cells_stay(tiny_random, sampler):
-    given = torch.randint(32, (4, CELL_CODES))
-    drafts = to_cells(sampler.sample(tiny_random.text, Story.of("Mia."), 2, given=given))
-    assert all(cells[:4].equal(given) for cells in drafts) and not drafts[0, 4:].equal(drafts[1, 4:])
-
-
-def test_guidance_moves_logits_away_from_those_of_nothing(tiny_random, sampler, monkeypatch):
-    """At scale 1 they are the story's, above it further from those of nothing at all; the likeliest is taken here."""
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("given", [0, 4])
+def test_cell_by_cell_is_as_at_once(tiny_random, sampler, prompt_embeds, given, scale, monkeypatch):
+    """What is sampled from are the logits of the whole image, behind the prompt and in view of the story's images."""
     from comfy_mminterleaved.generation import image_tokens
 
     seen = []
     monkeypatch.setattr(image_tokens, "_sample", lambda logits, *_: seen.append(logits) or logits.argmax(-1))
-    told = Story.of("Mia waves.")
-    sampler.sample(tiny_random.text, told, guidance_scale=1.0, temperature=2.0)
-    plain = seen[0] * 2
-    seen.clear()
-    sampler.sample(tiny_random.text, told, guidance_scale=3.0)
-    guided = seen[0]
-    seen.clear()
-    _, (nothing, *_) = sampler._contexts(tiny_random.text, told, 1, 2.0)
-    hidden = sampler.model.hidden_states(sampler.model.inputs(torch.zeros(1, 0, CELL_CODES, dtype=torch.long)), nothing)
-    without = sampler.model.code_logits(hidden[:, -1], torch.zeros(1, 0, dtype=torch.long))[:, -1]
-    assert torch.allclose(guided, without + 3 * (plain - without), **CLOSE)
+    model, story = sampler.model, tiny_random.encode_images(Story.of("Mia waves.", image(1), "Mia sits.", image(2)))
+    first = torch.randint(32, (given, CELL_CODES), generator=torch.Generator().manual_seed(0))
+    cells = to_cells(sampler.sample(prompt_embeds, story, 2, guidance_scale=scale, given=first))
+    assert cells[0].equal(cells[1]) and cells[0, :given].equal(first)
+    image_values, image_mask = sampler._images(story)
+    expected = model(cells[:1], model.embed_prompt(prompt_embeds), image_values, image_mask)
+    without = model(cells[:1], model.no_prompt, None, None)
+    guided = without + scale * (expected - without)
+    parts = torch.stack(seen, 1).unflatten(1, (-1, CELL_CODES))
+    assert torch.allclose(parts[:1], guided[:, given:], **CLOSE)
+    for other in (Story(), tiny_random.encode_images(Story.of("Mia waves.", image(1), "Mia sits.", image(3)))):
+        assert (
+            model(cells[:1], model.embed_prompt(prompt_embeds), *sampler._images(other)) - expected
+        ).abs().max() > 1e-5
+
+
+def test_a_long_storys_newest_images_are_attended_to(tiny_random, sampler):
+    limit = tiny_random.config.llm.mmfs.max_num_image_per_seq - 1
+    images = [each for i in range(limit + 2) for each in ("Mia.", image(i))]
+    story = tiny_random.encode_images(Story.of(*images))
+    values, mask = sampler._images(story)
+    assert mask.shape == (1, limit) and values.num_images == limit
+    last, _ = sampler._images(Story.of(*story.images[-1:]))
+    assert torch.allclose(values.layers[0].value[:, -1], last.layers[0].value[:, 0], **CLOSE)
+
+
+def test_drafts_depend_on_prompt_and_seed_alone(sampler, prompt_embeds):
+    three = sampler.sample(prompt_embeds, count=3, seed=4)
+    assert three.top.shape == (3, SIDE, SIDE) and three.bottom.shape == (3, 2 * SIDE, 2 * SIDE)
+    again = sampler.sample(prompt_embeds, seed=6)
+    assert to_cells(again)[0, 0].equal(to_cells(three)[2, 0])  # of later ones, a batch may differ in last bits
+    assert not to_cells(three)[0].equal(to_cells(three)[1])
+    steps = []
+    sampler.sample(prompt_embeds, on_step=lambda step, total: steps.append((step, total)))
+    assert steps == [(i, 9) for i in range(1, 10)]
+
+
+def test_given_cells_stay(sampler, prompt_embeds):
+    given = torch.randint(32, (4, CELL_CODES))
+    drafts = to_cells(sampler.sample(prompt_embeds, count=2, given=given))
+    assert all(cells[:4].equal(given) for cells in drafts) and not drafts[0, 4:].equal(drafts[1, 4:])
 
 
 @pytest.mark.parametrize(
@@ -238,30 +224,32 @@ def test_guidance_moves_logits_away_from_those_of_nothing(tiny_random, sampler, 
         ({"given": torch.zeros(9, CELL_CODES, dtype=torch.long)}, "leave at least one"),
     ],
 )
-def test_settings_out_of_range(tiny_random, sampler, options, sentence):
+def test_settings_out_of_range(sampler, prompt_embeds, options, sentence):
     with pytest.raises(SettingError, match=sentence):
-        sampler.sample(tiny_random.text, Story.of("Mia."), **options)
+        sampler.sample(prompt_embeds, **options)
 
 
-def test_a_story_without_room(tiny_random, sampler):
-    limit = tiny_random.config.llm.max_position_embeddings
-    with pytest.raises(StoryTooLongError, match="context"):
-        sampler.sample(tiny_random.text, Story.of("a" * limit))
+def test_a_prompt_of_another_model(sampler, prompt_embeds):
+    for wrong in (prompt_embeds[:, :1], prompt_embeds[..., :3], prompt_embeds.repeat(2, 1, 1)):
+        with pytest.raises(SettingError, match=re.escape(f"has the shape {tuple(wrong.shape)}")):
+            sampler.sample(wrong)
 
 
 # ---- a model's files ----
 
 
-def test_what_is_written_is_read(tiny_random, decoder, dream, tmp_path):
+def test_what_is_written_is_read(tiny_random, decoder, prompt_embeds, tmp_path):
     codec = random_codec()
     save_file(codec.state_dict(), tmp_path / "codes.safetensors", system_metadata(CONFIG.to_dict(), "codes"))
     metadata = system_metadata(decoder.config.to_dict(), "tokens")
     save_file(decoder.state_dict(), tmp_path / "tokens.safetensors", metadata)
     tokenizer = load_image_tokenizer(tmp_path / "codes.safetensors")
     assert tokenizer.encode(latents(0)).bottom.equal(ImageTokenizer(codec).encode(latents(0)).bottom)
-    sampler = load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config, dream)
+    sampler = load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config)
     cells = torch.randint(32, (1, SIDE * SIDE, CELL_CODES))
-    assert torch.allclose(sampler.model(cells, KVCache(1)), decoder(cells, KVCache(1)), atol=1e-3)
+    assert torch.allclose(
+        *(each(cells, each.embed_prompt(prompt_embeds)) for each in (sampler.model, decoder)), atol=1e-3
+    )
     check_tokens(tokenizer.model, sampler.model, "it")
     with pytest.raises(CheckpointError, match="32 codes, but the image tokens have 16"):
         check_tokens(random_codec(config=VQVAEConfig(4, 1.0, 8, 1, 16, 4)), sampler.model, "It")
@@ -271,26 +259,28 @@ def test_what_is_written_is_read(tiny_random, decoder, dream, tmp_path):
     del tensors["start"]
     save_file(tensors, tmp_path / "tokens.safetensors", metadata)
     with pytest.raises(CheckpointError, match="missing: start"):
-        load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config, dream)
+        load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config)
     bad = system_metadata({**decoder.config.to_dict(), "grid_size": -1}, "tokens")
     save_file(decoder.state_dict(), tmp_path / "tokens.safetensors", bad)
     with pytest.raises(CheckpointError):
-        load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config, dream)
+        load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config)
 
 
-def test_a_pipeline_drafts(tiny_random, dream, monkeypatch):
+def test_a_pipeline_drafts(tiny_random, monkeypatch):
     """Drafts are images of the VAE's; without a contrastive model's text they stay in the order of their seeds."""
     side = tiny_random.config.unet["sample_size"] // 2
     channels = tiny_random.vae.config.latent_channels
     codec = random_codec(config=VQVAEConfig(channels, 0.5, 8, 1, 32, 4))
     torch.manual_seed(0)
-    decoder = TokenDecoder(TokenDecoderConfig(32, side, 1, 16, 1.0), tiny_random.config.llm).eval()
+    perceiver = tiny_random.config.synchronizer.perceiver
+    c = TokenDecoderConfig(perceiver.num_queries, perceiver.hidden_size, 32, side, 1, 16, 1.0)
+    decoder = TokenDecoder(c, tiny_random.config.llm).eval()
     with pytest.raises(CheckpointError, match="so it cannot draft"):
         tiny_random.draft_images(Story.of("Mia."))
     with pytest.raises(CheckpointError, match="no image tokens"):
         tiny_random.image_codes(image(1))
     monkeypatch.setitem(tiny_random.systems.__dict__, "image_tokenizer", ImageTokenizer(codec))
-    monkeypatch.setitem(tiny_random.systems.__dict__, "token_sampler", TokenSampler(decoder, dream))
+    monkeypatch.setitem(tiny_random.systems.__dict__, "token_sampler", TokenSampler(decoder))
     drafts = tiny_random.draft_images(Story(), 2, seed=7)
     assert [draft.seed for draft in drafts] == [7, 8] and {draft.origin for draft in drafts} == {"drawn"}
     codes = tiny_random.image_codes(drafts[0])

@@ -10,14 +10,12 @@ import torch
 
 from ..config import Config
 from ..errors import CheckpointError, SettingError
-from ..models.llama_mmfs import KVCache
+from ..models.llama_mmfs import KVCache, LlamaImageValues
 from ..models.mmfs import fuse_mmfs
 from ..models.token_decoder import CELL_CODES, TokenDecoder, TokenDecoderConfig, from_cells, to_cells
 from ..models.vqvae import FACTOR, VQVAE, ImageCodes, VQVAEConfig
 from ..stories.story import Story
-from .dream import DreamConditioner
 from .embedders import read_system
-from .text import TextGenerator
 
 TEMPERATURE, TOP_K = 1.0, 128
 
@@ -68,25 +66,20 @@ class ImageTokenizer:
 
 
 class TokenSampler:
-    """Samples the codes of a story's next image, cell by cell, behind the story and its dream queries."""
+    """Samples the codes of a story's next image, cell by cell, from what the U-Net would be conditioned on."""
 
-    def __init__(self, model: TokenDecoder, dream: DreamConditioner):
-        self.model, self.dream = model, dream
+    def __init__(self, model: TokenDecoder):
+        self.model = model
 
     @property
     def device(self) -> torch.device:
         return self.model.start.device
 
-    @property
-    def num_tokens(self) -> int:
-        """Of the LLM's context, that an image takes."""
-        return self.model.num_cells + self.dream.model.config.num_queries + 1
-
     @torch.no_grad()
     def sample(
         self,
-        text: TextGenerator,
-        story: Story,
+        prompt_embeds: torch.Tensor,
+        story: Story = Story(),
         count: int = 1,
         seed: int = 0,
         temperature: float = TEMPERATURE,
@@ -98,7 +91,8 @@ class TokenSampler:
         """Codes of `count` drafts.
 
         Args:
-            story: Encoded; everything before the image.
+            prompt_embeds: `(1, num_queries, C)`, of the Perceiver or of dream queries.
+            story: Encoded; its images are attended to, its texts are not read.
             seed: Of the first; the others' follow, and none depends on how many there are.
             top_k: Sample among this many likeliest codes; 0 for all.
             guidance_scale: 1 for none; None for the model's own.
@@ -106,11 +100,42 @@ class TokenSampler:
             on_step: Called with the number of cells so far, and their number.
 
         Raises:
-            SettingError: For a setting out of its range, or too many given cells.
-            StoryTooLongError: If the story does not leave room for the image.
+            SettingError: For a setting out of its range, too many given cells, or prompt embeddings of another model.
         """
-        model, cells_total = self.model, self.model.num_cells
+        model, num_cells = self.model, self.model.num_cells
         guidance_scale = model.config.guidance_scale if guidance_scale is None else guidance_scale
+        self._check(prompt_embeds, count, temperature, top_k, guidance_scale)
+        k = 0 if given is None else len(given)
+        if k >= num_cells:
+            raise SettingError("All rows of the image are given; leave at least one to draw.")
+        generators = [torch.Generator().manual_seed((seed + i) % 2**63) for i in range(count)]
+        cells = torch.zeros(count, num_cells, CELL_CODES, dtype=torch.long, device=self.device)
+        if k:
+            cells[:, :k] = given.to(self.device)
+        is_guided = guidance_scale > 1
+        hidden, *context = self._prefill(prompt_embeds, story, cells[:1, :k], count, is_guided)
+        for number in range(k, num_cells):
+            if number > k:
+                x = model.inputs(cells[:, number - 1 : number], number)
+                hidden = model.hidden_states(torch.cat([x, x]) if is_guided else x, *context)[:, -1]
+            for place in range(CELL_CODES):
+                known = cells[:, number, :place]
+                logits = model.code_logits(hidden, torch.cat([known, known]) if is_guided else known)[:, -1].float()
+                if is_guided:
+                    logits, without = logits.chunk(2)
+                    logits = without + guidance_scale * (logits - without)
+                cells[:, number, place] = _sample(logits / temperature, top_k, generators)
+            if on_step is not None:
+                on_step(number + 1, num_cells)
+        return from_cells(cells)
+
+    def _check(self, prompt_embeds, count: int, temperature: float, top_k: int, guidance_scale: float) -> None:
+        c = self.model.config
+        if tuple(prompt_embeds.shape) != (1, c.num_queries, c.prompt_dim):
+            raise SettingError(
+                f"The conditioning has the shape {tuple(prompt_embeds.shape)}, but drafts are sampled from one of "
+                f"(1, {c.num_queries}, {c.prompt_dim}); use the image tokens of the model that made it."
+            )
         if count < 1:
             raise SettingError(f"The number of drafts must be at least 1, not {count}.")
         if not temperature > 0:
@@ -119,44 +144,38 @@ class TokenSampler:
             raise SettingError(f"top_k must be at least 0, not {top_k}.")
         if not guidance_scale >= 1:
             raise SettingError(f"The guidance scale must be at least 1, not {guidance_scale:g}.")
-        k = 0 if given is None else len(given)
-        if k >= cells_total:
-            raise SettingError("All rows of the image are given; leave at least one to draw.")
-        contexts = self._contexts(text, story, count, guidance_scale)
-        generators = [torch.Generator().manual_seed((seed + i) % 2**63) for i in range(count)]
-        cells = torch.zeros(count, cells_total, CELL_CODES, dtype=torch.long, device=self.device)
-        if k:
-            cells[:, :k] = given.to(self.device)
-        for number in range(k, cells_total):
-            first = 0 if number == k else number  # the given cells are read at once
-            hidden = []
-            for context in contexts:
-                x = model.inputs(cells[:, max(first - 1, 0) : number], first)
-                hidden.append(model.hidden_states(x, *context)[:, -1])
-            for place in range(CELL_CODES):
-                logits = [model.code_logits(h, cells[:, number, :place])[:, -1].float() for h in hidden]
-                if len(logits) > 1:
-                    logits = [logits[1] + guidance_scale * (logits[0] - logits[1])]
-                cells[:, number, place] = _sample(logits[0] / temperature, top_k, generators)
-            if on_step is not None:
-                on_step(number + 1, cells_total)
-        return from_cells(cells)
 
-    def _contexts(self, text: TextGenerator, story: Story, count: int, guidance_scale: float) -> list[tuple]:
-        """What the trunk continues: the story, and with guidance nothing."""
-        story = text.truncate_to_context(story, self.num_tokens, None)
-        cache, image_values, image_mask = text.fork([story], [0] * count)
-        self.dream.read(text.llm, cache, image_values, image_mask)
-        maps = list(zip(*(image.features.feature_maps for image in story.images)))
-        maps = [torch.stack(level).unsqueeze(0).to(self.device, self.model.trunk.dtype) for level in maps]
-        image_values = self.model.trunk.project_images(maps) if maps else None
-        contexts = [(cache, image_values, image_mask if maps else None)]
-        if guidance_scale > 1:
-            llm, empty = text.llm, KVCache(count)
-            ids = torch.full((count, 1), llm.config.special_tokens.bos, device=llm.device)
-            llm(llm.embed_inputs(ids), cache=empty)
-            contexts.append((empty, None, None))
-        return contexts
+    def _prefill(self, prompt_embeds, story: Story, given: torch.Tensor, count: int, is_guided: bool) -> tuple:
+        """Reads the prompt and the given cells once, for all drafts; the rows of guidance follow, without prompt.
+
+        Returns:
+            The states `(rows, hidden_size)` at the next cell, and the rest of the arguments of `hidden_states`.
+        """
+        model = self.model
+        prompt, rows = model.embed_prompt(prompt_embeds.to(self.device)), [0] * count
+        image_values, image_mask = self._images(story)
+        if is_guided:
+            prompt, rows, given = (
+                torch.cat([prompt, model.no_prompt.to(prompt)]),
+                rows + [1] * count,
+                given.repeat(2, 1, 1),
+            )
+            if image_mask is not None:
+                image_mask = torch.cat([image_mask, torch.zeros_like(image_mask)])
+        cache = KVCache(len(prompt))
+        x = torch.cat([prompt, model.inputs(given)], dim=1)
+        hidden = model.hidden_states(x, cache, image_values, image_mask)[:, -1]
+        image_mask = None if image_mask is None else image_mask[rows]
+        return hidden[rows], cache.select_rows(rows), image_values, image_mask
+
+    def _images(self, story: Story) -> tuple[LlamaImageValues | None, torch.Tensor | None]:
+        """The newest images of a story, projected, and which of them are there, `(1, P)`."""
+        images = story.images[-self.model.trunk.config.mmfs.max_num_image_per_seq + 1 :]
+        if not images:
+            return None, None
+        maps = [torch.stack(level)[None] for level in zip(*(image.features.feature_maps for image in images))]
+        image_values = self.model.trunk.project_images([level.to(self.device) for level in maps])
+        return image_values, torch.ones(1, len(images), dtype=torch.bool, device=self.device)
 
 
 def _sample(logits: torch.Tensor, top_k: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
@@ -223,13 +242,11 @@ def load_image_tokenizer(path: Path, device="cpu") -> ImageTokenizer:
     return ImageTokenizer(build_tokenizer(tensors, about, repr(path.name)))
 
 
-def load_token_sampler(
-    path: Path, config: Config, dream: DreamConditioner, device="cpu", dtype: torch.dtype = torch.float32
-) -> TokenSampler:
+def load_token_sampler(path: Path, config: Config, device="cpu", dtype: torch.dtype = torch.float32) -> TokenSampler:
     """The token decoder of a system's file; raises CheckpointError."""
     tensors, about = read_system(path, "tokens")
     tensors = {name: t.to(device, dtype) for name, t in tensors.items()}
-    return TokenSampler(build_token_decoder(tensors, about, config, repr(path.name)), dream)
+    return TokenSampler(build_token_decoder(tensors, about, config, repr(path.name)))
 
 
 def check_tokens(tokenizer: VQVAE, decoder: TokenDecoder, label: str) -> None:

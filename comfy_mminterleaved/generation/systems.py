@@ -96,7 +96,7 @@ class Systems:
     def token_sampler(self) -> TokenSampler:
         """Drafts images as codes."""
         path = self.path("tokens", "This model has no decoder of image tokens, so it cannot draft.")
-        sampler = load_token_sampler(path, self.config, self.dream, *self.placement())
+        sampler = load_token_sampler(path, self.config, *self.placement())
         check_tokens(self.image_tokenizer.model, sampler.model, repr(path.name))
         return sampler
 

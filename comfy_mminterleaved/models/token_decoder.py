@@ -1,10 +1,9 @@
-"""An image as the LLM's next tokens (DALL-E, 2102.12092): codes of a VQ-VAE, cell by cell, in view of the story.
+"""An image as tokens (DALL-E, 2102.12092): codes of a VQ-VAE, cell by cell, in view of the images before it.
 
-The decoder has weights of its own for image tokens, layer beside layer, and attends to what the story's LLM keeps of
-the words before them (as in 2411.04996, "mixture of transformers"): the story is read once, by its LLM, and so are its
-dream queries (`models/dream.py`), in which the LLM says what is to be drawn. The codes of a
-cell, one of the top level and four of the bottom one, are read and predicted together, by a small transformer over
-them ("depth", as in 2203.01941), so an image takes as many steps as it has top codes.
+The decoder is a Llama with MMFS, as the story's LLM is. It reads what the U-Net is conditioned on, the prompt
+embeddings of the Perceiver or of dream queries, and then its own codes; its synchronizer looks at the images before.
+The codes of a cell, one of the top level and four of the bottom one, are read and predicted together, by a small
+transformer over them ("depth", as in 2203.01941), so an image takes as many steps as it has top codes.
 """
 
 from __future__ import annotations
@@ -28,12 +27,15 @@ class TokenDecoderConfig(SystemConfig):
     """Sizes of a TokenDecoder, beside those of the LLM whose layers it has.
 
     Args:
+        num_queries, prompt_dim: Of the prompt embeddings, their number and width.
         num_codes: Entries of each codebook.
         grid_size: Cells a side.
         depth_layers, depth_intermediate_size: Of the transformer over the codes of a cell.
         guidance_scale: That it samples with by default.
     """
 
+    num_queries: int = 16
+    prompt_dim: int = 192
     num_codes: int = 1024
     grid_size: int = 8
     depth_layers: int = 1
@@ -48,6 +50,8 @@ class TokenDecoder(nn.Module):
         super().__init__()
         self.config, width = c, llm.hidden_size
         self.trunk = LlamaMMFSDecoder(replace(llm, quantization=None), operations, attention)
+        self.prompt_proj = operations.Linear(c.prompt_dim, width)
+        self.no_prompt = nn.Parameter(torch.randn(1, c.num_queries, width) * 0.02)
         self.start = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.cell_embed = nn.Parameter(torch.randn(c.grid_size**2, width) * 0.02)
         self.embed_top = operations.Embedding(c.num_codes, width)
@@ -79,25 +83,37 @@ class TokenDecoder(nn.Module):
             x = torch.cat([self.start.to(x).expand(len(x), -1, -1), x], dim=1)[:, : self.num_cells]
         return x + self.cell_embed[first : first + x.shape[1]].to(x)
 
+    def embed_prompt(self, prompt_embeds: torch.Tensor, is_dropped: torch.Tensor | None = None) -> torch.Tensor:
+        """Prompt embeddings `(N, num_queries, prompt_dim)` -> what is read first, `(N, num_queries, hidden_size)`.
+
+        Args:
+            is_dropped: bool `(N,)`, rows that have no prompt, for guidance.
+        """
+        x = self.prompt_proj(prompt_embeds.to(self.start.dtype))
+        return x if is_dropped is None else torch.where(is_dropped[:, None, None], self.no_prompt.to(x), x)
+
     def forward(
         self,
         cells: torch.Tensor,
-        cache: KVCache,
+        prompt: torch.Tensor,
         image_values: LlamaImageValues | None = None,
         image_mask: torch.Tensor | None = None,
+        given: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits `(N, cells, CELL_CODES, num_codes)` of whole images, each code in view of all before it.
 
         Args:
             cells: `(N, cells, CELL_CODES)`.
-            cache: What the LLM keeps of N stories; the image is written behind each.
+            prompt: From `embed_prompt`.
             image_values: From `trunk.project_images`.
             image_mask: bool `(N, P)`, the images before.
+            given: The cells that are read, if others than those that are predicted.
         """
-        hidden = self.hidden_states(self.inputs(cells), cache, image_values, image_mask)
+        x = torch.cat([prompt, self.inputs(cells if given is None else given)], dim=1)
+        hidden = self.hidden_states(x, None, image_values, image_mask)[:, prompt.shape[1] :]
         return self.code_logits(hidden, cells[..., :-1])
 
-    def hidden_states(self, x, cache: KVCache, image_values=None, image_mask=None) -> torch.Tensor:
+    def hidden_states(self, x, cache: KVCache | None = None, image_values=None, image_mask=None) -> torch.Tensor:
         if image_mask is not None:
             image_mask = image_mask[:, None].expand(-1, x.shape[1], -1)
         return self.trunk(x, image_values, image_mask, cache)
