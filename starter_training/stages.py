@@ -60,7 +60,7 @@ from .sound_training import SoundBatches, SoundObjective, class_means, phrase
 from .story_features import StoryFeatures
 from .story_training import MMFSObjective, StoryObjective
 from .targets import ConditioningTargets
-from .token_training import TokenBatches, TokenObjective, cached_cells, init_from_llm
+from .token_training import TokenBatches, TokenObjective, cached_cells, float32_attention, init_from_llm
 from .trainer import StageConfig, device_of, train
 
 HELD_OUT_STORIES = 200
@@ -528,7 +528,7 @@ def tokens_stage(stage: Stage) -> TrainingSetup:
         cells = cached_cells(stage.run_dir / f"cells-{data.name}-{int(path.stat().st_mtime)}.npy", latents[data], codes)
         stories = StoryBatches(data, config, tokenizer, stage.config.batch, True, two_character_prob=TWO_CHARACTER_PROB)
         batches[data] = TokenBatches(stories, features, cells)
-    model = TokenDecoder(token_decoder_config(config), config.llm)
+    model = TokenDecoder(token_decoder_config(config), config.llm, attention=float32_attention)
     init_from_llm(model, llm, codes)
     perceiver = config.synchronizer.perceiver
     objective = TokenObjective(model, ConditioningTargets(perceiver.num_queries, perceiver.hidden_size))

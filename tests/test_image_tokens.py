@@ -40,7 +40,7 @@ def random_codec(seed: int = 0, config: VQVAEConfig = CONFIG) -> VQVAE:
 def random_decoder(pipeline, seed: int = 0) -> TokenDecoder:
     torch.manual_seed(seed)
     perceiver = pipeline.config.synchronizer.perceiver
-    c = TokenDecoderConfig(perceiver.num_queries, perceiver.hidden_size, 32, SIDE, 2, 16, 2.0)
+    c = TokenDecoderConfig(perceiver.num_queries, perceiver.hidden_size, 32, SIDE, 2, 2, 16, 2.0)
     model = TokenDecoder(c, pipeline.config.llm).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 or name.endswith("gate"):
@@ -273,7 +273,7 @@ def test_a_pipeline_drafts(tiny_random, monkeypatch):
     codec = random_codec(config=VQVAEConfig(channels, 0.5, 8, 1, 32, 4))
     torch.manual_seed(0)
     perceiver = tiny_random.config.synchronizer.perceiver
-    c = TokenDecoderConfig(perceiver.num_queries, perceiver.hidden_size, 32, side, 1, 16, 1.0)
+    c = TokenDecoderConfig(perceiver.num_queries, perceiver.hidden_size, 32, side, 1, 1, 16, 1.0)
     decoder = TokenDecoder(c, tiny_random.config.llm).eval()
     with pytest.raises(CheckpointError, match="so it cannot draft"):
         tiny_random.draft_images(Story.of("Mia."))

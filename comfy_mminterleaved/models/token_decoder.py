@@ -30,6 +30,7 @@ class TokenDecoderConfig(SystemConfig):
         num_queries, prompt_dim: Of the prompt embeddings, their number and width.
         num_codes: Entries of each codebook.
         grid_size: Cells a side.
+        num_hidden_layers: Of the trunk.
         depth_layers, depth_intermediate_size: Of the transformer over the codes of a cell.
         guidance_scale: That it samples with by default.
     """
@@ -38,6 +39,7 @@ class TokenDecoderConfig(SystemConfig):
     prompt_dim: int = 192
     num_codes: int = 1024
     grid_size: int = 8
+    num_hidden_layers: int = 5
     depth_layers: int = 1
     depth_intermediate_size: int = 384
     guidance_scale: float = 3.0
@@ -49,7 +51,8 @@ class TokenDecoder(nn.Module):
     def __init__(self, c: TokenDecoderConfig, llm: LlamaMMFSConfig, operations=nn, attention=default_attention):
         super().__init__()
         self.config, width = c, llm.hidden_size
-        self.trunk = LlamaMMFSDecoder(replace(llm, quantization=None), operations, attention)
+        trunk = replace(llm, quantization=None, num_hidden_layers=c.num_hidden_layers)
+        self.trunk = LlamaMMFSDecoder(trunk, operations, attention)
         self.prompt_proj = operations.Linear(c.prompt_dim, width)
         self.no_prompt = nn.Parameter(torch.randn(1, c.num_queries, width) * 0.02)
         self.start = nn.Parameter(torch.randn(1, 1, width) * 0.02)
