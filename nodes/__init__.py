@@ -10,7 +10,7 @@ from .contrastive import BestPanel, CLIPScore, ContrastiveFromClip, FindImage, L
 from .dream import DrawInContext, LoadDreamQueries
 from .edit import EditPanels, SetPanel, StoryPanel
 from .example import ExampleImage
-from .image_tokens import EncodeImageTokens, LoadImageTokens
+from .image_tokens import DraftImages, EncodeImageTokens, LoadImageTokens
 from .inputs import check_inputs
 from .load import LoadEncoder, LoadMMInterleaved, LoadStoryLLM, LoadSynchronizer
 from .load_story import LoadStory
@@ -89,6 +89,7 @@ NODES = [
     DrawInContext,
     LoadImageTokens,
     EncodeImageTokens,
+    DraftImages,
     LoadSoundModel,
     ExampleSound,
     DescribeSound,

@@ -1,4 +1,4 @@
-"""VQ-VAE-2's blocks: Load Image Tokens, Encode Image Tokens."""
+"""VQ-VAE-2's and DALL-E's blocks: Load Image Tokens, Encode Image Tokens, Draft Images."""
 
 from __future__ import annotations
 
@@ -9,28 +9,76 @@ import comfy.ops
 import torch
 from comfy_api.latest import io
 
+from ..comfy_mminterleaved.checkpoints.load import read_config
+from ..comfy_mminterleaved.errors import SettingError
+from ..comfy_mminterleaved.generation.embedders import system_path
 from ..comfy_mminterleaved.generation.image_tokens import (
+    TEMPERATURE,
+    TOP_K,
     ImageTokenizer,
+    TokenSampler,
+    build_token_decoder,
     build_tokenizer,
+    check_tokens,
+    rows_of,
 )
-from .blocks import system_patcher
+from ..comfy_mminterleaved.models.token_decoder import TokenDecoderConfig
+from ..comfy_mminterleaved.models.vqvae import ImageCodes
+from ..comfy_mminterleaved.stories.story import Story
+from .blocks import attention, check_features, progress, system_patcher
 from .load import check_systems, model_folder, models_with, read_system, sentence
-from .types import CATEGORY, ImageTokensSocket, TokensSocket
+from .types import CATEGORY, ImageTokensSocket, StorySocket, TokensSocket, seed_input
 
 
-class PatchedTokenizer(ImageTokenizer):
-    """A model's image tokens, as ComfyUI holds them."""
+class PatchedImageTokens:
+    """A model's image tokens as ComfyUI holds them: what makes codes of latents, and what predicts them, if it has that.
 
-    def __init__(self, folder: Path):
-        super().__init__(build_tokenizer(*read_system(folder, "codes"), "codes", operations=comfy.ops.manual_cast))
-        self.patcher = system_patcher(self.model)
+    Args:
+        name: Of the model.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.name, host = name, {"operations": comfy.ops.manual_cast}
+        codec, decoder = build_tokenizer(*read_system(folder, "codes"), "codes", **host), None
+        if has_decoder(folder):
+            decoder = build_token_decoder(
+                *read_system(folder, "tokens"), read_config(folder), "tokens", attention=attention, **host
+            )
+            check_tokens(codec, decoder, "tokens")
+        self.patcher = system_patcher(*(each for each in (codec, decoder) if each is not None))
+        device = self.patcher.load_device
+
+        class Tokenizer(ImageTokenizer):
+            @property
+            def device(self) -> torch.device:
+                return device
+
+        class Sampler(TokenSampler):
+            @property
+            def device(self) -> torch.device:
+                return device
+
+        self.tokenizer, self._sampler = Tokenizer(codec), None
+        if decoder is not None:
+            decoder.trunk.device = device  # in a partial load the weights are in several places
+            self._sampler = Sampler(decoder)
 
     @property
-    def device(self) -> torch.device:
-        return self.patcher.load_device
+    def sampler(self) -> TokenSampler:
+        """Raises SettingError for a model that has none."""
+        if self._sampler is None:
+            raise SettingError(
+                f"The model {self.name!r} has image tokens, but no decoder that drafts them; use another, like the starter."
+            )
+        return self._sampler
 
     def load(self) -> None:
         comfy.model_management.load_models_gpu([self.patcher])
+
+
+def has_decoder(folder: Path) -> bool:
+    """Whether a model has what drafts its image tokens."""
+    return sentence(lambda: system_path(folder, "tokens")) is True
 
 
 class LoadImageTokens(io.ComfyNode):
@@ -40,7 +88,7 @@ class LoadImageTokens(io.ComfyNode):
             node_id="MMInterleavedLoadImageTokens",
             display_name="Load Image Tokens",
             category=CATEGORY,
-            description="Loads what makes a few hundred codes of an image, and an image of them.",
+            description="Loads what makes a few hundred codes of an image, and an image of them; and what drafts images as codes.",
             inputs=[
                 io.Combo.Input("model", options=models_with("codes"), tooltip="The model whose VAE makes the latents.")
             ],
@@ -53,7 +101,7 @@ class LoadImageTokens(io.ComfyNode):
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
-        return io.NodeOutput(PatchedTokenizer(model_folder(model)))
+        return io.NodeOutput(PatchedImageTokens(model_folder(model), model))
 
 
 class EncodeImageTokens(io.ComfyNode):
@@ -78,6 +126,96 @@ class EncodeImageTokens(io.ComfyNode):
     @classmethod
     def execute(cls, image_tokens, latent) -> io.NodeOutput:
         image_tokens.load()
-        codes = image_tokens.encode(latent["samples"])
-        samples = image_tokens.decode(codes).to(comfy.model_management.intermediate_device())
-        return io.NodeOutput(codes, {"samples": samples}, image_tokens.num_bytes(codes))
+        tokenizer = image_tokens.tokenizer
+        codes = tokenizer.encode(latent["samples"])
+        samples = tokenizer.decode(codes).to(comfy.model_management.intermediate_device())
+        return io.NodeOutput(codes, {"samples": samples}, tokenizer.num_bytes(codes))
+
+
+class DraftImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MMInterleavedDraftImages",
+            display_name="Draft Images",
+            category=CATEGORY,
+            description="Drafts a story's next image as tokens, many at once: for VAE Decode and Best Panel, and for a KSampler to "
+            "finish the one you like.",
+            inputs=[
+                ImageTokensSocket.Input("image_tokens", tooltip="From Load Image Tokens."),
+                io.Conditioning.Input(
+                    "positive", tooltip="From Apply Synchronizer or Draw in Context; of the same model."
+                ),
+                StorySocket.Input("story", optional=True, tooltip="The story whose images the drafts attend to."),
+                io.Int.Input("count", default=8, min=1, max=64, tooltip="How many drafts."),
+                io.Float.Input(
+                    "temperature",
+                    default=TEMPERATURE,
+                    min=0.05,
+                    max=5.0,
+                    step=0.05,
+                    tooltip="How freely codes are chosen: low is safe and alike.",
+                ),
+                io.Int.Input(
+                    "top_k",
+                    default=TOP_K,
+                    min=0,
+                    max=100000,
+                    tooltip="Sample among this many likeliest codes; 0 for all.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=TokenDecoderConfig.guidance_scale,
+                    min=1.0,
+                    max=20.0,
+                    step=0.1,
+                    tooltip="How strictly the drafts follow the story; 1 is no guidance.",
+                ),
+                seed_input("the first draft; the others' follow"),
+                TokensSocket.Input(
+                    "tokens", optional=True, tooltip="From Encode Image Tokens: an image that drafts go on from."
+                ),
+                io.Int.Input(
+                    "rows",
+                    default=3,
+                    min=1,
+                    max=63,
+                    optional=True,
+                    tooltip="How many rows of codes from the top are taken from the tokens, of 8 of the starter.",
+                ),
+            ],
+            outputs=[io.Latent.Output("latent_out", display_name="latent", tooltip="For VAE Decode or KSampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image_tokens,
+        positive,
+        count,
+        temperature,
+        top_k,
+        guidance,
+        seed,
+        story=None,
+        tokens: ImageCodes | None = None,
+        rows=3,
+    ) -> io.NodeOutput:
+        sampler, story = image_tokens.sampler, story or Story()
+        check_features(story, sampler.model.trunk.config.hidden_size)
+        given = None
+        if tokens is not None:
+            side, (height, width) = sampler.model.config.grid_size, tokens.top.shape[-2:]
+            if (height, width) != (side, side):
+                raise SettingError(
+                    f"The tokens are of an image of {width} x {height} codes, but drafts have {side} x {side}; scale the "
+                    "image before VAE Encode."
+                )
+            given = rows_of(tokens, rows)
+        image_tokens.load()
+        on_step = progress(sampler.model.num_cells)
+        codes = sampler.sample(
+            positive[0][0][:1], story, count, seed, temperature, top_k, guidance, given=given, on_step=on_step
+        )
+        samples = image_tokens.tokenizer.decode(codes).to(comfy.model_management.intermediate_device())
+        return io.NodeOutput({"samples": samples})

@@ -98,7 +98,7 @@ def test_the_registrys_archive_is_the_runtime(archive):
     for needed in ("__init__.py", "nodes/tell.py", "comfy_mminterleaved/starter/unet.safetensors", "locales/de"):
         assert any(name.startswith(needed) for name in files), needed
     assert sum(name.startswith("web/docs/") for name in files) > 30
-    assert sum(bool(re.fullmatch(r"workflows/[^/]+\.json", name)) for name in files) == 25
+    assert sum(bool(re.fullmatch(r"workflows/[^/]+\.json", name)) for name in files) == 26
 
 
 def test_the_starters_tensors_are_those_that_were_trained():

@@ -47,6 +47,61 @@ def best_of_four(w) -> None:
     w.group("3. Its pages", GREEN, pages)
 
 
+def drafts(w) -> None:
+    w.note(0, -420, (820, 280), "Drafts")
+    model = load(w)
+    scorer = compare(w, model)
+    tokens = w.add("MMInterleavedLoadImageTokens", 0, 490, (300, 80), model="starter")
+    opening = w.add(
+        "MMInterleavedStoryText",
+        420,
+        0,
+        (340, 180),
+        text="Mia is a fox in a red coat with a crown. Mia jumps on the beach with a ball.",
+    )
+    ready = w.add(
+        "MMInterleavedSynchronize",
+        420,
+        290,
+        (340, 340),
+        llm=model[1],
+        synchronizer=model[2],
+        model=model[3],
+        story=opening[0],
+    )
+    drafted = w.add(
+        "MMInterleavedDraftImages",
+        860,
+        0,
+        (340, 360),
+        image_tokens=tokens[0],
+        positive=ready[1],
+        story=opening[0],
+        count=8,
+        seed=1,
+    )
+    decoded = w.add("VAEDecode", 860, 470, (340, 80), samples=drafted[0], vae=model[4])
+    sheet = w.add("SaveImage", 1300, 0, (420, 520), images=decoded[0], filename_prefix="stories/drafts")
+    best = w.add(
+        "MMInterleavedBestPanel",
+        1300,
+        640,
+        (420, 180),
+        contrastive=scorer[0],
+        story=opening[0],
+        images=decoded[0],
+    )
+    begun = w.add("VAEEncode", 1820, 0, (320, 80), pixels=best[0], vae=model[4])
+    finished = sample(w, ready, begun, model, 1820, 190, seed=1, denoise=0.6)
+    saved = w.add("SaveImage", 2240, 0, (380, 440), images=finished[1][0], filename_prefix="stories/finished")
+    w.bend_below(scorer, "encoder", model)
+    w.group("1. Models", BLUE, model, tokens, scorer)
+    w.group("2. Eight drafts", BROWN, opening, ready, drafted, decoded)
+    w.group("3. The one that fits best", GREEN, sheet, best)
+    w.group("4. Finished by diffusion", PURPLE, begun, *finished)
+    w.group("5. The panel", GREEN, saved)
+
+
 def find_an_image(w) -> None:
     w.note(0, -380, (760, 240), "Find an image")
     model = load(w)
@@ -404,6 +459,7 @@ def an_image_in_400_bytes(w) -> None:
 TEMPLATES = {
     "An image in 400 bytes": an_image_in_400_bytes,
     "Best of four": best_of_four,
+    "Drafts": drafts,
     "Find an image": find_an_image,
     "Ideas and variations": ideas_and_variations,
     "Images in a text": images_in_a_text,

@@ -31,7 +31,7 @@ def test_the_archive_alone_runs_the_templates(package, tmp_path, request):
     server = Server(tmp_path / "server", COMFYUI, PYTHON, package=package)
     try:
         templates = sorted((package / "workflows").glob("*.json"))
-        assert len(templates) == 25
+        assert len(templates) == 26
         for path in templates[:7] if request.config.getoption("--long") else templates[:1]:
             outputs = server.run(to_prompt(path, server.get("/object_info")))["outputs"]
             assert any(shown.get("images") or shown.get("text") for shown in outputs.values())

@@ -1,4 +1,4 @@
-"""DreamLLM's and VQ-VAE-2's nodes in a real ComfyUI: texts with images in them, images as codes."""
+"""DreamLLM's, VQ-VAE-2's and DALL-E's nodes in a real ComfyUI: texts with images in them, images as codes, drafts."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from comfy_mminterleaved.generation.config import ImageGenerationConfig
 from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 from comfy_mminterleaved.presets import STARTER_DIR
 from comfy_mminterleaved.stories.images import to_tensor
-from comfy_mminterleaved.stories.story import ImageSegment
+from comfy_mminterleaved.stories.story import ImageSegment, Story
 
 TOLD = "Mia is a fox in a red coat with a hat. Mia waves by the lake with a kite."
 TEXT = "{A} sits in the forest with a guitar."
@@ -136,4 +136,81 @@ def test_latents_of_another_vae(comfyui):
     del prompt["x"], prompt["z"]
     prompt["e"] = node("EmptyLatentImage", width=128, height=128, batch_size=1)
     with pytest.raises(Failed, match="16 channels"):
+        comfyui.run(prompt)
+
+
+# ---- drafts ----
+
+
+def drafting(count=2, **inputs):
+    return {
+        "l": node("MMInterleavedLoad", model="starter"),
+        "t": node("MMInterleavedLoadImageTokens", model="starter"),
+        "s": node("MMInterleavedStoryText", text=TOLD),
+        "a": node(
+            "MMInterleavedSynchronize",
+            llm=["l", 1],
+            synchronizer=["l", 2],
+            model=["l", 3],
+            story=["s", 0],
+            strength=1.0,
+        ),
+        "d": node(
+            "MMInterleavedDraftImages",
+            **{
+                "image_tokens": ["t", 0],
+                "positive": ["a", 1],
+                "story": ["s", 0],
+                "count": count,
+                "temperature": 1.0,
+                "top_k": 1,
+                "guidance": 2.0,
+                "seed": 4,
+                **inputs,
+            },
+        ),
+        "v": node("VAEDecode", samples=["d", 0], vae=["l", 4]),
+        "o": node("SaveImage", images=["v", 0], filename_prefix="dream/draft"),
+    }
+
+
+def test_the_library_drafts_the_same(comfyui, pipeline, example):
+    """With the likeliest code at each place, so that last bits do not decide; with an image before, and without."""
+    drawn = pixels(comfyui, drafting())
+    assert len(drawn) == 2 and np.abs(drawn[0] - drawn[1]).max() == 0
+    small = torch.nn.functional.interpolate(example.pixels[None], (128, 128), mode="area")[0]
+    later = drafting(1)
+    later |= {
+        "x": node("MMInterleavedExampleImage"),
+        "z": node("ImageScale", image=["x", 0], upscale_method="area", width=128, height=128, crop="disabled"),
+        "p": node("MMInterleavedStoryPicture", story=["s", 0], image=["z", 0], encoder=["l", 0]),
+        "q": node("MMInterleavedStoryText", story=["p", 0], text="Mia sits in the forest with a guitar."),
+    }
+    later["a"]["inputs"]["story"] = later["d"]["inputs"]["story"] = ["q", 0]
+    story = Story.of(TOLD, ImageSegment(small), "Mia sits in the forest with a guitar.")
+    for prompt, told in ((drafting(1), Story.of(TOLD)), (later, story)):
+        (image,) = pipeline.draft_images(told, 1, top_k=1, guidance_scale=2.0)
+        expected = np.asarray(image.pixels.movedim(0, -1) * 255)
+        assert np.abs(pixels(comfyui, prompt)[0] - expected).mean() < 3
+
+
+def test_drafts_go_on_from_an_image(comfyui):
+    prompt = {**encoded(), **drafting(1, tokens=["c", 0], rows=4)}
+    (begun,) = pixels(comfyui, prompt)
+    prompt["v"]["inputs"]["samples"] = ["c", 1]
+    (whole,) = pixels(comfyui, prompt)
+    top, bottom = (np.abs(begun[part] - whole[part]).mean() for part in (slice(0, 40), slice(80, 128)))
+    assert top < 6 and bottom > top
+    prompt = {**encoded(), **drafting(1, tokens=["c", 0], rows=8)}
+    with pytest.raises(Failed, match="rows must be from 1 to 7"):
+        comfyui.run(prompt)
+    prompt["z"]["inputs"]["width"] = 160
+    with pytest.raises(Failed, match="10 x 8 codes"):
+        comfyui.run(prompt)
+
+
+def test_a_conditioning_of_another_model(comfyui):
+    prompt = drafting(1, positive=["w", 0])
+    prompt["w"] = node("ConditioningConcat", conditioning_to=["a", 1], conditioning_from=["a", 1])
+    with pytest.raises(Failed, match=r"has the shape \(1, 32, 192\)"):
         comfyui.run(prompt)

@@ -96,7 +96,7 @@ def test_the_full_size_template_says_what_is_missing_and_runs_when_it_is_there(c
 
 def test_every_node_is_there_with_a_tooltip_on_every_input(definitions):
     ours = {name: entry for name, entry in definitions.items() if name.startswith("MMInterleaved")}
-    assert len(ours) == 69
+    assert len(ours) == 70
     for name, entry in ours.items():
         assert entry["description"], name
         for section in ("required", "optional"):
