@@ -119,7 +119,9 @@ class DrawingMixin:
             conditioner: As in `prompt_embeds`.
             sampling: Of `TokenSampler.sample`: temperature, top_k, guidance_scale.
         """
-        sampler, encoded = self.systems.token_sampler, self.encode_images(story)
+        sampler = self.systems.token_sampler
+        sampler.check(count, given=given, **sampling)
+        encoded = self.encode_images(story)
         prompt_embeds = self.prompt_embeds([encoded], conditioner)
         self._place("draw")
         codes = sampler.sample(prompt_embeds, encoded, count, seed, given=given, on_step=on_step, **sampling)

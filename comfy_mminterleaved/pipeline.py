@@ -22,6 +22,7 @@ from .generation.config import (
     OnStep,
     RankedOption,
     TextGenerationConfig,
+    check_conditioner_name,
 )
 from .generation.embedders import FeatureEmbedder
 from .generation.image import ImageGenerator
@@ -286,7 +287,11 @@ class MMInterleavedPipeline(DrawingMixin):
 
         Args:
             conditioner: "perceiver", or "dream" for the model's dream queries.
+
+        Raises:
+            SettingError: For another conditioner.
         """
+        check_conditioner_name(conditioner)
         stories = [self.encode_images(story) for story in stories]
         self._place("text")
         if conditioner == "dream":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 import comfy.model_management
 import comfy.ops
-import torch
 from comfy_api.latest import io
 
 from ..comfy_mminterleaved.checkpoints.load import read_config
@@ -25,60 +25,50 @@ from ..comfy_mminterleaved.generation.image_tokens import (
 from ..comfy_mminterleaved.models.token_decoder import TokenDecoderConfig
 from ..comfy_mminterleaved.models.vqvae import ImageCodes
 from ..comfy_mminterleaved.stories.story import Story
-from .blocks import attention, check_features, progress, system_patcher
+from .blocks import attention, progress, system_patcher
 from .load import check_systems, model_folder, models_with, read_system, sentence
 from .types import CATEGORY, ImageTokensSocket, StorySocket, TokensSocket, seed_input
 
 
 class PatchedImageTokens:
-    """A model's image tokens as ComfyUI holds them: what makes codes of latents, and what predicts them, if it has that.
+    """A model's image tokens as ComfyUI holds them: what makes codes of latents, and the decoder that predicts them.
 
     Args:
-        name: Of the model.
+        folder, name: Of the model. The decoder is read when drafts are asked for.
     """
 
     def __init__(self, folder: Path, name: str):
-        self.name, host = name, {"operations": comfy.ops.manual_cast}
-        codec, decoder = build_tokenizer(*read_system(folder, "codes"), "codes", **host), None
-        if has_decoder(folder):
-            decoder = build_token_decoder(
-                *read_system(folder, "tokens"), read_config(folder), "tokens", attention=attention, **host
+        self.folder, self.name = folder, name
+        self.codec = build_tokenizer(
+            *read_system(folder, "codes"), "The image tokens", operations=comfy.ops.manual_cast
+        )
+        self.patcher = system_patcher(self.codec)
+        self.tokenizer = ImageTokenizer(self.codec, self.patcher.load_device)
+
+    @cached_property
+    def _decoder(self) -> tuple[TokenSampler, object]:
+        if sentence(lambda: system_path(self.folder, "tokens")) is not True:
+            raise SettingError(
+                f"The model {self.name!r} has no decoder to draft images with; use another model, such as the starter."
             )
-            check_tokens(codec, decoder, "tokens")
-        self.patcher = system_patcher(*(each for each in (codec, decoder) if each is not None))
-        device = self.patcher.load_device
-
-        class Tokenizer(ImageTokenizer):
-            @property
-            def device(self) -> torch.device:
-                return device
-
-        class Sampler(TokenSampler):
-            @property
-            def device(self) -> torch.device:
-                return device
-
-        self.tokenizer, self._sampler = Tokenizer(codec), None
-        if decoder is not None:
-            decoder.trunk.device = device  # in a partial load the weights are in several places
-            self._sampler = Sampler(decoder)
+        label, (tensors, about) = "The decoder of image tokens", read_system(self.folder, "tokens")
+        host = {"operations": comfy.ops.manual_cast, "attention": attention}
+        model = build_token_decoder(tensors, about, read_config(self.folder), label, **host)
+        check_tokens(self.codec, model, label)
+        patcher = system_patcher(model)
+        model.trunk.device = patcher.load_device  # in a partial load the weights are in several places
+        return TokenSampler(model, about.get("encoder_id"), patcher.load_device), patcher
 
     @property
     def sampler(self) -> TokenSampler:
         """Raises SettingError for a model that has none."""
-        if self._sampler is None:
-            raise SettingError(
-                f"The model {self.name!r} has image tokens, but no decoder that drafts them; use another, like the starter."
-            )
-        return self._sampler
+        return self._decoder[0]
 
     def load(self) -> None:
         comfy.model_management.load_models_gpu([self.patcher])
 
-
-def has_decoder(folder: Path) -> bool:
-    """Whether a model has what drafts its image tokens."""
-    return sentence(lambda: system_path(folder, "tokens")) is True
+    def load_decoder(self) -> None:
+        comfy.model_management.load_models_gpu([self.patcher, self._decoder[1]])
 
 
 class LoadImageTokens(io.ComfyNode):
@@ -88,7 +78,7 @@ class LoadImageTokens(io.ComfyNode):
             node_id="MMInterleavedLoadImageTokens",
             display_name="Load Image Tokens",
             category=CATEGORY,
-            description="Loads what makes a few hundred codes of an image, and an image of them; and what drafts images as codes.",
+            description="Loads what turns an image into a few hundred codes and back, and what drafts images as codes.",
             inputs=[
                 io.Combo.Input("model", options=models_with("codes"), tooltip="The model whose VAE makes the latents.")
             ],
@@ -144,7 +134,8 @@ class DraftImages(io.ComfyNode):
             inputs=[
                 ImageTokensSocket.Input("image_tokens", tooltip="From Load Image Tokens."),
                 io.Conditioning.Input(
-                    "positive", tooltip="From Apply Synchronizer or Draw in Context; of the same model."
+                    "positive",
+                    tooltip="From Apply Synchronizer, Draw in Context or Apply Image Embedding; of the same model.",
                 ),
                 StorySocket.Input("story", optional=True, tooltip="The story whose images the drafts attend to."),
                 io.Int.Input("count", default=8, min=1, max=64, tooltip="How many drafts."),
@@ -154,7 +145,7 @@ class DraftImages(io.ComfyNode):
                     min=0.05,
                     max=5.0,
                     step=0.05,
-                    tooltip="How freely codes are chosen: low is safe and alike.",
+                    tooltip="How freely codes are chosen: low values give safe, similar drafts.",
                 ),
                 io.Int.Input(
                     "top_k",
@@ -169,7 +160,7 @@ class DraftImages(io.ComfyNode):
                     min=1.0,
                     max=20.0,
                     step=0.1,
-                    tooltip="How strictly the drafts follow the story; 1 is no guidance.",
+                    tooltip="How strictly the drafts follow the conditioning and the earlier images; 1 is no guidance.",
                 ),
                 seed_input("the first draft; the others' follow"),
                 TokensSocket.Input(
@@ -181,7 +172,7 @@ class DraftImages(io.ComfyNode):
                     min=1,
                     max=63,
                     optional=True,
-                    tooltip="How many rows of codes from the top are taken from the tokens, of 8 of the starter.",
+                    tooltip="How many rows of codes from the top are taken from the tokens; the starter's images have 8.",
                 ),
             ],
             outputs=[io.Latent.Output("latent_out", display_name="latent", tooltip="For VAE Decode or KSampler.")],
@@ -202,7 +193,6 @@ class DraftImages(io.ComfyNode):
         rows=3,
     ) -> io.NodeOutput:
         sampler, story = image_tokens.sampler, story or Story()
-        check_features(story, sampler.model.trunk.config.hidden_size)
         given = None
         if tokens is not None:
             side, (height, width) = sampler.model.config.grid_size, tokens.top.shape[-2:]
@@ -212,10 +202,14 @@ class DraftImages(io.ComfyNode):
                     "image before VAE Encode."
                 )
             given = rows_of(tokens, rows)
-        image_tokens.load()
+        if len(positive) != 1:
+            raise SettingError(f"The conditioning has {len(positive)} entries; drafts are sampled from one.")
+        ((prompt_embeds, _),) = positive
+        sampler.check(count, temperature, top_k, guidance, given)
+        sampler.check_prompt(prompt_embeds)
+        sampler.check_images(story)
+        image_tokens.load_decoder()
         on_step = progress(sampler.model.num_cells)
-        codes = sampler.sample(
-            positive[0][0][:1], story, count, seed, temperature, top_k, guidance, given=given, on_step=on_step
-        )
+        codes = sampler.sample(prompt_embeds, story, count, seed, temperature, top_k, guidance, given, on_step)
         samples = image_tokens.tokenizer.decode(codes).to(comfy.model_management.intermediate_device())
         return io.NodeOutput({"samples": samples})

@@ -182,9 +182,9 @@ class DreamBatches:
     def build(self, seed: int, is_story: bool | None = None) -> DreamBatch:
         rng = random.Random(f"dream {seed}")
         is_story = rng.random() < STORY_PROB if is_story is None else is_story
-        return self.of_stories(self.stories.build(seed)) if is_story else self.context_batch(rng)
+        return self._of_stories(self.stories.build(seed)) if is_story else self.context_batch(rng)
 
-    def of_stories(self, batch: StoryBatch) -> DreamBatch:
+    def _of_stories(self, batch: StoryBatch) -> DreamBatch:
         """Every image of some stories, each in view of all that comes before it."""
         tokens, maps = self.features(batch.image_indices)
         n, p = batch.soi_positions.shape

@@ -210,7 +210,10 @@ def vqvae_config(config: Config) -> VQVAEConfig:
 def token_decoder_config(config: Config) -> TokenDecoderConfig:
     perceiver = config.synchronizer.perceiver
     grid_size = config.unet["sample_size"] // FACTOR
-    return TokenDecoderConfig(perceiver.num_queries, perceiver.hidden_size, VQVAEConfig().num_codes, grid_size)
+    num_layers = min(TokenDecoderConfig.num_hidden_layers, config.llm.num_hidden_layers)
+    return TokenDecoderConfig(
+        perceiver.num_queries, perceiver.hidden_size, VQVAEConfig().num_codes, grid_size, num_layers
+    )
 
 
 def export_systems(run_dir: Path, folder: Path) -> None:

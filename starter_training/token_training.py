@@ -1,4 +1,4 @@
-"""The stage `tokens`: images as the codes that come next in a story (DALL-E, 2102.12092)."""
+"""The stage `tokens`: images as codes, predicted from prompt embeddings and earlier images (DALL-E, 2102.12092)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .batches import StoryBatches
 from .story_features import StoryFeatures
 from .targets import ConditioningTargets
 
-STORY_DROPOUT = 0.1  # of the images: predicted from nothing, for guidance
+STORY_DROPOUT = 0.1  # of the images: predicted without prompt and earlier images, for guidance
 CODE_DROPOUT = 0.1  # of the codes that are read: others in their place, for what is sampled is never quite right
 PROMPT_NOISE = 0.2  # on the prompt embeddings: those that are predicted are a little off
 TOP_WEIGHT = 2.0  # of a top code's cross-entropy, against one of the bottom level
@@ -48,7 +48,7 @@ class TokenBatch:
         labels: `(Q, attributes)`, with IGNORE_INDEX for what the prompt embeddings do not say.
         feature_maps: Of each level, `(N, P, C, side, side)`.
         rows: `(Q,)`, the story of each image.
-        visible: bool `(Q, P)`, the images before.
+        visible: bool `(Q, P)`, the earlier images.
     """
 
     cells: torch.Tensor
@@ -117,7 +117,7 @@ class TokenObjective(nn.Module):
 
 
 def init_from_llm(model: TokenDecoder, llm: LlamaMMFS, codes: VQVAE) -> None:
-    """Has the decoder start as a copy of the story's LLM, and its codes where the VQ-VAE's are near each other."""
+    """Starts the decoder as a copy of the LLM's first layers, with codes that are near each other where the VQ-VAE's are."""
     weights = llm.state_dict()
     model.trunk.load_state_dict({name: weights[name] for name in model.trunk.state_dict()})
     torch.nn.init.normal_(model.prompt_proj.weight, std=0.1 / model.config.prompt_dim**0.5)

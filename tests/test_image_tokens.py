@@ -1,13 +1,14 @@
-"""Images as codes (VQ-VAE-2), and drafts of a story's next image as its next tokens (DALL-E)."""
+"""Images as codes (VQ-VAE-2), and drafts of a story's next image (DALL-E)."""
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfy_mminterleaved.errors import CheckpointError, SettingError
+from comfy_mminterleaved.errors import CheckpointError, SettingError, StoryError
 from comfy_mminterleaved.generation.embedders import system_metadata
 from comfy_mminterleaved.generation.image_tokens import (
     ImageTokenizer,
@@ -196,12 +197,14 @@ def test_a_long_storys_newest_images_are_attended_to(tiny_random, sampler):
     assert torch.allclose(values.layers[0].value[:, -1], last.layers[0].value[:, 0], **CLOSE)
 
 
-def test_drafts_depend_on_prompt_and_seed_alone(sampler, prompt_embeds):
+def test_drafts_depend_on_prompt_and_seed_alone(decoder, sampler, prompt_embeds):
+    decoder.double()  # in float32 a batch may differ in last bits
     three = sampler.sample(prompt_embeds, count=3, seed=4)
     assert three.top.shape == (3, SIDE, SIDE) and three.bottom.shape == (3, 2 * SIDE, 2 * SIDE)
-    again = sampler.sample(prompt_embeds, seed=6)
-    assert to_cells(again)[0, 0].equal(to_cells(three)[2, 0])  # of later ones, a batch may differ in last bits
+    for seed, draft in zip((4, 5, 6), to_cells(three)):
+        assert to_cells(sampler.sample(prompt_embeds, seed=seed))[0].equal(draft)
     assert not to_cells(three)[0].equal(to_cells(three)[1])
+    assert not to_cells(sampler.sample(prompt_embeds + 1, seed=4))[0].equal(to_cells(three)[0])
     steps = []
     sampler.sample(prompt_embeds, on_step=lambda step, total: steps.append((step, total)))
     assert steps == [(i, 9) for i in range(1, 10)]
@@ -221,12 +224,29 @@ def test_given_cells_stay(sampler, prompt_embeds):
         ({"temperature": math.nan}, "temperature"),
         ({"top_k": -1}, "top_k must be at least 0, not -1"),
         ({"guidance_scale": 0.5}, "at least 1, not 0.5"),
+        ({"guidance_scale": math.inf}, "at least 1, not inf"),
         ({"given": torch.zeros(9, CELL_CODES, dtype=torch.long)}, "leave at least one"),
+        ({"given": torch.full((3, CELL_CODES), 32)}, "codes up to 32, but drafts have 32"),
+        ({"given": torch.zeros(3, 2, dtype=torch.long)}, re.escape("the shape (3, 2)")),
     ],
 )
 def test_settings_out_of_range(sampler, prompt_embeds, options, sentence):
     with pytest.raises(SettingError, match=sentence):
         sampler.sample(prompt_embeds, **options)
+
+
+def test_images_of_another_encoder(tiny_random, decoder, prompt_embeds):
+    story = tiny_random.encode_images(Story.of("Mia.", image(1)))
+    own = TokenSampler(decoder, story.images[0].features.encoder_id)
+    own.sample(prompt_embeds, story)
+    with pytest.raises(StoryError, match="not encoded"):
+        own.sample(prompt_embeds, Story.of(image(1)))
+    with pytest.raises(StoryError, match="features of another encoder"):
+        TokenSampler(decoder, "0123").sample(prompt_embeds, story)
+    features = story.images[0].features
+    fewer = replace(story.images[0], features=replace(features, feature_maps=features.feature_maps[:1]))
+    with pytest.raises(StoryError, match="features of another encoder"):
+        own.sample(prompt_embeds, Story.of(fewer))
 
 
 def test_a_prompt_of_another_model(sampler, prompt_embeds):
@@ -247,9 +267,12 @@ def test_what_is_written_is_read(tiny_random, decoder, prompt_embeds, tmp_path):
     assert tokenizer.encode(latents(0)).bottom.equal(ImageTokenizer(codec).encode(latents(0)).bottom)
     sampler = load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config)
     cells = torch.randint(32, (1, SIDE * SIDE, CELL_CODES))
-    assert torch.allclose(
-        *(each(cells, each.embed_prompt(prompt_embeds)) for each in (sampler.model, decoder)), atol=1e-3
-    )
+    images = sampler._images(tiny_random.encode_images(Story.of(image(1), image(2))))  # fused, the other is not
+    own = TokenSampler(decoder)._images(tiny_random.encode_images(Story.of(image(1), image(2))))
+    read = sampler.model(cells, sampler.model.embed_prompt(prompt_embeds), *images)
+    assert torch.allclose(read, decoder(cells, decoder.embed_prompt(prompt_embeds), *own), atol=1e-3)
+    half = load_token_sampler(tmp_path / "tokens.safetensors", tiny_random.config, dtype=torch.bfloat16)
+    assert to_cells(half.sample(prompt_embeds, count=2)).shape == (2, SIDE * SIDE, CELL_CODES)
     check_tokens(tokenizer.model, sampler.model, "it")
     with pytest.raises(CheckpointError, match="32 codes, but the image tokens have 16"):
         check_tokens(random_codec(config=VQVAEConfig(4, 1.0, 8, 1, 16, 4)), sampler.model, "It")
@@ -267,7 +290,7 @@ def test_what_is_written_is_read(tiny_random, decoder, prompt_embeds, tmp_path):
 
 
 def test_a_pipeline_drafts(tiny_random, monkeypatch):
-    """Drafts are images of the VAE's; without a contrastive model's text they stay in the order of their seeds."""
+    """Drafts are images that the VAE decodes; without text to rank by they stay in the order of their seeds."""
     side = tiny_random.config.unet["sample_size"] // 2
     channels = tiny_random.vae.config.latent_channels
     codec = random_codec(config=VQVAEConfig(channels, 0.5, 8, 1, 32, 4))
@@ -287,4 +310,7 @@ def test_a_pipeline_drafts(tiny_random, monkeypatch):
     assert codes.top.shape == (1, side, side) and tiny_random.decode_codes(codes).shape[1:] == drafts[0].pixels.shape
     (begun,) = tiny_random.draft_images(Story(), 1, seed=7, given=rows_of(codes, 1))
     assert begun.pixels.shape == drafts[0].pixels.shape
+    for options, sentence in (({"count": 0}, "not 0"), ({"conditioner": "clip"}, "must be perceiver or dream")):
+        with pytest.raises(SettingError, match=sentence):
+            tiny_random.draft_images(Story.of("Mia."), **options)
     tiny_random.clear_cache()

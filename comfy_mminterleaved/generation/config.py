@@ -115,8 +115,7 @@ class ImageGenerationConfig:
         ):
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), low, high)
-        if self.conditioner not in CONDITIONERS:
-            raise SettingError(f"The conditioner must be {' or '.join(CONDITIONERS)}, not {self.conditioner!r:.60}.")
+        check_conditioner_name(self.conditioner)
         if not isinstance(self.refine, bool):
             raise SettingError(f"refine must be true or false, not {self.refine!r:.60}.")
         if not 0 < self.denoise <= 1:
@@ -124,6 +123,12 @@ class ImageGenerationConfig:
 
     def with_seed_offset(self, offset: int) -> ImageGenerationConfig:
         return replace(self, seed=self.seed + offset)
+
+
+def check_conditioner_name(name: str) -> None:
+    """Raises SettingError for a conditioner that there is not."""
+    if name not in CONDITIONERS:
+        raise SettingError(f"The conditioner must be {' or '.join(CONDITIONERS)}, not {name!r:.60}.")
 
 
 def _check_range(name: str, value, low, high) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..config import Config
-from ..errors import CheckpointError, SettingError
+from ..errors import CheckpointError, SettingError, StoryError
 from ..models.llama_mmfs import KVCache, LlamaImageValues
 from ..models.mmfs import fuse_mmfs
 from ..models.token_decoder import CELL_CODES, TokenDecoder, TokenDecoderConfig, from_cells, to_cells
@@ -25,14 +25,15 @@ class ImageTokenizer:
 
     Args:
         model: In float32: the nearest code is a matter of small differences.
+        device: Where it computes, for a host that keeps weights elsewhere; None for where they are.
     """
 
-    def __init__(self, model: VQVAE):
-        self.model = model
+    def __init__(self, model: VQVAE, device: torch.device | None = None):
+        self.model, self._device = model, device
 
     @property
     def device(self) -> torch.device:
-        return self.model.conv_in.weight.device
+        return self._device or self.model.conv_in.weight.device
 
     def encode(self, latents: torch.Tensor) -> ImageCodes:
         """The VAE's own latents `(N, C, h, w)` to codes.
@@ -66,14 +67,19 @@ class ImageTokenizer:
 
 
 class TokenSampler:
-    """Samples the codes of a story's next image, cell by cell, from what the U-Net would be conditioned on."""
+    """Samples the codes of a story's next image, cell by cell, from what the U-Net would be conditioned on.
 
-    def __init__(self, model: TokenDecoder):
-        self.model = model
+    Args:
+        encoder_id: Of the encoder whose features it attends to; None accepts any whose features have the right sizes.
+        device: Where it computes, for a host that keeps weights elsewhere; None for where they are.
+    """
+
+    def __init__(self, model: TokenDecoder, encoder_id: str | None = None, device: torch.device | None = None):
+        self.model, self.encoder_id, self._device = model, encoder_id, device
 
     @property
     def device(self) -> torch.device:
-        return self.model.start.device
+        return self._device or self.model.start.device
 
     @torch.no_grad()
     def sample(
@@ -93,21 +99,22 @@ class TokenSampler:
         Args:
             prompt_embeds: `(1, num_queries, C)`, of the Perceiver or of dream queries.
             story: Encoded; its images are attended to, its texts are not read.
-            seed: Of the first; the others' follow, and none depends on how many there are.
+            seed: Of the first; the others' follow. A draft depends on its seed alone, but for last bits of a batch.
             top_k: Sample among this many likeliest codes; 0 for all.
             guidance_scale: 1 for none; None for the model's own.
             given: The first cells `(k, CELL_CODES)` of all drafts.
             on_step: Called with the number of cells so far, and their number.
 
         Raises:
-            SettingError: For a setting out of its range, too many given cells, or prompt embeddings of another model.
+            SettingError: For a setting out of its range, given cells or prompt embeddings of another model.
+            StoryError: For a story whose images are not encoded, or by another encoder.
         """
         model, num_cells = self.model, self.model.num_cells
+        self.check(count, temperature, top_k, guidance_scale, given)
+        self.check_prompt(prompt_embeds)
+        self.check_images(story)
         guidance_scale = model.config.guidance_scale if guidance_scale is None else guidance_scale
-        self._check(prompt_embeds, count, temperature, top_k, guidance_scale)
         k = 0 if given is None else len(given)
-        if k >= num_cells:
-            raise SettingError("All rows of the image are given; leave at least one to draw.")
         generators = [torch.Generator().manual_seed((seed + i) % 2**63) for i in range(count)]
         cells = torch.zeros(count, num_cells, CELL_CODES, dtype=torch.long, device=self.device)
         if k:
@@ -129,24 +136,63 @@ class TokenSampler:
                 on_step(number + 1, num_cells)
         return from_cells(cells)
 
-    def _check(self, prompt_embeds, count: int, temperature: float, top_k: int, guidance_scale: float) -> None:
+    def check(
+        self,
+        count: int = 1,
+        temperature: float = TEMPERATURE,
+        top_k: int = TOP_K,
+        guidance_scale: float | None = None,
+        given: torch.Tensor | None = None,
+    ) -> None:
+        """Raises SettingError for settings that `sample` refuses."""
+        if count < 1:
+            raise SettingError(f"The number of drafts must be at least 1, not {count}.")
+        if not 0 < temperature < math.inf:
+            raise SettingError(f"The temperature must be over 0, not {temperature:g}.")
+        if top_k < 0:
+            raise SettingError(f"top_k must be at least 0, not {top_k}.")
+        if guidance_scale is not None and not 1 <= guidance_scale < math.inf:
+            raise SettingError(f"The guidance scale must be at least 1, not {guidance_scale:g}.")
+        if given is None:
+            return
+        if given.ndim != 2 or given.shape[1] != CELL_CODES:
+            raise SettingError(f"The given cells have the shape {tuple(given.shape)}, not (cells, {CELL_CODES}).")
+        if len(given) >= self.model.num_cells:
+            raise SettingError("All rows of the image are given; leave at least one to draw.")
+        num_codes = self.model.config.num_codes
+        if len(given) and not 0 <= int(given.min()) <= int(given.max()) < num_codes:
+            raise SettingError(
+                f"The given cells have codes up to {int(given.max())}, but drafts have {num_codes} of each level; use the "
+                "image tokens of one model."
+            )
+
+    def check_prompt(self, prompt_embeds: torch.Tensor) -> None:
+        """Raises SettingError for prompt embeddings of another model."""
         c = self.model.config
         if tuple(prompt_embeds.shape) != (1, c.num_queries, c.prompt_dim):
             raise SettingError(
                 f"The conditioning has the shape {tuple(prompt_embeds.shape)}, but drafts are sampled from one of "
                 f"(1, {c.num_queries}, {c.prompt_dim}); use the image tokens of the model that made it."
             )
-        if count < 1:
-            raise SettingError(f"The number of drafts must be at least 1, not {count}.")
-        if not temperature > 0:
-            raise SettingError(f"The temperature must be over 0, not {temperature:g}.")
-        if top_k < 0:
-            raise SettingError(f"top_k must be at least 0, not {top_k}.")
-        if not guidance_scale >= 1:
-            raise SettingError(f"The guidance scale must be at least 1, not {guidance_scale:g}.")
+
+    def check_images(self, story: Story) -> None:
+        """Raises StoryError for images that are not encoded by the encoder that the decoder was trained with."""
+        mmfs = self.model.trunk.config.mmfs
+        expected = {(mmfs.d_value, side, side) for side in mmfs.spatial_shapes}
+        for image in story.images:
+            if image.features is None:
+                raise StoryError("An image of the story was not encoded; connect an encoder where it is added.")
+            is_other = not expected <= {tuple(level.shape) for level in image.features.feature_maps}
+            if None not in (self.encoder_id, image.features.encoder_id):
+                is_other |= not image.features.encoder_id.startswith(self.encoder_id)
+            if is_other:
+                raise StoryError(
+                    "The story's images have features of another encoder than the image tokens were trained with; use "
+                    "that one."
+                )
 
     def _prefill(self, prompt_embeds, story: Story, given: torch.Tensor, count: int, is_guided: bool) -> tuple:
-        """Reads the prompt and the given cells once, for all drafts; the rows of guidance follow, without prompt.
+        """Reads the prompt and the given cells once, for all drafts; rows without prompt and images follow, for guidance.
 
         Returns:
             The states `(rows, hidden_size)` at the next cell, and the rest of the arguments of `hidden_states`.
@@ -191,8 +237,10 @@ def rows_of(codes: ImageCodes, rows: int) -> torch.Tensor:
     """The first rows of cells of one image's codes, `(cells, CELL_CODES)`.
 
     Raises:
-        SettingError: For a number of rows that the image does not have.
+        SettingError: For codes of several images, and a number of rows that the image does not have.
     """
+    if len(codes.top) != 1:
+        raise SettingError(f"The tokens are those of {len(codes.top)} images; drafts go on from one.")
     side = codes.top.shape[-1]
     if not 1 <= rows < codes.top.shape[-2]:
         raise SettingError(f"The number of rows must be from 1 to {codes.top.shape[-2] - 1}, not {rows}.")
@@ -246,7 +294,8 @@ def load_token_sampler(path: Path, config: Config, device="cpu", dtype: torch.dt
     """The token decoder of a system's file; raises CheckpointError."""
     tensors, about = read_system(path, "tokens")
     tensors = {name: t.to(device, dtype) for name, t in tensors.items()}
-    return TokenSampler(build_token_decoder(tensors, about, config, repr(path.name)))
+    decoder = build_token_decoder(tensors, about, config, repr(path.name))
+    return TokenSampler(decoder, about.get("encoder_id"))
 
 
 def check_tokens(tokenizer: VQVAE, decoder: TokenDecoder, label: str) -> None:

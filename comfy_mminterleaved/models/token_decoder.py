@@ -1,7 +1,7 @@
-"""An image as tokens (DALL-E, 2102.12092): codes of a VQ-VAE, cell by cell, in view of the images before it.
+"""An image as tokens (DALL-E, 2102.12092): codes of a VQ-VAE, cell by cell, in view of earlier images.
 
 The decoder is a Llama with MMFS, as the story's LLM is. It reads what the U-Net is conditioned on, the prompt
-embeddings of the Perceiver or of dream queries, and then its own codes; its synchronizer looks at the images before.
+embeddings of the Perceiver or of dream queries, and then its own codes; its synchronizer looks at earlier images.
 The codes of a cell, one of the top level and four of the bottom one, are read and predicted together, by a small
 transformer over them ("depth", as in 2203.01941), so an image takes as many steps as it has top codes.
 """
@@ -46,12 +46,14 @@ class TokenDecoderConfig(SystemConfig):
 
 
 class TokenDecoder(nn.Module):
-    """Predicts the codes of an image from a story, in reading order."""
+    """Predicts the codes of an image from prompt embeddings and earlier images, in reading order."""
 
     def __init__(self, c: TokenDecoderConfig, llm: LlamaMMFSConfig, operations=nn, attention=default_attention):
         super().__init__()
         self.config, width = c, llm.hidden_size
-        trunk = replace(llm, quantization=None, num_hidden_layers=c.num_hidden_layers)
+        # Of a quantized LLM, whose MMFS may be fused in its file; the decoder's is not.
+        plain = replace(llm, quantization=None, mmfs=replace(llm.mmfs, is_fused=False))
+        trunk = replace(plain, num_hidden_layers=c.num_hidden_layers)
         self.trunk = LlamaMMFSDecoder(trunk, operations, attention)
         self.prompt_proj = operations.Linear(c.prompt_dim, width)
         self.no_prompt = nn.Parameter(torch.randn(1, c.num_queries, width) * 0.02)
@@ -60,7 +62,7 @@ class TokenDecoder(nn.Module):
         self.embed_top = operations.Embedding(c.num_codes, width)
         self.embed_bottom = operations.Embedding(c.num_codes, width)
         self.place_embed = nn.Parameter(torch.randn(CELL_CODES, width) * 0.02)  # of a code in its cell
-        depth = replace(llm, quantization=None, intermediate_size=c.depth_intermediate_size)
+        depth = replace(plain, intermediate_size=c.depth_intermediate_size)
         self.depth = nn.ModuleList(
             LlamaDecoderLayer(depth, False, operations, attention, operations) for _ in range(c.depth_layers)
         )
@@ -109,7 +111,7 @@ class TokenDecoder(nn.Module):
             cells: `(N, cells, CELL_CODES)`.
             prompt: From `embed_prompt`.
             image_values: From `trunk.project_images`.
-            image_mask: bool `(N, P)`, the images before.
+            image_mask: bool `(N, P)`, the earlier images.
             given: The cells that are read, if others than those that are predicted.
         """
         x = torch.cat([prompt, self.inputs(cells if given is None else given)], dim=1)

@@ -56,7 +56,7 @@ class VectorQuantizer(nn.Module):
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(N, h, w)` -> `(N, code_dim, h, w)`."""
-        return F.embedding(codes, self.codebook).movedim(-1, 1)
+        return F.embedding(codes, self.codebook.to(codes.device)).movedim(-1, 1)
 
 
 class ResidualBlock(nn.Module):

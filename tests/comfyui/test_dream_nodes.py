@@ -154,6 +154,9 @@ def drafting(count=2, **inputs):
             model=["l", 3],
             story=["s", 0],
             strength=1.0,
+            start=0.0,
+            end=1.0,
+            pictures=-1,
         ),
         "d": node(
             "MMInterleavedDraftImages",
@@ -192,6 +195,9 @@ def test_the_library_drafts_the_same(comfyui, pipeline, example):
         (image,) = pipeline.draft_images(told, 1, top_k=1, guidance_scale=2.0)
         expected = np.asarray(image.pixels.movedim(0, -1) * 255)
         assert np.abs(pixels(comfyui, prompt)[0] - expected).mean() < 3
+    (seen,) = pixels(comfyui, later)
+    del later["d"]["inputs"]["story"]
+    assert np.abs(pixels(comfyui, later)[0] - seen).mean() > 3  # the story's images are attended to
 
 
 def test_drafts_go_on_from_an_image(comfyui):
@@ -207,10 +213,18 @@ def test_drafts_go_on_from_an_image(comfyui):
     prompt["z"]["inputs"]["width"] = 160
     with pytest.raises(Failed, match="10 x 8 codes"):
         comfyui.run(prompt)
+    prompt["z"]["inputs"]["width"] = 128
+    prompt["b"] = node("RepeatLatentBatch", samples=["e", 0], amount=2)
+    prompt["c"]["inputs"]["latent"] = ["b", 0]
+    with pytest.raises(Failed, match="those of 2 images"):
+        comfyui.run(prompt)
 
 
 def test_a_conditioning_of_another_model(comfyui):
     prompt = drafting(1, positive=["w", 0])
     prompt["w"] = node("ConditioningConcat", conditioning_to=["a", 1], conditioning_from=["a", 1])
     with pytest.raises(Failed, match=r"has the shape \(1, 32, 192\)"):
+        comfyui.run(prompt)
+    prompt["w"] = node("ConditioningCombine", conditioning_1=["a", 1], conditioning_2=["a", 1])
+    with pytest.raises(Failed, match="has 2 entries"):
         comfyui.run(prompt)
