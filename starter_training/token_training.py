@@ -117,7 +117,7 @@ class TokenObjective(nn.Module):
 
 
 def init_from_llm(model: TokenDecoder, llm: LlamaMMFS, codes: VQVAE) -> None:
-    """Starts the decoder as a copy of the LLM's first layers, with codes that are near each other where the VQ-VAE's are."""
+    """Starts the decoder as the LLM's first layers, with codes that are near each other where the VQ-VAE's are."""
     weights = llm.state_dict()
     model.trunk.load_state_dict({name: weights[name] for name in model.trunk.state_dict()})
     torch.nn.init.normal_(model.prompt_proj.weight, std=0.1 / model.config.prompt_dim**0.5)

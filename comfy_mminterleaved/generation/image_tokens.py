@@ -162,8 +162,8 @@ class TokenSampler:
         num_codes = self.model.config.num_codes
         if len(given) and not 0 <= int(given.min()) <= int(given.max()) < num_codes:
             raise SettingError(
-                f"The given cells have codes up to {int(given.max())}, but drafts have {num_codes} of each level; use the "
-                "image tokens of one model."
+                f"The given cells have codes up to {int(given.max())}, but drafts have {num_codes}; use image tokens "
+                "of one model."
             )
 
     def check_prompt(self, prompt_embeds: torch.Tensor) -> None:
@@ -192,7 +192,7 @@ class TokenSampler:
                 )
 
     def _prefill(self, prompt_embeds, story: Story, given: torch.Tensor, count: int, is_guided: bool) -> tuple:
-        """Reads the prompt and the given cells once, for all drafts; rows without prompt and images follow, for guidance.
+        """Reads the prompt and the given cells once for all drafts; rows without prompt and images follow, for guidance.
 
         Returns:
             The states `(rows, hidden_size)` at the next cell, and the rest of the arguments of `hidden_states`.
