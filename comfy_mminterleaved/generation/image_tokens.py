@@ -192,7 +192,7 @@ class TokenSampler:
                 )
 
     def _prefill(self, prompt_embeds, story: Story, given: torch.Tensor, count: int, is_guided: bool) -> tuple:
-        """Reads the prompt and the given cells once for all drafts; rows without prompt and images follow, for guidance.
+        """Reads the prompt and given cells once for all drafts; rows without prompt and images follow, for guidance.
 
         Returns:
             The states `(rows, hidden_size)` at the next cell, and the rest of the arguments of `hidden_states`.
