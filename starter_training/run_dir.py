@@ -49,6 +49,7 @@ STAGES = (
     "dream",
     "codes",
     "tokens",
+    "thumbnails",
 )
 DREAM_RANK = 12  # of the LoRA with which the LLM reads dream queries
 # The stage folder in which `begin` puts each block.

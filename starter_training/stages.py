@@ -60,6 +60,7 @@ from .sound_training import SoundBatches, SoundObjective, class_means, phrase
 from .story_features import StoryFeatures
 from .story_training import MMFSObjective, StoryObjective
 from .targets import ConditioningTargets
+from .thumbnail_training import ThumbnailBatches, ThumbnailGenerator, ThumbnailObjective, thumbnail_latents
 from .token_training import TokenBatches, TokenObjective, cached_cells, float32_attention, init_from_llm
 from .trainer import StageConfig, device_of, train
 
@@ -539,6 +540,23 @@ def tokens_stage(stage: Stage) -> TrainingSetup:
     return TrainingSetup(objective, {"tokens": model}, get_batch, held_out_batches(get_batch, stage))
 
 
+def thumbnails_stage(stage: Stage) -> TrainingSetup:
+    tokenizer, contrastive = run_tokenizer(stage.run_dir), load_contrastive(stage.run_dir)
+    vae = latest_slim_vae(stage.run_dir, stage.model_config).eval()
+    version, batches = int((stage.run_dir / "vae" / "vae.safetensors").stat().st_mtime), {}
+    for data in (stage.train_set, stage.held_out):
+        latents = thumbnail_latents(stage.run_dir / f"thumbnails-{data.name}-{version}.npy", data, vae)
+        limit = contrastive.config.max_position_embeddings
+        batches[data] = ThumbnailBatches(data, latents, tokenizer, stage.config.batch, limit)
+    generator = ThumbnailGenerator()
+    objective = ThumbnailObjective(generator, contrastive)
+
+    def get_batch(seed: int, data: StoryDataset = stage.train_set) -> tuple:
+        return (batches[data].build(seed).to(device_of(objective)),)
+
+    return TrainingSetup(objective, {"generator": generator}, get_batch, held_out_batches(get_batch, stage))
+
+
 STAGE_FUNCTIONS = {
     "vae": vae_stage,
     "encoder": encoder_stage,
@@ -556,6 +574,7 @@ STAGE_FUNCTIONS = {
     "dream": dream_stage,
     "codes": codes_stage,
     "tokens": tokens_stage,
+    "thumbnails": thumbnails_stage,
 }
 
 

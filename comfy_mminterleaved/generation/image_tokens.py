@@ -127,7 +127,7 @@ class TokenSampler:
                 hidden = model.hidden_states(torch.cat([x, x]) if is_guided else x, *context)[:, -1]
             for place in range(CELL_CODES):
                 known = cells[:, number, :place]
-                logits = model.code_logits(hidden, torch.cat([known, known]) if is_guided else known)[:, -1].float()
+                logits = model.next_code_logits(hidden, torch.cat([known, known]) if is_guided else known).float()
                 if is_guided:
                     logits, without = logits.chunk(2)
                     logits = without + guidance_scale * (logits - without)

@@ -133,21 +133,33 @@ class TokenDecoder(nn.Module):
         Returns:
             `(..., k + 1, num_codes)`.
         """
-        x = (
-            torch.cat([hidden.unsqueeze(-2), self.embed_codes(codes)], dim=-2)
-            if codes.shape[-1]
-            else hidden[..., None, :]
-        )
-        shape, length = x.shape[:-2], x.shape[-2]
-        x = x.reshape(-1, length, x.shape[-1])
+        x = self._code_states(hidden, codes)
+        top = F.linear(x[:, 0], self.embed_top.weight.to(x)).unsqueeze(1)
+        bottom = F.linear(x[:, 1:].flatten(0, 1), self.embed_bottom.weight.to(x)).unflatten(0, (len(x), x.shape[1] - 1))
+        return torch.cat([top, bottom], dim=1).unflatten(0, hidden.shape[:-1])
+
+    def next_code_logits(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """The last of `code_logits`, `(N, num_codes)`.
+
+        Args:
+            hidden: `(N, hidden_size)`.
+            codes: `(N, k)`.
+        """
+        x = self._code_states(hidden, codes)[:, -1]
+        return F.linear(x, (self.embed_bottom if codes.shape[-1] else self.embed_top).weight.to(x))
+
+    def _code_states(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """What the codes of cells are predicted from, `(N, k + 1, hidden_size)`."""
+        x = hidden.unsqueeze(-2)
+        if codes.shape[-1]:
+            x = torch.cat([x, self.embed_codes(codes)], dim=-2)
+        x = x.flatten(0, -3)
+        length = x.shape[1]
         rotary = self.trunk.rotary_emb(torch.arange(length, device=x.device).expand(1, -1), x.dtype)
         for layer in self.depth:
             q, k, v = layer.project_qkv(x, *rotary)
             x = layer.feed_forward(layer.add_attention(x, layer.self_attn.attention_fn(q, k, v, causal=length > 1)))
-        x = self.depth_norm(x)
-        top = F.linear(x[:, :1], self.embed_top.weight.to(x))
-        bottom = F.linear(x[:, 1:], self.embed_bottom.weight.to(x))
-        return torch.cat([top, bottom], dim=1).unflatten(0, shape)
+        return self.depth_norm(x)
 
 
 def to_cells(codes: ImageCodes) -> torch.Tensor:
