@@ -30,6 +30,7 @@ from .systems import (
     reconstruction,
     refined,
     sound,
+    thumbnails,
     tokens,
 )
 
@@ -69,6 +70,9 @@ PARTS = {
     "codes": lambda pipeline, judge, args: tokens.codes(pipeline, judge, args.seed, args.cases),
     "drafts": lambda pipeline, judge, args: tokens.drafts(pipeline, judge, args.seed, args.cases * 2 // 3),
     "rows": lambda pipeline, judge, args: tokens.from_rows(pipeline, judge, args.seed, args.cases // 3),
+    "thumbnails": lambda pipeline, judge, args: thumbnails.thumbnails(
+        pipeline, judge, args.seed, args.cases * 2 // 3, args.thumbnails
+    ),
     "drawers": lambda pipeline, judge, args: drawers.table(pipeline, judge, args.seed, args.cases * 2 // 3),
     "sources": lambda pipeline, judge, args: insight.sources(pipeline, judge, args.seed, args.cases // 3),
     "robustness": lambda pipeline, judge, args: insight.robustness(pipeline, judge, args.seed, args.cases // 5),
@@ -113,13 +117,17 @@ def main(argv: list[str] | None = None) -> int:
         default=[],
         help="a LoRA of `finetuning` for the parts tuned-...; may be repeated",
     )
+    parser.add_argument(
+        "--thumbnails", type=Path, metavar="FILE", help="the generator of the stage thumbnails, for the part thumbnails"
+    )
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="a PNG of fifty refined panels, to look at")
     args = parser.parse_args(argv)
     try:
         pipeline, judge = MMInterleavedPipeline.load(args.model), load(SHIPPED)
         result: dict = {"model": args.model, "seed": args.seed}
-        tuned = {"tuned-descriptions", "tuned-drawings"} if not args.lora else set()
-        for name in args.only or (part for part in PARTS if part not in tuned):
+        left_out = {"tuned-descriptions", "tuned-drawings"} if not args.lora else set()
+        left_out |= {"thumbnails"} if args.thumbnails is None else set()
+        for name in args.only or (part for part in PARTS if part not in left_out):
             result[name] = PARTS[name](pipeline, judge, args)
             sys.stderr.write(f"{name}: {json.dumps(result[name])}\n")
     except MMInterleavedError as error:

@@ -40,6 +40,7 @@ from starter_training.systems import drawers, drawn, finetuned, insight, reconst
 from starter_training.systems import dream as dream_figures
 from starter_training.systems import prior as prior_figures
 from starter_training.systems import sound as sound_figures
+from starter_training.systems import thumbnails as thumbnail_figures
 from starter_training.systems import tokens as token_figures
 from starter_training.trainer import StageConfig
 
@@ -104,6 +105,10 @@ def test_the_systems_are_trained_exported_and_measured(tmp_path, monkeypatch):
     assert drafted["species"]["any of 2"]["mean"] >= drafted["species"]["best of 2"]["mean"]
     assert token_figures.from_rows(trained, AttributeClassifier(), 20, 1)["sky"]["cases"] == 1
     assert {"one draft of image tokens", "best of 16 drafts"} <= set(drawers.drawers(trained))
+    assert main(["thumbnails", *short]) == 0
+    generator = run / "thumbnails" / "generator.safetensors"
+    small = thumbnail_figures.thumbnails(trained, AttributeClassifier(), 20, 2, generator)
+    assert small["place"]["mean"]["cases"] == 2 and small["distance of thumbnails of one text"]["augmented"] > 0
     result = dream_study.study("joint", run, 3, 1, 0, count=1)
     assert 0 <= result["captions"]["mean"] <= 1 and 0 <= result["codes"]["mean"] <= 1
     cache, adapters = tmp_path / "cache", {"none": (None, False), "both": (pipeline.drawn_adapter, True)}
