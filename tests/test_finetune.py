@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from comfy_mminterleaved.cli import main
 from comfy_mminterleaved.errors import CheckpointError, OutputError, SettingError, StoryError, StoryTooLongError
 from comfy_mminterleaved.files import write_json
 from comfy_mminterleaved.finetune import FinetuneConfig, finetune, load_stories, story_panels
@@ -414,14 +414,11 @@ def test_without_peft_there_is_a_sentence(pipeline, stories, tmp_path, monkeypat
 # ---- command line ----
 
 
-def command(*args):
-    run = subprocess.run(
-        [sys.executable, "-m", "comfy_mminterleaved", *map(str, args)], capture_output=True, text=True, encoding="utf-8"
-    )
-    return run.returncode, run.stdout, run.stderr
+def test_the_command_line(tmp_path, stories, capsys):
+    def command(*args):
+        code = main([str(arg) for arg in args])
+        return code, *capsys.readouterr()
 
-
-def test_the_command_line(tmp_path, stories):
     (tmp_path / "mia").mkdir()
     save_story(tmp_path / "mia", stories[0], "", {})
     out = tmp_path / "mia.safetensors"
