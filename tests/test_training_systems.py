@@ -196,6 +196,8 @@ def test_the_figures_of_dream_queries_and_tokens(monkeypatch):
     figures = dream_figures.in_context(pipeline, judge, 10, 1)
     assert figures["subject: look"]["in context"]["cases"] == 1
     assert set(dream_figures.stories(pipeline, judge, range(10, 11), 1)) == {"heroes", "place", "prop"}
+    monkeypatch.setattr(token_figures, "NUM_CANDIDATES", 4)
+    assert token_figures.drafts(pipeline, judge, 10, 3)["place and prop"]["any of 4"]["mean"] > 0.5
     kept = token_figures.codes(pipeline, judge, 10, 4)
     assert kept["bytes"] == 400 and kept["place and prop"]["codes"]["mean"] > 0.5
     table = drawers.table(pipeline, judge, 10, 2)
