@@ -173,7 +173,7 @@ def test_cell_by_cell_is_as_at_once(tiny_random, sampler, prompt_embeds, given, 
     monkeypatch.setattr(image_tokens, "_sample", lambda logits, *_: seen.append(logits) or logits.argmax(-1))
     model, story = sampler.model, tiny_random.encode_images(Story.of("Mia waves.", image(1), "Mia sits.", image(2)))
     first = torch.randint(32, (given, CELL_CODES), generator=torch.Generator().manual_seed(0))
-    cells = to_cells(sampler.sample(prompt_embeds, story, 2, guidance_scale=scale, given=first))
+    cells = to_cells(sampler.sample(prompt_embeds, story, 2, 0, 1.0, guidance_scale=scale, given=first))
     assert cells[0].equal(cells[1]) and cells[0, :given].equal(first)
     image_values, image_mask = sampler._images(story)
     expected = model(cells[:1], model.embed_prompt(prompt_embeds), image_values, image_mask)

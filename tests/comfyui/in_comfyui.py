@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -239,11 +240,27 @@ def partly_loaded(encoder, llm, synchronizer, story) -> dict[str, float]:
         h = torch.ones(1, channels[0], 16, 16)
         return net.add_residual(0, h, values, 1.0).flatten()[:1000] + module.conditioner.prompt_embeds([states]).mean()
 
+    from mmi.comfy_mminterleaved.presets import STARTER_DIR
+    from mmi.nodes.image_tokens import PatchedImageTokens
+
+    tokens = PatchedImageTokens(STARTER_DIR, "starter")
+    cells = torch.randint(1024, (1, 64, 5), generator=torch.Generator().manual_seed(4))
+    prompt_embeds = torch.randn(1, 16, 192, generator=torch.Generator().manual_seed(5))
+
+    def run_decoder(module):
+        values = module.trunk.project_images(maps)
+        return module(cells, module.embed_prompt(prompt_embeds), values, torch.ones(1, 1, dtype=torch.bool))
+
     result = {}
     for name, block, run in (
         ("encoder", encoder, lambda module: module(pixels)[0].visual_tokens),
         ("llm", llm, run_llm),
         ("synchronizer", synchronizer, run_synchronizer),
+        (
+            "decoder of image tokens",
+            SimpleNamespace(module=tokens.sampler.model, device=tokens.sampler.device),
+            run_decoder,
+        ),
     ):
         expected = run(block.module).float()
         module = copy.deepcopy(block.module).half()
