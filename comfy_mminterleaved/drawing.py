@@ -18,6 +18,8 @@ from .models.gmail_adapter import DRAWN
 from .models.vqvae import ImageCodes
 from .stories.story import ImageSegment, Story
 
+LIKENESS = 2.0  # of drafts to earlier images, beside the text when they are ranked: many have another hero
+
 
 class DrawingMixin:
     """Methods of `MMInterleavedPipeline`, which has the blocks and `systems`."""
@@ -130,7 +132,7 @@ class DrawingMixin:
         ]
         if count == 1 or not panel_text(story).strip():
             return drafts
-        return [ranked.image for ranked in self.rank_images(story, drafts)]
+        return [ranked.image for ranked in self.rank_images(encoded, drafts, LIKENESS)]
 
     @torch.no_grad()
     def image_codes(self, image: ImageSegment) -> ImageCodes:
