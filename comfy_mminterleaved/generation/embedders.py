@@ -87,9 +87,7 @@ class FeatureEmbedder:
             shapes = {tuple(level.shape) for level in each.feature_maps}
             is_other = len(each.visual_tokens) != c.num_img_token
             is_other |= (c.num_channels, c.grid_size, c.grid_size) not in shapes
-            if None not in (self.encoder_id, each.encoder_id):
-                is_other |= not each.encoder_id.startswith(self.encoder_id)
-            if is_other:
+            if is_other or not each.is_from(self.encoder_id):
                 raise StoryError(
                     "The images have features of another encoder than the contrastive model was trained with; use that "
                     "one."

@@ -182,10 +182,8 @@ class TokenSampler:
         for image in story.images:
             if image.features is None:
                 raise StoryError("An image of the story was not encoded; connect an encoder where it is added.")
-            is_other = not expected <= {tuple(level.shape) for level in image.features.feature_maps}
-            if None not in (self.encoder_id, image.features.encoder_id):
-                is_other |= not image.features.encoder_id.startswith(self.encoder_id)
-            if is_other:
+            shapes = {tuple(level.shape) for level in image.features.feature_maps}
+            if not expected <= shapes or not image.features.is_from(self.encoder_id):
                 raise StoryError(
                     "The story's images have features of another encoder than the image tokens were trained with; use "
                     "that one."
@@ -201,11 +199,8 @@ class TokenSampler:
         prompt, rows = model.embed_prompt(prompt_embeds.to(self.device)), [0] * count
         image_values, image_mask = self._images(story)
         if is_guided:
-            prompt, rows, given = (
-                torch.cat([prompt, model.no_prompt.to(prompt)]),
-                rows + [1] * count,
-                given.repeat(2, 1, 1),
-            )
+            prompt = torch.cat([prompt, model.no_prompt.to(prompt)])
+            rows, given = rows + [1] * count, given.repeat(2, 1, 1)
             if image_mask is not None:
                 image_mask = torch.cat([image_mask, torch.zeros_like(image_mask)])
         cache = KVCache(len(prompt))

@@ -35,6 +35,10 @@ class ImageFeatures:
     def __getitem__(self, index) -> ImageFeatures:
         return ImageFeatures(self.visual_tokens[index], tuple(m[index] for m in self.feature_maps), self.encoder_id)
 
+    def is_from(self, encoder_id: str | None) -> bool:
+        """Whether an encoder of this digest made them, adapted to drawings or not; if one is unknown, it may."""
+        return None in (encoder_id, self.encoder_id) or self.encoder_id.startswith(encoder_id)
+
 
 class EncoderIdMixin:
     """Identity of an encoder, from its weights."""
