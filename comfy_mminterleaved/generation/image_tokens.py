@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -121,17 +121,21 @@ class TokenSampler:
             cells[:, :k] = given.to(self.device)
         is_guided = guidance_scale > 1
         hidden, *context = self._prefill(prompt_embeds, story, cells[:1, :k], count, is_guided)
+        cache = KVCache(len(hidden))
         for number in range(k, num_cells):
             if number > k:
                 x = model.inputs(cells[:, number - 1 : number], number)
                 hidden = model.hidden_states(torch.cat([x, x]) if is_guided else x, *context)[:, -1]
+            noise = torch.stack([torch.rand(CELL_CODES, model.config.num_codes, generator=g) for g in generators])
+            noise = noise.to(self.device)
             for place in range(CELL_CODES):
                 known = cells[:, number, :place]
-                logits = model.next_code_logits(hidden, torch.cat([known, known]) if is_guided else known).float()
+                logits = model.next_code_logits(hidden, torch.cat([known, known]) if is_guided else known, cache)
+                logits = logits.float()
                 if is_guided:
                     logits, without = logits.chunk(2)
                     logits = without + guidance_scale * (logits - without)
-                cells[:, number, place] = _sample(logits / temperature, top_k, generators)
+                cells[:, number, place] = _sample(logits / temperature, top_k, noise[:, place])
             if on_step is not None:
                 on_step(number + 1, num_cells)
         return from_cells(cells)
@@ -219,13 +223,15 @@ class TokenSampler:
         return image_values, torch.ones(1, len(images), dtype=torch.bool, device=self.device)
 
 
-def _sample(logits: torch.Tensor, top_k: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """One index for each row of logits `(N, V)`, each by its own generator."""
-    if 0 < top_k < logits.shape[-1]:
-        limit = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < limit, -torch.inf)
-    noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=g) for g in generators])
-    return (logits.softmax(-1) / noise.to(logits)).argmax(-1)
+def _sample(logits: torch.Tensor, top_k: int, noise: torch.Tensor) -> torch.Tensor:
+    """One index for each row of logits, by the Gumbel-max trick: `(N, V)` -> `(N,)`.
+
+    Args:
+        noise: `(N, V)`, uniform in [0, 1).
+    """
+    likeliest, codes = logits.topk(min(top_k, logits.shape[-1]) or logits.shape[-1], dim=-1)
+    gumbel = -(-noise.gather(-1, codes).log()).log()
+    return codes.gather(-1, (likeliest + gumbel).argmax(-1, keepdim=True))[:, 0]
 
 
 def rows_of(codes: ImageCodes, rows: int) -> torch.Tensor:

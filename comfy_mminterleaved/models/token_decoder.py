@@ -133,32 +133,41 @@ class TokenDecoder(nn.Module):
         Returns:
             `(..., k + 1, num_codes)`.
         """
-        x = self._code_states(hidden, codes)
+        x = torch.cat([hidden.unsqueeze(-2), self.embed_codes(codes)], dim=-2)
+        x = self._code_states(x.flatten(0, -3))
         top = F.linear(x[:, 0], self.embed_top.weight.to(x)).unsqueeze(1)
         bottom = F.linear(x[:, 1:].flatten(0, 1), self.embed_bottom.weight.to(x)).unflatten(0, (len(x), x.shape[1] - 1))
         return torch.cat([top, bottom], dim=1).unflatten(0, hidden.shape[:-1])
 
-    def next_code_logits(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """The last of `code_logits`, `(N, num_codes)`.
+    def next_code_logits(self, hidden: torch.Tensor, codes: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Logits of the code that comes next in cells, `(N, num_codes)`.
 
         Args:
-            hidden: `(N, hidden_size)`.
-            codes: `(N, k)`.
+            hidden: The trunk's states `(N, hidden_size)`.
+            codes: `(N, k)`, the cells' first k.
+            cache: Of N rows; has read all but the last of them, and is emptied where a cell begins.
         """
-        x = self._code_states(hidden, codes)[:, -1]
-        return F.linear(x, (self.embed_bottom if codes.shape[-1] else self.embed_top).weight.to(x))
+        k = codes.shape[-1]
+        if k == 0:
+            cache.lengths = [0] * len(hidden)
+        x = self._code_states(self.embed_codes(codes)[:, -1:] if k else hidden.unsqueeze(1), cache)[:, 0]
+        return F.linear(x, (self.embed_bottom if k else self.embed_top).weight.to(x))
 
-    def _code_states(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """What the codes of cells are predicted from, `(N, k + 1, hidden_size)`."""
-        x = hidden.unsqueeze(-2)
-        if codes.shape[-1]:
-            x = torch.cat([x, self.embed_codes(codes)], dim=-2)
-        x = x.flatten(0, -3)
-        length = x.shape[1]
-        rotary = self.trunk.rotary_emb(torch.arange(length, device=x.device).expand(1, -1), x.dtype)
-        for layer in self.depth:
+    def _code_states(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """What codes are predicted from, `(N, k, hidden_size)`.
+
+        Args:
+            x: Of the same shape: of each cell the trunk's state, then its codes; those that `cache` has not read.
+        """
+        start, length = 0 if cache is None else cache.lengths[0], x.shape[1]
+        rotary = self.trunk.rotary_emb(torch.arange(start, start + length, device=x.device).expand(1, -1), x.dtype)
+        for i, layer in enumerate(self.depth):
             q, k, v = layer.project_qkv(x, *rotary)
+            if cache is not None:
+                k, v = cache.update(i, k, v)
             x = layer.feed_forward(layer.add_attention(x, layer.self_attn.attention_fn(q, k, v, causal=length > 1)))
+        if cache is not None:
+            cache.lengths = [start + length] * len(x)
         return self.depth_norm(x)
 
 
