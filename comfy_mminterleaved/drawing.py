@@ -12,13 +12,14 @@ from .generation.config import ImageGenerationConfig, OnStep
 from .generation.dream import in_context_story
 from .generation.latents import decode_latents, encode_latents
 from .generation.prior import check_embeds, turn
-from .generation.ranking import panel_text
+from .generation.ranking import RankedImage, looks, panel_text, rank_images
 from .generation.sound import SOUND_STRENGTH
 from .models.gmail_adapter import DRAWN
 from .models.vqvae import ImageCodes
 from .stories.story import ImageSegment, Story
 
-LIKENESS = 2.0  # of drafts to earlier images, beside the text when they are ranked: many have another hero
+# Of drafts to earlier images beside the text, when they are ranked: with introductions, and where there are none.
+LIKENESS, LIKENESS_ALONE = 0.5, 2.0
 
 
 class DrawingMixin:
@@ -132,7 +133,20 @@ class DrawingMixin:
         ]
         if count == 1 or not panel_text(story).strip():
             return drafts
-        return [ranked.image for ranked in self.rank_images(encoded, drafts, LIKENESS)]
+        return [ranked.image for ranked in self.rank_drafts(encoded, drafts)]
+
+    def rank_drafts(self, story: Story, drafts: Sequence[ImageSegment]) -> list[RankedImage]:
+        """Drafts for the panel whose text a story ends with, the best first.
+
+        Many show others than the story's heroes. So the LLM introduces those whom the story only shows, and says of
+        each draft whether it shows them (`ranking.rank_images`); where nobody is introduced, likeness counts.
+        """
+        story, drafts = self._encoded(story, self.text.introduce_named), self._encode_all(drafts)
+        text = looks(story)
+        if not text:
+            return rank_images(self.embedder, story, drafts, LIKENESS_ALONE)
+        self._place("text")
+        return rank_images(self.embedder, story, drafts, LIKENESS, self.text.caption_scores(drafts, text))
 
     @torch.no_grad()
     def image_codes(self, image: ImageSegment) -> ImageCodes:

@@ -68,6 +68,7 @@ PARTS = {
     ),
     "in-context": lambda pipeline, judge, args: dream.in_context(pipeline, judge, args.seed, args.cases * 2 // 3),
     "codes": lambda pipeline, judge, args: tokens.codes(pipeline, judge, args.seed, args.cases),
+    "draft-settings": lambda pipeline, judge, args: tokens.settings(pipeline, judge, args.seed, args.cases),
     "drafts": lambda pipeline, judge, args: tokens.drafts(pipeline, judge, args.seed, args.cases * 2 // 3),
     "rows": lambda pipeline, judge, args: tokens.from_rows(pipeline, judge, args.seed, args.cases // 3),
     "thumbnails": lambda pipeline, judge, args: thumbnails.thumbnails(
@@ -126,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         pipeline, judge = MMInterleavedPipeline.load(args.model), load(SHIPPED)
         result: dict = {"model": args.model, "seed": args.seed}
         left_out = {"tuned-descriptions", "tuned-drawings"} if not args.lora else set()
+        left_out |= {"draft-settings"}  # which chooses, on other seeds
         left_out |= {"thumbnails"} if args.thumbnails is None else set()
         for name in args.only or (part for part in PARTS if part not in left_out):
             result[name] = PARTS[name](pipeline, judge, args)

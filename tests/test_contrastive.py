@@ -10,7 +10,7 @@ from tiny_clip import make_clip
 from comfy_mminterleaved.errors import CheckpointError, SettingError, StoryError
 from comfy_mminterleaved.generation.config import CANDIDATE_STEP, ImageGenerationConfig
 from comfy_mminterleaved.generation.embedders import CLIPEmbedder, FeatureEmbedder, cosines
-from comfy_mminterleaved.generation.ranking import find_images, rank_images, ranking_text, score_images
+from comfy_mminterleaved.generation.ranking import find_images, looks, rank_images, ranking_text, score_images
 from comfy_mminterleaved.generation.word_masks import grow_mask, occlusion_map, rival_texts, word_mask
 from comfy_mminterleaved.models.contrastive import (
     ContrastiveConfig,
@@ -149,6 +149,8 @@ def test_earlier_images_count_beside_the_text():
     by_text = rank_images(ByColour(), story, [RED, image(0.9, 0.1, 0.8), BLUE])
     by_both = rank_images(ByColour(), story, [RED, image(0.9, 0.1, 0.8), BLUE], reference_weight=5.0)
     assert by_text[0].index == 1 and by_both[0].index == 2
+    shown = rank_images(ByColour(), story, [RED, image(0.9, 0.1, 0.8), BLUE], log_probs=[-0.1, -9.0, -8.0])
+    assert shown[0].index == 0 and shown[0].score == next(each.score for each in by_text if each.index == 0)
     assert rank_images(ByColour(), Story.of("A red kite.", BLUE), [RED, BLUE])[0].index == 1, "no text, so likeness"
     image_first = Story((BLUE, TextSegment("A red kite.")), image_first=True)
     assert rank_images(ByColour(), image_first, [RED, BLUE])[0].index == 1, "the text is of the image before"
@@ -192,6 +194,7 @@ def test_embeddings_of_two_models_are_told_apart():
             ["Mia is a fox. Otto is a bear.", "image", "Mia and Otto run.", "It rains."],
             "Mia is a fox. Otto is a bear. Mia and Otto run. It rains.",
         ),
+        (["Mia waves. It is night.", "image", "Mia runs. It rains."], "Mia runs. It rains."),
     ],
 )
 def test_the_text_that_images_are_ranked_by_says_who_is_who(parts, text):
@@ -203,6 +206,13 @@ def test_the_text_that_images_are_ranked_by_says_who_is_who(parts, text):
         else text
     )
     assert ranking_text(story, panel_first=True).startswith(panel)
+
+
+def test_those_whom_a_panel_names_as_a_caption_has_them():
+    story = Story.of("Mia is a fox in a red coat. Otto is a bear. It is night.", RED, "Otto and Mia run. It rains.")
+    assert looks(story) == "A bear and a fox in a red coat"
+    assert looks(Story.of("Mia is an owl. Mia waves.")) == "An owl"
+    assert looks(Story.of("Mia is a fox.", RED, "Otto runs.")) == looks(Story.of(RED)) == ""
 
 
 class Words:

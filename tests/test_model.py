@@ -201,6 +201,19 @@ def test_half_precision(pictures, monkeypatch, dtype, backend):
     assert len(half.generate_text(story, S).tokens) == 9
 
 
+def test_captions_of_many_images_are_scored_at_once(tiny_random, pictures):
+    """As after each image alone; what was read stays read."""
+    images = tiny_random.encode_images(Story.of(*pictures[:3])).images
+    text = tiny_random.text
+    alone = [text.score(text.caption_story(Story.of(image)), ["A bear waves"])[0] for image in images]
+    cache = text.cache
+    assert text.caption_scores(images, "A bear waves") == pytest.approx(alone, rel=1e-4) and text.cache is cache
+    with pytest.raises(StoryError, match="must not be empty"):
+        text.caption_scores(images, "")
+    with pytest.raises(StoryError, match="no features"):
+        text.caption_scores(pictures[:1], "A bear")
+
+
 def test_another_models_features_are_not_taken_for_its_own(tiny_random, pictures):
     from comfy_mminterleaved.pipeline import tiny_random_pipeline as make
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from comfy_mminterleaved import ImageSegment, MMInterleavedPipeline, Story
+from comfy_mminterleaved.generation.ranking import looks
 from comfy_mminterleaved.stories.page import load_story, save_story
 from starter_training import renderer, world
 
@@ -17,9 +18,9 @@ def starter():
     return MMInterleavedPipeline.load("starter", "cpu")
 
 
-def scene_picture(seed):
-    """A picture of one hero of the world, as somebody else's story might have drawn it."""
-    page = world.make_story(seed, held_out=True, heroes=1)[0]
+def scene_picture(seed, heroes=1):
+    """A picture of heroes of the world, as somebody else's story might have drawn it."""
+    page = world.make_story(seed, held_out=True, heroes=heroes)[0]
     return page, ImageSegment.of(Image.fromarray(renderer.paint(page.scene)))
 
 
@@ -101,6 +102,27 @@ def test_an_opening_picture_is_introduced_in_the_text(starter):
     told = f"Mia is {world.looks(hero)}. Mia runs in the snow with a drum."
     assert starter.introduce(Story.of(told, picture)).text == told
     assert starter.introduce(Story.of("Mia waves.")).text == "Mia waves."
+
+
+def test_those_whom_only_images_show_are_introduced_by_them(starter):
+    """By the first image whose text names them; who is described, or not shown, is left alone."""
+    page, picture = scene_picture(70_004, heroes=2)
+    left, right = (world.looks(hero) for hero in page.scene.heroes)
+    story = starter.encode_images(Story.of("Otto and Mia wave in the snow.", picture, "Mia runs."))
+    starter.text.prefill(story)
+    cache = starter.text.cache
+    introduced = starter.text.introduce_named(story)
+    assert introduced.segments[1:] == story.segments and starter.text.cache is cache
+    assert introduced.segments[0].text == f"Otto is {left}. Mia is {right}."
+    assert looks(introduced) == right[0].upper() + right[1:]
+    for left_alone in (
+        Story.of("Mia is a fox in a red coat with a hat. Mia waves.", picture, "Mia runs."),
+        Story.of("Otto waves in the snow.", picture, "Mia runs."),
+        Story.of("Otto waves in the snow.", picture),
+        Story.of("Mia runs."),
+    ):
+        left_alone = starter.encode_images(left_alone)
+        assert starter.text.introduce_named(left_alone) is left_alone
 
 
 def starter_order(model, story):

@@ -176,17 +176,33 @@ def score_options(
     """
     if any(not option for option in options):
         raise SettingError("An option to score must not be empty.")
-    first = llm.logits(prefix.last_hidden_state()).float().log_softmax(-1)[0]
-    scores = []
+    last = prefix.last_hidden_state()
+    scores: list[float] = []
     while len(scores) < len(options):
         batch = options[len(scores) : len(scores) + MAX_OPTIONS]
         while len(batch) > 1 and len(batch) * max(map(len, batch)) > MAX_OPTION_TOKENS:
             batch.pop()
-        fork = prefix.fork([0] * len(batch))
-        for option, hidden in zip(batch, fork.extend(llm, batch)):
-            log_probs = llm.logits(hidden[:-1]).float().log_softmax(-1)
-            tokens = torch.tensor(option, device=first.device)
-            scores.append((first[tokens[0]] + log_probs.gather(1, tokens[1:, None]).sum()).item())
+        hidden = prefix.fork([0] * len(batch)).extend(llm, batch)
+        scores += [_log_prob(llm, last, states, option) for states, option in zip(hidden, batch)]
         if on_progress is not None:
             on_progress(len(scores), len(options))
     return scores
+
+
+@torch.no_grad()
+def score_after_each(llm: LlamaMMFS, prefix: PrefixCache, option: list[int]) -> list[float]:
+    """Summed log-probability of one option's tokens after each of the stories of `prefix`, which is extended."""
+    last = prefix.last_hidden_state()
+    hidden = prefix.extend(llm, [option] * len(last))
+    return [_log_prob(llm, row, states, option) for row, states in zip(last.split(1), hidden)]
+
+
+def _log_prob(llm: LlamaMMFS, last: torch.Tensor, hidden: torch.Tensor, option: list[int]) -> float:
+    """Summed log-probability of tokens.
+
+    Args:
+        last: The hidden state `(1, hidden_size)` before them.
+        hidden: Theirs, `(tokens, hidden_size)`.
+    """
+    log_probs = llm.logits(torch.cat([last, hidden[:-1]])).float().log_softmax(-1)
+    return log_probs.gather(1, torch.tensor(option, device=log_probs.device)[:, None]).sum().item()

@@ -13,6 +13,8 @@ from ..errors import SettingError, StoryError
 from ..stories.story import ImageSegment, Story, TextSegment
 from .embedders import Embedder, cosines
 
+CAPTION_WEIGHT = 2.0  # of a log-probability in nats beside a standardized cosine
+NAME = r"\b(?!(?:It|He|She|This|That|There|Here)\b)[^\W\d_a-z]\w+"  # a word with a capital
 BATCH = 8  # images that are embedded between two calls of on_progress
 
 
@@ -72,7 +74,11 @@ def find_images(
 
 
 def rank_images(
-    embedder: Embedder, story: Story, images: Sequence[ImageSegment], reference_weight: float = 0.0
+    embedder: Embedder,
+    story: Story,
+    images: Sequence[ImageSegment],
+    reference_weight: float = 0.0,
+    log_probs: Sequence[float] | None = None,
 ) -> list[RankedImage]:
     """Candidates for the panel whose text a story ends with, the best first.
 
@@ -82,6 +88,8 @@ def rank_images(
     Args:
         reference_weight: How much the likeness to the story's earlier images counts beside the text's: for models that
             do not know from an introduction how the heroes look. Both are standardized over the candidates.
+        log_probs: Of the story's `looks` as the caption of each image, in nats (`TextGenerator.caption_scores`): for
+            candidates of which many show others (CogView's self-reranking, 2105.13290, section 3.2).
 
     Raises:
         StoryError: For a story without text and images.
@@ -90,18 +98,22 @@ def rank_images(
     check_rankable(story)
     if not images:
         raise SettingError("There are no images to rank; give at least one.")
-    has_text = has_panel_text(story)
-    scores = [0.0] * len(images)
-    if has_text:
-        scores = score_images(embedder, ranking_text(story, embedder.truncates_end), images)
-    if has_text and not (reference_weight and story.images and len(images) > 1):
-        return _sorted(images, scores)
-    references = cosines(embedder.image_embeds(images), embedder.image_embeds(story.images)).mean(1).tolist()
-    if not has_text:
-        return _sorted(images, references)
-    total = [a + reference_weight * b for a, b in zip(_standardized(scores), _standardized(references))]
+    if not has_panel_text(story):
+        return _sorted(images, _likeness(embedder, story, images))
+    scores = score_images(embedder, ranking_text(story, embedder.truncates_end), images)
+    total = _standardized(scores)
+    if reference_weight and story.images:
+        references = _standardized(_likeness(embedder, story, images))
+        total = [a + reference_weight * b for a, b in zip(total, references)]
+    if log_probs is not None:
+        total = [a + CAPTION_WEIGHT * b for a, b in zip(total, log_probs)]
     order = sorted(range(len(images)), key=lambda i: -total[i])
     return [RankedImage(images[i], i, scores[i]) for i in order]
+
+
+def _likeness(embedder: Embedder, story: Story, images: Sequence[ImageSegment]) -> list[float]:
+    """The mean cosine of each image with a story's."""
+    return cosines(embedder.image_embeds(images), embedder.image_embeds(story.images)).mean(1).tolist()
 
 
 def has_panel_text(story: Story) -> bool:
@@ -132,6 +144,31 @@ def _standardized(values: list[float]) -> list[float]:
     return [(value - statistics.fmean(values)) / deviation for value in values]
 
 
+def introductions(story: Story) -> dict[str, str]:
+    """The sentences that say who those are whom a story's last text names, by their names."""
+    texts = [segment.text for segment in story.segments if isinstance(segment, TextSegment)]
+    sentences = re.split(r"(?<=[.!?])\s+", " ".join(texts))
+    names = dict.fromkeys(re.findall(NAME, _last_text(story)))
+    first = {name: next((s for s in sentences if s.startswith(f"{name} is ")), None) for name in names}
+    return {name: sentence for name, sentence in first.items() if sentence is not None}
+
+
+def looks(story: Story) -> str:
+    """Those whom a story's last text names as a caption has them: "A fox in a red coat and a bear in a blue one"."""
+    text = " and ".join(s.split(" is ", 1)[1].rstrip(".!?") for s in introductions(story).values())
+    return text[:1].upper() + text[1:]
+
+
+def _last_text(story: Story) -> str:
+    """The texts behind a story's last image."""
+    texts: list[str] = []
+    for segment in reversed(story.segments):
+        if not isinstance(segment, TextSegment):
+            break
+        texts.insert(0, segment.text.strip())
+    return " ".join(texts)
+
+
 def ranking_text(story: Story, panel_first: bool = False) -> str:
     """The text of a story's last panel, and the sentences that say who those are whom it names.
 
@@ -141,17 +178,8 @@ def ranking_text(story: Story, panel_first: bool = False) -> str:
     Raises:
         StoryError: For a story that does not end with a text.
     """
-    texts: list[str] = []
-    for segment in reversed(story.segments):
-        if not isinstance(segment, TextSegment):
-            break
-        texts.insert(0, segment.text.strip())
-    panel = " ".join(texts)
+    panel = _last_text(story)
     if not panel:
         raise StoryError("The story does not end with a text; add the text of the panel that the images are for.")
-    earlier = " ".join(s.text for s in story.segments[: len(story) - len(texts)] if isinstance(s, TextSegment))
-    names = dict.fromkeys(re.findall(r"\b[^\W\d_a-z]\w+", panel))
-    sentences = re.split(r"(?<=[.!?])\s+", earlier)
-    introductions = (next((s for s in sentences if s.startswith(f"{name} is ")), None) for name in names)
-    introductions = [s for s in introductions if s is not None and s not in panel]
-    return " ".join([panel, *introductions] if panel_first else [*introductions, panel])
+    sentences = [s for s in introductions(story).values() if s not in panel]
+    return " ".join([panel, *sentences] if panel_first else [*sentences, panel])

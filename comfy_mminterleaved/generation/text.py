@@ -15,10 +15,10 @@ from ..models.llama_mmfs import KVCache, LlamaImageValues, LlamaMMFS
 from ..stories.story import ImageSegment, Story, TextSegment
 from ..stories.storyboard import Step
 from .config import GeneratedText, GenerationConfig, RankedOption, TextGenerationConfig
-from .decoding import generate, score_options
+from .decoding import MAX_OPTIONS, generate, score_after_each, score_options
 from .prefix_cache import PrefixCache, prefill
 from .tokens import StoryTokens, require_tokenizer, tokenize_story
-from .vqa import introduce, prompted
+from .vqa import introduce, introduce_named, prompted
 
 
 class TextGenerator:
@@ -297,6 +297,23 @@ class TextGenerator:
             raise StoryError("There is no image to caption; add one to the story.")
         return prompted(prompt or self.config.prompts["caption"], story)
 
+    def caption_scores(self, images: Sequence[ImageSegment], text: str, prompt: str | None = None) -> list[float]:
+        """Summed log-probability of a text as the caption of each image (CogView, 2105.13290, section 3.2).
+
+        The cache keeps what it has.
+        """
+        option = require_tokenizer(self.tokenizer).encode(text, after_text=True)
+        if not option:
+            raise StoryError("A caption to score must not be empty.")
+        stories = [self.caption_story(Story.of(image), prompt) for image in images]
+        scores: list[float] = []
+        for start in range(0, len(stories), MAX_OPTIONS):
+            batch = stories[start : start + MAX_OPTIONS]
+            for story in batch:
+                self._require_features(story)
+            scores += score_after_each(self.llm, prefill(self.llm, [self.tokenize(s) for s in batch]), option)
+        return scores
+
     def rank(
         self, story: Story, options: Sequence[str], question: str = "", prompt: str | None = None, on_progress=None
     ) -> list[RankedOption]:
@@ -321,6 +338,10 @@ class TextGenerator:
     def introduce(self, story: Story) -> Story:
         """Returns the story with a text that says who is in its only image, unless it has one (`vqa.introduce`)."""
         return introduce(self, story)
+
+    def introduce_named(self, story: Story) -> Story:
+        """Returns the story behind texts that say who those are whom its last text names (`vqa.introduce_named`)."""
+        return introduce_named(self, story)
 
 
 PIECE = 256  # tokens of a given text that are prefilled at once: bounds memory, and how long Cancel takes

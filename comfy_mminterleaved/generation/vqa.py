@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..stories.story import Story, TextSegment
-from .config import TextGenerationConfig
+from .config import Introduction, TextGenerationConfig
+from .ranking import has_panel_text
 
 if TYPE_CHECKING:
     from .text import TextGenerator
@@ -48,11 +49,37 @@ def introduce(generator: TextGenerator, story: Story) -> Story:
     return Story.from_panels(panels, story.is_image_first)
 
 
+def introduce_named(generator: TextGenerator, story: Story) -> Story:
+    """Returns the story behind sentences about those whom its last text names and whom it shows, but does not describe.
+
+    Each is introduced by the first image whose text has the name. The generator's cache keeps what it has.
+    """
+    c = generator.generation_config.introduction
+    if c is None or not has_panel_text(story):
+        return story
+    described = story.text
+    missing = {n for n in _names(c, story.panels()[-1].text) if c.prompt.format(name=n) not in described}
+    cache, introductions = generator.cache, []
+    generator.clear_cache()
+    for panel in story.panels():
+        names = missing.intersection(_names(c, panel.text))
+        if panel.image is not None and names:
+            introductions.append(_introduction(generator, Story((panel.image,)), panel.text))
+            missing -= names
+    generator.cache = cache
+    text = " ".join(filter(None, introductions))
+    return replace(story, segments=(TextSegment(text), *story.segments)) if text else story
+
+
+def _names(c: Introduction, text: str) -> list[str]:
+    """The names in a text that the model knows, each once."""
+    return list(dict.fromkeys(word for word in re.findall(r"\w+", text) if word in c.names))
+
+
 def _introduction(generator: TextGenerator, image: Story, described: str) -> str:
     """The sentences of `introduce`; empty if the story has them, or the model ends none."""
     c = generator.generation_config.introduction
-    names = [word for word in re.findall(r"\w+", described) if word in c.names]
-    names = list(dict.fromkeys(names))[:2] or list(c.names[:1])
+    names = _names(c, described)[:2] or list(c.names[:1])
     if any(c.prompt.format(name=name) in described for name in names):
         return ""
     sentences: list[str] = []

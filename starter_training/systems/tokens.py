@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -21,6 +22,8 @@ from .contrastive import scenes_of
 from .statistics import bootstrap_by_story, paired_difference
 
 NUM_CANDIDATES = 16
+NUM_TRIALS = 4  # drafts of a panel with each of the settings
+SETTINGS = [(guidance, temperature) for guidance in (1.5, 2.0, 3.0) for temperature in (0.3, 0.5, 0.7)]
 ROWS = 3  # of 8 that are given, when a draft goes on from an image
 
 
@@ -80,6 +83,34 @@ class _WithoutImages:
             gate.data.copy_(value)
 
 
+def second_panels(seed: int, count: int) -> Iterator[tuple[Story, world.Scene]]:
+    """Held-out stories up to their second panel's text, and what that panel shows; the opening image is a true one."""
+    for panels in held_out_stories(seed, count):
+        opening = Story.of(panels[0].text, ImageSegment(render_scene(panels[0].scene)))
+        yield opening.add(panels[1].text), panels[1].scene
+
+
+def settings(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: int, count: int) -> list[dict]:
+    """Shares of single drafts with each fact, by guidance and temperature: to choose them, on seeds below 20."""
+    values: dict[tuple, list[dict[str, bool]]] = {each: [] for each in SETTINGS}
+    for number, (story, scene) in enumerate(second_panels(seed, count)):
+        for guidance, temperature in SETTINGS:
+            images = pipeline.draft_images(
+                story, NUM_TRIALS, seed=1000 * number, guidance_scale=guidance, temperature=temperature
+            )
+            seen = judge.predict(torch.stack([image.pixels for image in images]))
+            values[guidance, temperature] += [_facts(each, scene) for each in seen]
+        pipeline.clear_cache()
+    return [
+        {
+            "guidance": guidance,
+            "temperature": temperature,
+            **{fact: statistics.fmean(each[fact] for each in rows) for fact in rows[0]},
+        }
+        for (guidance, temperature), rows in values.items()
+    ]
+
+
 def drafts(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: int, count: int) -> dict:
     """Second panels of held-out stories as drafts: the first, the best by the contrastive model, any of several.
 
@@ -92,9 +123,7 @@ def drafts(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: in
         for fact, is_right in facts.items():
             values.setdefault(fact, {}).setdefault(way, []).append((number, is_right))
 
-    for number, panels in enumerate(held_out_stories(seed, count)):
-        opening = Story.of(panels[0].text, ImageSegment(render_scene(panels[0].scene)))
-        story, scene = opening.add(panels[1].text), panels[1].scene
+    for number, (story, scene) in enumerate(second_panels(seed, count)):
         started = time.perf_counter()
         images = pipeline.draft_images(story, NUM_CANDIDATES, seed=1000 * number)
         seconds.append(time.perf_counter() - started)
