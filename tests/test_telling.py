@@ -53,8 +53,10 @@ def openings():
     }
 
 
-def told_openings(model, image_first):
+def told_openings(model, image_first, names=None):
     for number, (name, opening) in enumerate(openings().items()):
+        if names is not None and name not in names:
+            continue
         settings = (
             c.with_seed_offset(7 * number) for c in (model.generation_config.text, model.generation_config.image)
         )
@@ -76,10 +78,11 @@ def test_each_text_stands_beside_its_own_picture(starter, tmp_path):
     assert len(right) >= 20 and sum(right) >= 0.9 * len(right), (sum(right), len(right))
 
 
-def test_picture_first_too_the_text_is_of_its_own_picture_and_not_of_the_next(starter):
+def test_picture_first_too_the_text_is_of_its_own_picture_and_not_of_the_next(starter, pytestconfig):
     """The starter is weaker there: 96 of 112. A text one page off agrees with next to none."""
     own, next_page = [], []
-    for told in told_openings(starter, True):
+    names = None if pytestconfig.getoption("--long") else ("text only", "picture only", "picture, text")
+    for told in told_openings(starter, True, names):
         own += agreement(starter, told)
         panels = told.panels()
         shifted = [panel for a, b in zip(panels, panels[1:]) for panel in (b.image, a.text)]
