@@ -18,7 +18,7 @@ from .models.gmail_adapter import DRAWN
 from .models.vqvae import ImageCodes
 from .stories.story import ImageSegment, Story
 
-# Of drafts to earlier images beside the text, when they are ranked: with introductions, and where there are none.
+# Weights of likeness to earlier images when drafts are ranked, where heroes are described and where they are not.
 LIKENESS, LIKENESS_ALONE = 0.5, 2.0
 
 
@@ -146,7 +146,8 @@ class DrawingMixin:
         if not text:
             return rank_images(self.embedder, story, drafts, LIKENESS_ALONE)
         self._place("text")
-        return rank_images(self.embedder, story, drafts, LIKENESS, self.text.caption_scores(drafts, text))
+        log_probs = self.text.caption_scores(drafts, text, 16 if self.placement is None else 1)
+        return rank_images(self.embedder, story, drafts, LIKENESS, log_probs)
 
     @torch.no_grad()
     def image_codes(self, image: ImageSegment) -> ImageCodes:

@@ -195,6 +195,7 @@ def test_embeddings_of_two_models_are_told_apart():
             "Mia is a fox. Otto is a bear. Mia and Otto run. It rains.",
         ),
         (["Mia waves. It is night.", "image", "Mia runs. It rains."], "Mia runs. It rains."),
+        (["Mia is a fox in a red coat", "image", "Mia runs."], "Mia is a fox in a red coat Mia runs."),
     ],
 )
 def test_the_text_that_images_are_ranked_by_says_who_is_who(parts, text):
@@ -212,6 +213,15 @@ def test_those_whom_a_panel_names_as_a_caption_has_them():
     story = Story.of("Mia is a fox in a red coat. Otto is a bear. It is night.", RED, "Otto and Mia run. It rains.")
     assert looks(story) == "A bear and a fox in a red coat"
     assert looks(Story.of("Mia is an owl. Mia waves.")) == "An owl"
+    assert looks(Story.of("Mia is a fox in a red coat", RED, "Mia runs")) == "A fox in a red coat"
+    for text in (
+        "Mia is happy.",
+        "Who is there? Mia runs.",
+        "Today is sunny. Mia is in the garden.",
+        "Mia isn't a bear.",
+    ):
+        assert looks(Story.of("Mia waves.", RED, text)) == ""
+        assert looks(Story.of("Mia is tired. Mia is an owl.", RED, text)) == "An owl"
     assert looks(Story.of("Mia is a fox.", RED, "Otto runs.")) == looks(Story.of(RED)) == ""
 
 

@@ -13,6 +13,7 @@ from comfy_mminterleaved.generation.embedders import system_metadata
 from comfy_mminterleaved.generation.image_tokens import (
     ImageTokenizer,
     TokenSampler,
+    _sample,
     check_tokens,
     load_image_tokenizer,
     load_token_sampler,
@@ -26,6 +27,7 @@ from comfy_mminterleaved.models.token_decoder import (
     to_cells,
 )
 from comfy_mminterleaved.models.vqvae import VQVAE, ImageCodes, VQVAEConfig
+from comfy_mminterleaved.pipeline import MMInterleavedPipeline
 from comfy_mminterleaved.stories.story import ImageSegment, Story
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
@@ -255,6 +257,16 @@ def test_a_prompt_of_another_model(sampler, prompt_embeds):
             sampler.sample(wrong)
 
 
+def test_sampling_is_among_the_likeliest_by_their_probabilities():
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]]).expand(20_000, -1)
+    noise = torch.rand(logits.shape, generator=torch.Generator().manual_seed(0))
+    for top_k in (0, 1, 2, 9):
+        expected = logits[0].clone()
+        expected[logits[0].argsort(descending=True)[top_k or 4 :]] = -torch.inf
+        shares = _sample(logits, top_k, noise).bincount(minlength=4) / len(logits)
+        assert torch.allclose(shares, expected.softmax(-1), atol=0.02), top_k
+
+
 # ---- a model's files ----
 
 
@@ -313,4 +325,38 @@ def test_a_pipeline_drafts(tiny_random, monkeypatch):
     for options, sentence in (({"count": 0}, "not 0"), ({"conditioner": "clip"}, "must be perceiver or dream")):
         with pytest.raises(SettingError, match=sentence):
             tiny_random.draft_images(Story.of("Mia."), **options)
+    tiny_random.clear_cache()
+
+
+def test_drafts_of_the_storys_heroes_come_first(tiny_random, monkeypatch):
+    """Where heroes are described the LLM's word counts most, then the text; else the text and likeness to images."""
+
+    class Colours:
+        truncates_end = True
+
+        def text_embeds(self, texts):
+            return torch.tensor([[0.0, 1.0, 0.0]] * len(texts))  # all texts are green
+
+        def image_embeds(self, images):
+            return torch.stack([each.pixels.mean((1, 2)) for each in images])
+
+    def colour(red: float, green: float, blue: float) -> ImageSegment:
+        return ImageSegment(torch.tensor([red, green, blue]).float()[:, None, None].expand(3, 16, 16))
+
+    drafts = [colour(1, 0.1, 0.1), colour(0.1, 1, 0.1), colour(0.1, 0.1, 1), colour(0.5, 1, 0.5)]
+    monkeypatch.setattr(MMInterleavedPipeline, "embedder", Colours())
+    captions = []
+
+    def caption_scores(images, text, batch_size):
+        captions.append(text)
+        return [-9.0, -9.0, -0.1, -0.2]
+
+    monkeypatch.setattr(tiny_random.text, "caption_scores", caption_scores)
+
+    def order(*parts) -> list[int]:
+        return [each.index for each in tiny_random.rank_drafts(Story.of(*parts), drafts)]
+
+    assert order("Mia is a bear. Mia waves.") == [3, 2, 1, 0] and captions == ["A bear"]
+    assert order("Mia waves.")[0] == 1 and len(captions) == 1
+    assert order("Mia waves.", colour(0, 0, 1), "Mia runs.")[0] == 2 and len(captions) == 1
     tiny_random.clear_cache()

@@ -116,11 +116,20 @@ def test_those_whom_only_images_show_are_introduced_by_them(starter):
     cache = starter.text.cache
     introduced = starter.text.introduce_named(story)
     assert introduced.segments[1:] == story.segments and starter.text.cache is cache
-    assert introduced.segments[0].text == f"Otto is {left}. Mia is {right}."
+    assert introduced.segments[0].text == f"Mia is {right}."
     assert looks(introduced) == right[0].upper() + right[1:]
+    for opening, last, sentences in (
+        (f"Mia is {left}. Mia and Otto wave.", "Otto and Mia run.", f"Otto is {right}."),  # Mia is described
+        ("Otto and Mia wave.", "Mia is happy.", f"Mia is {right}."),
+        ("Otto and Mia wave.", "Mia and Otto run.", f"Otto is {left}. Mia is {right}."),
+        ("Otto, Mia and Leo wave.", "Leo and Otto run.", f"Otto is {left}."),  # an image introduces two
+    ):
+        story = starter.encode_images(Story.of(opening, picture, last))
+        assert starter.text.introduce_named(story).segments[0].text == sentences
     for left_alone in (
         Story.of("Mia is a fox in a red coat with a hat. Mia waves.", picture, "Mia runs."),
         Story.of("Otto waves in the snow.", picture, "Mia runs."),
+        Story.of(picture, "Otto waves in the snow.", picture, "Otto is a bear."),
         Story.of("Otto waves in the snow.", picture),
         Story.of("Mia runs."),
     ):

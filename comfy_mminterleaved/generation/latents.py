@@ -27,7 +27,7 @@ def decode_latents(vae, latents) -> torch.Tensor:
     latents = (latents / vae.config.scaling_factor).to(vae.device, vae.dtype)
     if latents.device.type == "cpu":  # whose convolutions are faster so
         latents = latents.contiguous(memory_format=torch.channels_last)
-    return torch.cat([(vae.decode(x).sample / 2 + 0.5).clamp(0, 1).float() for x in latents.split(1)])
+    return torch.cat([(vae.decode(x).sample / 2 + 0.5).clamp(0, 1).float() for x in latents.split(1)]).contiguous()
 
 
 def fit_latent_rgb(encode, scale_factor: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from ..stories.story import ImageSegment, Story, TextSegment
 from .embedders import Embedder, cosines
 
 CAPTION_WEIGHT = 2.0  # of a log-probability in nats beside a standardized cosine
-NAME = r"\b(?!(?:It|He|She|This|That|There|Here)\b)[^\W\d_a-z]\w+"  # a word with a capital
+NAME = r"\b(?!(?:It|He|She|This|That|There|Here)\b)[^\W\d_a-z]\w+"  # a capitalized word that is no pronoun
 BATCH = 8  # images that are embedded between two calls of on_progress
 
 
@@ -89,7 +89,8 @@ def rank_images(
         reference_weight: How much the likeness to the story's earlier images counts beside the text's: for models that
             do not know from an introduction how the heroes look. Both are standardized over the candidates.
         log_probs: Of the story's `looks` as the caption of each image, in nats (`TextGenerator.caption_scores`): for
-            candidates of which many show others (CogView's self-reranking, 2105.13290, section 3.2).
+            candidates of which many show others (CogView's self-reranking, 2105.13290, section 3.2). Not standardized,
+            so that it decides where one is unlikely; not used where the next image has no text.
 
     Raises:
         StoryError: For a story without text and images.
@@ -144,29 +145,37 @@ def _standardized(values: list[float]) -> list[float]:
     return [(value - statistics.fmean(values)) / deviation for value in values]
 
 
-def introductions(story: Story) -> dict[str, str]:
-    """The sentences that say who those are whom a story's last text names, by their names."""
-    texts = [segment.text for segment in story.segments if isinstance(segment, TextSegment)]
-    sentences = re.split(r"(?<=[.!?])\s+", " ".join(texts))
-    names = dict.fromkeys(re.findall(NAME, _last_text(story)))
-    first = {name: next((s for s in sentences if s.startswith(f"{name} is ")), None) for name in names}
-    return {name: sentence for name, sentence in first.items() if sentence is not None}
+def look_of(name: str, text: str) -> str | None:
+    """What a text first says that somebody is: "a fox in a red coat" of "Mia is a fox in a red coat."."""
+    looks = (re.fullmatch(rf"{re.escape(name)} is (an? .+?)[.!?]*", sentence) for sentence in _sentences(text))
+    return next((match[1] for match in looks if match), None)
 
 
 def looks(story: Story) -> str:
     """Those whom a story's last text names as a caption has them: "A fox in a red coat and a bear in a blue one"."""
-    text = " and ".join(s.split(" is ", 1)[1].rstrip(".!?") for s in introductions(story).values())
+    earlier, panel = _split(story)
+    descriptions = (look_of(name, earlier) or look_of(name, panel) for name in _names(panel))
+    text = " and ".join(each for each in descriptions if each is not None)
     return text[:1].upper() + text[1:]
 
 
-def _last_text(story: Story) -> str:
-    """The texts behind a story's last image."""
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(re.findall(NAME, text)))
+
+
+def _sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+", text)
+
+
+def _split(story: Story) -> tuple[str, str]:
+    """The texts before a story's last image, and those behind it."""
     texts: list[str] = []
     for segment in reversed(story.segments):
         if not isinstance(segment, TextSegment):
             break
         texts.insert(0, segment.text.strip())
-    return " ".join(texts)
+    earlier = (s.text.strip() for s in story.segments[: len(story) - len(texts)] if isinstance(s, TextSegment))
+    return " ".join(earlier), " ".join(texts)
 
 
 def ranking_text(story: Story, panel_first: bool = False) -> str:
@@ -178,8 +187,10 @@ def ranking_text(story: Story, panel_first: bool = False) -> str:
     Raises:
         StoryError: For a story that does not end with a text.
     """
-    panel = _last_text(story)
+    earlier, panel = _split(story)
     if not panel:
         raise StoryError("The story does not end with a text; add the text of the panel that the images are for.")
-    sentences = [s for s in introductions(story).values() if s not in panel]
-    return " ".join([panel, *sentences] if panel_first else [*sentences, panel])
+    sentences = _sentences(earlier)
+    introductions = (next((s for s in sentences if s.startswith(f"{name} is ")), None) for name in _names(panel))
+    introductions = [s for s in introductions if s is not None and s not in panel]
+    return " ".join([panel, *introductions] if panel_first else [*introductions, panel])

@@ -15,7 +15,7 @@ from ..models.llama_mmfs import KVCache, LlamaImageValues, LlamaMMFS
 from ..stories.story import ImageSegment, Story, TextSegment
 from ..stories.storyboard import Step
 from .config import GeneratedText, GenerationConfig, RankedOption, TextGenerationConfig
-from .decoding import MAX_OPTIONS, generate, score_after_each, score_options
+from .decoding import generate, score_after_each, score_options
 from .prefix_cache import PrefixCache, prefill
 from .tokens import StoryTokens, require_tokenizer, tokenize_story
 from .vqa import introduce, introduce_named, prompted
@@ -297,20 +297,24 @@ class TextGenerator:
             raise StoryError("There is no image to caption; add one to the story.")
         return prompted(prompt or self.config.prompts["caption"], story)
 
-    def caption_scores(self, images: Sequence[ImageSegment], text: str, prompt: str | None = None) -> list[float]:
+    def caption_scores(self, images: Sequence[ImageSegment], text: str, batch_size: int = 16) -> list[float]:
         """Summed log-probability of a text as the caption of each image (CogView, 2105.13290, section 3.2).
 
         The cache keeps what it has.
+
+        Args:
+            batch_size: How many images share a pass of the LLM; memory grows with it, results do not change.
         """
         option = require_tokenizer(self.tokenizer).encode(text, after_text=True)
         if not option:
             raise StoryError("A caption to score must not be empty.")
-        stories = [self.caption_story(Story.of(image), prompt) for image in images]
+        stories = [self.caption_story(Story.of(image)) for image in images]
+        for story in stories:
+            self._require_features(story)
+            self.truncate_to_context(story, len(option), None)
         scores: list[float] = []
-        for start in range(0, len(stories), MAX_OPTIONS):
-            batch = stories[start : start + MAX_OPTIONS]
-            for story in batch:
-                self._require_features(story)
+        for start in range(0, len(stories), batch_size):
+            batch = stories[start : start + batch_size]
             scores += score_after_each(self.llm, prefill(self.llm, [self.tokenize(s) for s in batch]), option)
         return scores
 
@@ -340,7 +344,7 @@ class TextGenerator:
         return introduce(self, story)
 
     def introduce_named(self, story: Story) -> Story:
-        """Returns the story behind texts that say who those are whom its last text names (`vqa.introduce_named`)."""
+        """Puts sentences before a story that say who those are whom its last text names (`vqa.introduce_named`)."""
         return introduce_named(self, story)
 
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from ..stories.story import Story, TextSegment
 from .config import Introduction, TextGenerationConfig
-from .ranking import has_panel_text
+from .ranking import has_panel_text, look_of
 
 if TYPE_CHECKING:
     from .text import TextGenerator
+
+MAX_INTRODUCED = 2  # by one image
 
 
 def prompted(prompt: str, story: Story, **values: str) -> Story:
@@ -50,25 +52,32 @@ def introduce(generator: TextGenerator, story: Story) -> Story:
 
 
 def introduce_named(generator: TextGenerator, story: Story) -> Story:
-    """Returns the story behind sentences about those whom its last text names and whom it shows, but does not describe.
+    """Puts sentences before a story that say who those are whom its last text names, and whom no text describes.
 
     Each is introduced by the first image whose text has the name. The generator's cache keeps what it has.
     """
     c = generator.generation_config.introduction
     if c is None or not has_panel_text(story):
         return story
-    described = story.text
-    missing = {n for n in _names(c, story.panels()[-1].text) if c.prompt.format(name=n) not in described}
+    panels = replace(story, image_first=False).panels()
+    missing = {name for name in _names(c, panels[-1].text) if look_of(name, story.text) is None}
+    if not missing:
+        return story
     cache, introductions = generator.cache, []
     generator.clear_cache()
-    for panel in story.panels():
-        names = missing.intersection(_names(c, panel.text))
-        if panel.image is not None and names:
-            introductions.append(_introduction(generator, Story((panel.image,)), panel.text))
-            missing -= names
-    generator.cache = cache
-    text = " ".join(filter(None, introductions))
-    return replace(story, segments=(TextSegment(text), *story.segments)) if text else story
+    try:
+        for panel in panels:
+            names = _names(c, panel.text)[:MAX_INTRODUCED]
+            if panel.image is not None and missing.intersection(names):
+                described = {name: look_of(name, story.text) for name in names}
+                known = {name: f"{c.prompt.format(name=name)} {look}." for name, look in described.items() if look}
+                for sentence in _sentences(generator, Story((panel.image,)), names, known):
+                    introduced = {name for name in missing if look_of(name, sentence) is not None}
+                    introductions += [sentence] * len(introduced)
+                    missing -= introduced
+    finally:
+        generator.cache = cache
+    return replace(story, segments=(TextSegment(" ".join(introductions)), *story.segments)) if introductions else story
 
 
 def _names(c: Introduction, text: str) -> list[str]:
@@ -76,17 +85,23 @@ def _names(c: Introduction, text: str) -> list[str]:
     return list(dict.fromkeys(word for word in re.findall(r"\w+", text) if word in c.names))
 
 
+def _sentences(generator: TextGenerator, image: Story, names: list[str], known: dict[str, str]) -> list[str]:
+    """A sentence about each of those in an image, those that are known as they are."""
+    prompt, sentences = generator.generation_config.introduction.prompt, []
+    for name in names:
+        sentence = known.get(name) or _complete(generator, image, sentences, prompt.format(name=name))
+        if sentence.replace(name, names[0], 1) not in sentences:  # the same description twice is one character
+            sentences.append(sentence)
+    return sentences
+
+
 def _introduction(generator: TextGenerator, image: Story, described: str) -> str:
     """The sentences of `introduce`; empty if the story has them, or the model ends none."""
     c = generator.generation_config.introduction
-    names = _names(c, described)[:2] or list(c.names[:1])
+    names = _names(c, described)[:MAX_INTRODUCED] or list(c.names[:1])
     if any(c.prompt.format(name=name) in described for name in names):
         return ""
-    sentences: list[str] = []
-    for name in names:
-        sentence = _complete(generator, image, sentences, c.prompt.format(name=name))
-        if sentence.replace(name, names[0], 1) not in sentences:  # the same description twice is one character
-            sentences.append(sentence)
+    sentences = _sentences(generator, image, names, {})
     if len(names) == 1 and (not described or generator.find_unknown_words(Story.of(described))):
         prompts = [prompt.format(name=names[0]) for prompt in c.scene_prompts]
         scores = generator.score(image.add(" ".join(sentences)), prompts)

@@ -94,11 +94,13 @@ def settings(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: 
     """Shares of single drafts with each fact, by guidance and temperature: to choose them, on seeds below 20."""
     values: dict[tuple, list[dict[str, bool]]] = {each: [] for each in SETTINGS}
     for number, (story, scene) in enumerate(second_panels(seed, count)):
+        story = pipeline.encode_images(story)
+        prompt_embeds = pipeline.prompt_embeds([story])
         for guidance, temperature in SETTINGS:
-            images = pipeline.draft_images(
-                story, NUM_TRIALS, seed=1000 * number, guidance_scale=guidance, temperature=temperature
+            codes = pipeline.systems.token_sampler.sample(
+                prompt_embeds, story, NUM_TRIALS, 1000 * number, temperature, guidance_scale=guidance
             )
-            seen = judge.predict(torch.stack([image.pixels for image in images]))
+            seen = judge.predict(pipeline.decode_codes(codes))
             values[guidance, temperature] += [_facts(each, scene) for each in seen]
         pipeline.clear_cache()
     return [
