@@ -324,7 +324,7 @@ def test_what_is_decoded_badly_is_met_more_often(config, book):
             error = 0.5 if scenes[row].prop == bad else 0.05
             return type("Decoded", (), {"sample": (book.images([row]) * 2 - 1) * (1 - error)})
 
-    sums = error_weights(NearlyRight(1, 1), book, np.arange(len(book)), count=len(book))
+    sums = error_weights(NearlyRight(1, 1), book, np.arange(len(book)).reshape(-1, 1, 1, 1), count=len(book))
     weights = [b - a for a, b in zip([0.0, *sums], sums)]
     alone = {scene.prop: weight / len(scene.heroes) for scene, weight in zip(scenes, weights)}
     assert weights == pytest.approx([alone[scene.prop] * len(scene.heroes) for scene in scenes])
