@@ -17,7 +17,7 @@ from ..models.vqvae import FACTOR, VQVAE, ImageCodes, VQVAEConfig
 from ..stories.story import Story
 from .embedders import read_system
 
-TEMPERATURE, TOP_K = 0.7, 64
+TEMPERATURE, TOP_K = 0.3, 64
 
 
 class ImageTokenizer:
