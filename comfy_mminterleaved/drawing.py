@@ -18,7 +18,7 @@ from .models.gmail_adapter import DRAWN
 from .models.vqvae import ImageCodes
 from .stories.story import ImageSegment, Story
 
-# Weights of likeness to earlier images when drafts are ranked, where heroes are described and where they are not.
+# Weights of likeness to earlier images when drafts are ranked: where characters are described, and where they are not.
 LIKENESS, LIKENESS_ALONE = 0.5, 2.0
 
 
@@ -138,8 +138,8 @@ class DrawingMixin:
     def rank_drafts(self, story: Story, drafts: Sequence[ImageSegment]) -> list[RankedImage]:
         """Drafts for the panel whose text a story ends with, the best first.
 
-        Many show others than the story's heroes. So the LLM introduces those whom the story only shows, and says of
-        each draft whether it shows them (`ranking.rank_images`); where nobody is introduced, likeness counts.
+        Many drafts show the wrong characters. So the LLM describes those whom only images of the story show, and scores
+        the description as a caption of each draft (`ranking.rank_images`). Where nobody is described, likeness counts.
         """
         story, drafts = self._encoded(story, self.text.introduce_named), self._encode_all(drafts)
         text = looks(story)

@@ -265,11 +265,9 @@ class MMInterleavedPipeline(DrawingMixin):
         if config.conditioner == "dream":
             _ = self.systems.dream
 
-    def rank_images(
-        self, story: Story, images: Sequence[ImageSegment], reference_weight: float = 0.0
-    ) -> list[RankedImage]:
+    def rank_images(self, story: Story, images: Sequence[ImageSegment]) -> list[RankedImage]:
         """Candidates for the image that comes next in a story, the best first (`ranking.rank_images`)."""
-        return rank_images(self.embedder, story, self._encode_all(images), reference_weight)
+        return rank_images(self.embedder, story, self._encode_all(images))
 
     def prefill(self, story: Story, on_progress: Callable[[int, int], object] | None = None) -> None:
         """Encodes a story and runs the LLM on it ahead of its use (`TextGenerator.prefill`)."""

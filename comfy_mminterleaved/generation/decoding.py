@@ -176,14 +176,14 @@ def score_options(
     """
     if any(not option for option in options):
         raise SettingError("An option to score must not be empty.")
-    last = prefix.last_hidden_state()
+    first = llm.logits(prefix.last_hidden_state()).float().log_softmax(-1)[0]
     scores: list[float] = []
     while len(scores) < len(options):
         batch = options[len(scores) : len(scores) + MAX_OPTIONS]
         while len(batch) > 1 and len(batch) * max(map(len, batch)) > MAX_OPTION_TOKENS:
             batch.pop()
         hidden = prefix.fork([0] * len(batch)).extend(llm, batch)
-        scores += [_log_prob(llm, last, states, option) for states, option in zip(hidden, batch)]
+        scores += [_log_prob(llm, first, states, option) for states, option in zip(hidden, batch)]
         if on_progress is not None:
             on_progress(len(scores), len(options))
     return scores
@@ -192,17 +192,18 @@ def score_options(
 @torch.no_grad()
 def score_after_each(llm: LlamaMMFS, prefix: PrefixCache, option: list[int]) -> list[float]:
     """Summed log-probability of one option's tokens after each of the stories of `prefix`, which is extended."""
-    last = prefix.last_hidden_state()
-    hidden = prefix.extend(llm, [option] * len(last))
-    return [_log_prob(llm, row, states, option) for row, states in zip(last.split(1), hidden)]
+    firsts = llm.logits(prefix.last_hidden_state()).float().log_softmax(-1)
+    hidden = prefix.extend(llm, [option] * len(firsts))
+    return [_log_prob(llm, first, states, option) for first, states in zip(firsts, hidden)]
 
 
-def _log_prob(llm: LlamaMMFS, last: torch.Tensor, hidden: torch.Tensor, option: list[int]) -> float:
+def _log_prob(llm: LlamaMMFS, first: torch.Tensor, hidden: torch.Tensor, option: list[int]) -> float:
     """Summed log-probability of tokens.
 
     Args:
-        last: The hidden state `(1, hidden_size)` before them.
-        hidden: Theirs, `(tokens, hidden_size)`.
+        first: Log-probabilities `(vocabulary,)` of the first.
+        hidden: Hidden states of all of them, `(tokens, hidden_size)`.
     """
-    log_probs = llm.logits(torch.cat([last, hidden[:-1]])).float().log_softmax(-1)
-    return log_probs.gather(1, torch.tensor(option, device=log_probs.device)[:, None]).sum().item()
+    log_probs = llm.logits(hidden[:-1]).float().log_softmax(-1)
+    tokens = torch.tensor(option, device=first.device)
+    return (first[tokens[0]] + log_probs.gather(1, tokens[1:, None]).sum()).item()

@@ -25,7 +25,7 @@ def encode_latents(vae, images) -> torch.Tensor:
 def decode_latents(vae, latents) -> torch.Tensor:
     """The inverse, one image after the other, so that memory does not grow: `(N, 3, H, W)` float32 in [0, 1]."""
     latents = (latents / vae.config.scaling_factor).to(vae.device, vae.dtype)
-    if latents.device.type == "cpu":  # whose convolutions are faster so
+    if latents.device.type == "cpu":  # convolutions are faster there with channels last
         latents = latents.contiguous(memory_format=torch.channels_last)
     return torch.cat([(vae.decode(x).sample / 2 + 0.5).clamp(0, 1).float() for x in latents.split(1)]).contiguous()
 

@@ -89,8 +89,8 @@ def rank_images(
         reference_weight: How much the likeness to the story's earlier images counts beside the text's: for models that
             do not know from an introduction how the heroes look. Both are standardized over the candidates.
         log_probs: Of the story's `looks` as the caption of each image, in nats (`TextGenerator.caption_scores`): for
-            candidates of which many show others (CogView's self-reranking, 2105.13290, section 3.2). Not standardized,
-            so that it decides where one is unlikely; not used where the next image has no text.
+            candidates that often show the wrong characters (CogView's self-reranking, 2105.13290, section 3.2). Not
+            standardized, so that an unlikely one falls behind; not used where the next image has no text.
 
     Raises:
         StoryError: For a story without text and images.
@@ -146,13 +146,16 @@ def _standardized(values: list[float]) -> list[float]:
 
 
 def look_of(name: str, text: str) -> str | None:
-    """What a text first says that somebody is: "a fox in a red coat" of "Mia is a fox in a red coat."."""
-    looks = (re.fullmatch(rf"{re.escape(name)} is (an? .+?)[.!?]*", sentence) for sentence in _sentences(text))
-    return next((match[1] for match in looks if match), None)
+    """How a text describes a character, if it does: "a fox in a red coat" for "Mia is a fox in a red coat."."""
+    matches = (re.fullmatch(rf"{re.escape(name)} is (an? .+?)[.!?]*", sentence) for sentence in _sentences(text))
+    return next((match[1] for match in matches if match), None)
 
 
 def looks(story: Story) -> str:
-    """Those whom a story's last text names as a caption has them: "A fox in a red coat and a bear in a blue one"."""
+    """The characters whom a story's last text names, described as in a caption: "A fox in a red coat and a bear".
+
+    Empty if the story describes none of them.
+    """
     earlier, panel = _split(story)
     descriptions = (look_of(name, earlier) or look_of(name, panel) for name in _names(panel))
     text = " and ".join(each for each in descriptions if each is not None)

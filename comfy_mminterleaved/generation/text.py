@@ -344,7 +344,7 @@ class TextGenerator:
         return introduce(self, story)
 
     def introduce_named(self, story: Story) -> Story:
-        """Puts sentences before a story that say who those are whom its last text names (`vqa.introduce_named`)."""
+        """Puts descriptions of the characters whom its last text names before a story (`vqa.introduce_named`)."""
         return introduce_named(self, story)
 
 

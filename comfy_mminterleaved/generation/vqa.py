@@ -52,9 +52,9 @@ def introduce(generator: TextGenerator, story: Story) -> Story:
 
 
 def introduce_named(generator: TextGenerator, story: Story) -> Story:
-    """Puts sentences before a story that say who those are whom its last text names, and whom no text describes.
+    """Puts sentences before a story that describe the characters whom its last text names and no text describes.
 
-    Each is introduced by the first image whose text has the name. The generator's cache keeps what it has.
+    Each is described from the first image whose text has the name. The generator's cache keeps what it has.
     """
     c = generator.generation_config.introduction
     if c is None or not has_panel_text(story):
@@ -72,9 +72,10 @@ def introduce_named(generator: TextGenerator, story: Story) -> Story:
                 described = {name: look_of(name, story.text) for name in names}
                 known = {name: f"{c.prompt.format(name=name)} {look}." for name, look in described.items() if look}
                 for sentence in _sentences(generator, Story((panel.image,)), names, known):
-                    introduced = {name for name in missing if look_of(name, sentence) is not None}
-                    introductions += [sentence] * len(introduced)
-                    missing -= introduced
+                    name = next((name for name in missing if look_of(name, sentence) is not None), None)
+                    if name is not None and sentence.endswith("."):
+                        introductions.append(sentence)
+                        missing.remove(name)
     finally:
         generator.cache = cache
     return replace(story, segments=(TextSegment(" ".join(introductions)), *story.segments)) if introductions else story
@@ -86,7 +87,7 @@ def _names(c: Introduction, text: str) -> list[str]:
 
 
 def _sentences(generator: TextGenerator, image: Story, names: list[str], known: dict[str, str]) -> list[str]:
-    """A sentence about each of those in an image, those that are known as they are."""
+    """A sentence about each character in an image; `known` ones are not generated again."""
     prompt, sentences = generator.generation_config.introduction.prompt, []
     for name in names:
         sentence = known.get(name) or _complete(generator, image, sentences, prompt.format(name=name))

@@ -114,7 +114,7 @@ def settings(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: 
 
 
 def drafts(pipeline: MMInterleavedPipeline, judge: AttributeClassifier, seed: int, count: int) -> dict:
-    """Second panels of held-out stories as drafts: the first, the best by the contrastive model, any of several.
+    """Second panels of held-out stories as drafts: the first, the one ranked best, any of several.
 
     The opening image is in the story, and the texts are the true ones.
     """
